@@ -1,0 +1,251 @@
+"""Shared types, and the argument checks that every norm uses.
+
+Each check runs at trace time, before any work, and its message names the
+argument, what was given, what is accepted and how to mend it.
+"""
+
+from collections.abc import Iterable, Sequence
+import math
+import operator
+from typing import Any, Literal, TypeAlias, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array: TypeAlias = jax.Array
+ArrayLike: TypeAlias = jax.typing.ArrayLike
+DType: TypeAlias = Any
+Axes: TypeAlias = int | Sequence[int]
+AxisName: TypeAlias = str | tuple[str, ...]
+Groups: TypeAlias = Sequence[Sequence[int]]
+Implementation: TypeAlias = Literal['xla', 'triton', 'mosaic_tpu']
+
+
+def check_input(x: ArrayLike, name: str = 'x') -> Array:
+  """Returns `x` as an array of real or complex floating-point numbers."""
+  if not isinstance(x, (jax.Array, np.ndarray, np.generic)):
+    raise TypeError(
+      f'{name} must be an array, got {type(x).__name__}: {x!r:.60}. '
+      'Convert it first, for example with jnp.asarray.'
+    )
+  check_dtype(x.dtype, name)
+  return jnp.asarray(x)
+
+
+def check_dtype(dtype: DType, name: str = 'dtype') -> DType:
+  """Returns `dtype` as a NumPy dtype that holds 16-bit floats or wider."""
+  dtype = jnp.dtype(dtype)
+  if not jnp.issubdtype(dtype, jnp.inexact):
+    raise TypeError(
+      f'{name} must have a floating-point or complex dtype, got {dtype}. '
+      'Cast it first, for example with x.astype(jnp.float32).'
+    )
+  if dtype.itemsize < 2:
+    raise TypeError(
+      f'{name} must have at least 16 bits, got {dtype}. '
+      'Cast it first, for example with x.astype(jnp.bfloat16).'
+    )
+  return dtype
+
+
+def check_output_dtype(dtype: DType | None, x_dtype: DType) -> DType:
+  """Returns the dtype of the result, which must be able to hold it."""
+  if dtype is None:
+    return x_dtype
+  dtype = check_dtype(dtype)
+  if jnp.issubdtype(x_dtype, jnp.complexfloating) and not jnp.issubdtype(
+    dtype, jnp.complexfloating
+  ):
+    raise TypeError(
+      f'dtype={dtype} cannot hold the complex result of x of dtype {x_dtype}. '
+      'Give a complex dtype or None.'
+    )
+  return dtype
+
+
+def statistics_dtype(dtype: DType) -> DType:
+  """The dtype in which statistics of `dtype` are taken: float32 or wider."""
+  return jnp.promote_types(dtype, jnp.float32)
+
+
+def real_dtype(dtype: DType) -> DType:
+  """The dtype of the real part of `dtype`."""
+  return jnp.finfo(dtype).dtype
+
+
+def as_axes(axis: Any, name: str = 'axis') -> tuple[int, ...]:
+  """Returns `axis`, an integer or several, as a tuple of Python integers."""
+  axes = axis if isinstance(axis, Iterable) else (axis,)
+  try:
+    if any(isinstance(a, (bool, np.bool_)) for a in axes):
+      raise TypeError
+    return tuple(operator.index(a) for a in axes)
+  except TypeError:
+    raise TypeError(
+      f'{name} must be an integer or a sequence of integers, got {axis!r}.'
+    ) from None
+
+
+def check_axes(axis: Axes, ndim: int, name: str = 'axis') -> tuple[int, ...]:
+  """Returns the axes as sorted, non-negative integers, each given once."""
+  axes = as_axes(axis, name)
+  for a in axes:
+    if not -ndim <= a < ndim:
+      raise ValueError(
+        f'{name}={axis!r} is out of range for an input of rank {ndim}: '
+        f'axes run from {-ndim} to {ndim - 1}.'
+      )
+  positive = sorted(a % ndim for a in axes)
+  if len(set(positive)) != len(positive):
+    raise ValueError(
+      f'{name}={axis!r} names an axis twice in an input of rank {ndim}. '
+      'Give each axis once.'
+    )
+  return tuple(positive)
+
+
+def other_axes(axes: tuple[int, ...], ndim: int) -> tuple[int, ...]:
+  """The axes of a rank-`ndim` array that are not in `axes`."""
+  return tuple(a for a in range(ndim) if a not in axes)
+
+
+def check_where(
+  where: ArrayLike | None, shape: tuple[int, ...]
+) -> Array | None:
+  """Returns the mask as a boolean array of the rank of `shape`, or None."""
+  if where is None:
+    return None
+  where = jnp.asarray(where)
+  if where.dtype != jnp.bool_:
+    raise TypeError(
+      f'where must be boolean (True where x counts), got {where.dtype}. '
+      'Compare first, for example where=mask > 0.'
+    )
+  check_broadcast(where.shape, shape, 'where')
+  return where.reshape((1,) * (len(shape) - where.ndim) + where.shape)
+
+
+def check_broadcast(
+  shape: tuple[int, ...], to: tuple[int, ...], name: str
+) -> None:
+  """Raises unless `shape` broadcasts to exactly the shape `to`."""
+  try:
+    fits = np.broadcast_shapes(shape, to) == tuple(to)
+  except ValueError:
+    fits = False
+  if not fits:
+    raise ValueError(
+      f'{name} of shape {shape} does not broadcast to the shape {to} of x. '
+      'Each of its axes, counted from the last, must be 1 or equal.'
+    )
+
+
+def check_not_empty(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
+  """Returns how many elements the axes hold; raises if there are none."""
+  count = math.prod(shape[a] for a in axes)
+  if count == 0:
+    raise ValueError(
+      f'x of shape {shape} has no elements along the reduced axes {axes}: '
+      'their mean does not exist. Give at least one element.'
+    )
+  return count
+
+
+def check_real(value: Any, name: str) -> float:
+  """Returns a static real number."""
+  if isinstance(value, (bool, np.bool_)) or not isinstance(
+    value, (int, float, np.integer, np.floating)
+  ):
+    raise TypeError(
+      f'{name} must be a Python number, got {type(value).__name__}: '
+      f'{value!r:.60}.'
+    )
+  return float(value)
+
+
+def is_integer(value: Any) -> bool:
+  """Whether `value` is a static integer."""
+  return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def check_epsilon(epsilon: Any) -> float:
+  """Returns epsilon, a finite number that is not negative."""
+  value = check_real(epsilon, 'epsilon')
+  if not 0 <= value < math.inf:
+    raise ValueError(
+      f'epsilon must be finite and not negative, got {epsilon!r}. '
+      'It is added to the variance; usual values are 1e-6 to 1e-3.'
+    )
+  return value
+
+
+def check_momentum(momentum: Any) -> float | None:
+  """Returns momentum, the share of the old value that is kept, or None."""
+  if momentum is None:
+    return None
+  value = check_real(momentum, 'momentum')
+  if not 0 <= value <= 1:
+    raise ValueError(
+      f'momentum must lie in [0, 1], got {momentum!r}. It is the share of the '
+      'old running value that is kept (PyTorch counts the other way: its 0.1 '
+      'is 0.9 here); None gives the cumulative average.'
+    )
+  return value
+
+
+def check_train(train: Any) -> bool:
+  """Returns the static flag `train`."""
+  if not isinstance(train, (bool, np.bool_)):
+    raise TypeError(
+      f'train must be True or False, got {type(train).__name__}: '
+      f'{train!r:.60}. It chooses the program, so it is static: under jit, '
+      'close over it or list it in static_argnames.'
+    )
+  return bool(train)
+
+
+def check_implementation(implementation: Implementation | None) -> None:
+  """Raises unless the implementation asked for can run."""
+  names = get_args(Implementation)
+  if implementation is not None and implementation not in names:
+    raise ValueError(
+      f'implementation must be None or one of {names}, got {implementation!r}.'
+    )
+  if implementation not in (None, 'xla'):
+    raise NotImplementedError(
+      f'implementation={implementation!r} has no kernel for this norm yet. '
+      "Use None or 'xla'."
+    )
+
+
+def sharded_axes(x: Array) -> tuple[int, ...]:
+  """The axes that the type of x says are sharded: explicit meshes alone."""
+  spec = jax.typeof(x).sharding.spec
+  return tuple(a for a, names in enumerate(spec) if names is not None)
+
+
+def unshard(x: Array, axis: int) -> Array:
+  """Gathers an axis that the type of x says is sharded."""
+  sharding = jax.typeof(x).sharding
+  if axis not in sharded_axes(x):
+    return x
+  spec = [None if a == axis else s for a, s in enumerate(sharding.spec)]
+  whole: Array = jax.sharding.reshard(x, sharding.update(spec=spec))
+  return whole
+
+
+def reshard_like(x: Array, like: Array) -> Array:
+  """Gives x the sharding that the type of `like`, of its shape, names."""
+  sharding = jax.typeof(like).sharding
+  if jax.typeof(x).sharding.spec == sharding.spec:
+    return x
+  moved: Array = jax.sharding.reshard(x, sharding)
+  return moved
+
+
+def hashable(value: Any) -> Any:
+  """Returns lists, however nested, as tuples: a transform's fields hash."""
+  if isinstance(value, (list, tuple)):
+    return tuple(hashable(v) for v in value)
+  return value

@@ -1,0 +1,391 @@
+"""Means and variances: of some axes, masked, merged, pooled over devices.
+
+All statistics are taken about a pivot, a value near the mean that is the same
+for every element of a set, so that a large common mean cancels before anything
+is squared:
+
+  d = x - pivot,  offset = E[d],  var = E[|d|^2] - |offset|^2.
+
+The mean is pivot + offset, kept in two parts. Sets are merged with the
+pairwise update of Chan, Golub and LeVeque, "Updating Formulae and a Pairwise
+Algorithm for Computing Sample Variances" (1979), equation 2.1.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from normkit import _types
+from normkit._types import Array, ArrayLike, Axes, AxisName, DType, Groups
+
+
+class Moments(NamedTuple):
+  """The mean, variance and size of sets of numbers.
+
+  Attributes:
+    mean: the means, in the dtype of the statistics (float32 or wider).
+    var: the biased variances E[|x - mean|^2], real, of the shape of `mean`.
+    count: how many elements each set holds, in the dtype and shape of `var`
+      (exact up to 2^24 in float32). A set without elements has mean, variance
+      and count 0.
+
+  Examples:
+    >>> import jax.numpy as jnp, normkit as nk
+    >>> nk.Moments(jnp.zeros(3), jnp.ones(3), jnp.ones(3)).mean.shape
+    (3,)
+  """
+
+  mean: Array
+  var: Array
+  count: Array  # type: ignore[assignment]
+
+
+class Centred(NamedTuple):
+  """Moments about a pivot: the mean is pivot + offset, in two parts.
+
+  All four broadcast against the input they were taken from. The pivot takes no
+  part in differentiation, since the moments do not depend on it.
+  """
+
+  pivot: Array
+  offset: Array
+  var: Array
+  count: Array  # type: ignore[assignment]
+
+
+def moments(
+  x: ArrayLike,
+  axis: Axes,
+  *,
+  where: ArrayLike | None = None,
+  axis_name: AxisName | None = None,
+  axis_index_groups: Groups | None = None,
+  dtype: DType | None = None,
+  keepdims: bool = False,
+) -> Moments:
+  """Mean, biased variance and element count over some axes.
+
+  Every set of numbers is centred before it is squared, so that a mean many
+  times the standard deviation costs no digits of the variance, and sets are
+  merged by their counts, so that unequal shares (masks, devices) are right.
+
+  Args:
+    x: array of any shape, of float16, bfloat16, float32, float64 or complex
+      dtype.
+    axis: the axes to reduce, an integer or several; negative ones count from
+      the end.
+    where: boolean mask that broadcasts to the shape of x; only elements where
+      it is True count. None counts all.
+    axis_name: name or names of mapped axes (`pmap`, `vmap`, `shard_map`) over
+      which to pool, in one collective. None pools nothing.
+    axis_index_groups: a partition of the indices of `axis_name` into groups,
+      each pooled by itself. None is one group of all.
+    dtype: dtype of the statistics; None takes x's, or float32 where x is
+      narrower.
+    keepdims: keep the reduced axes with size one.
+
+  Returns:
+    `Moments(mean, var, count)`, each of x's shape without the reduced axes.
+
+  Raises:
+    TypeError: if x is not floating-point or complex, or `where` not boolean.
+    ValueError: if an axis is out of range or given twice, if there is nothing
+      to reduce, if `where` does not broadcast to x, or if the groups are not a
+      partition.
+
+  References:
+    Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for
+    Computing Sample Variances" (1979).
+
+  Examples:
+    >>> import jax.numpy as jnp, normkit as nk
+    >>> nk.moments(jnp.array([[1., 3.], [2., 2.]]), axis=-1).var.tolist()
+    [1.0, 0.0]
+  """
+  x = _types.check_input(x)
+  axes = _types.check_axes(axis, x.ndim)
+  mask = _types.check_where(where, x.shape)
+  _types.check_not_empty(x.shape, axes)
+  dtype = _types.check_output_dtype(dtype, x.dtype)
+  stats = centred(x, axes, mask, dtype=dtype)
+  stats = pool(stats, axis_name, axis_index_groups)
+  result = flatten(stats)
+  return result if keepdims else squeeze(result, axes)
+
+
+def flatten(stats: Centred) -> Moments:
+  """The moments in their public form, of one shape."""
+  mean = stats.pivot + stats.offset
+  return Moments(mean, stats.var, jnp.broadcast_to(stats.count, mean.shape))
+
+
+def squeeze(result: Moments, axes: tuple[int, ...]) -> Moments:
+  """Drops the reduced axes."""
+  return Moments(*(m.squeeze(axes) for m in result))
+
+
+# The pivot of the one-pass form is the mean of a sample: one element in so
+# many, and at least so many. Whatever the data, it lies within the square root
+# of SAMPLE_STRIDE standard deviations of the mean, which costs the variance at
+# most a few times SAMPLE_STRIDE roundings; for most data, none.
+SAMPLE_STRIDE, SAMPLE_SIZE = 32, 16
+
+# XLA's GPU compiler keeps a row on chip up to about here (it does with 8,192
+# elements, and not with 32,768): then two passes are one, 2 n against 3 n.
+SHORT_ROW = 16_384
+
+
+@functools.partial(jax.jit, static_argnames=('axes', 'center', 'dtype'))
+def centred(
+  x: Array,
+  axes: tuple[int, ...],
+  where: Array | None = None,
+  center: bool = True,
+  dtype: DType | None = None,
+) -> Centred:
+  """Moments over `axes`, kept with size one, in float32 or wider.
+
+  With `center=False` the mean is taken as zero, as in RMS norm.
+  """
+  dtype = _types.statistics_dtype(x.dtype if dtype is None else dtype)
+  count = counts(x, axes, where, _types.real_dtype(dtype))
+  if not center:
+    var = _mean_square(x, where, count, axes, dtype)
+    zero = jnp.zeros_like(var, dtype)
+    return Centred(zero, zero, var, count)
+  pivot, offset, var = _local(x, where, count, axes, dtype)
+  return Centred(lax.stop_gradient(pivot), offset, var, count)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(3, 4))
+def _mean_square(
+  x: Array,
+  where: Array | None,
+  count: Array,
+  axes: tuple[int, ...],
+  dtype: DType,
+) -> Array:
+  """E[|x|^2], of which x is kept for the backward, and not its wide copy."""
+  return _mean(square(_valid(x.astype(dtype), where)), axes, count)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
+def _local(
+  x: Array,
+  where: Array | None,
+  count: Array,
+  axes: tuple[int, ...],
+  dtype: DType,
+  output_alone: bool = True,
+) -> tuple[Array, Array, Array]:
+  """Pivot, offset and variance.
+
+  Reads of x until the output is written, as compiled for H200 and TPU: 2 with
+  the sampled pivot, 3 with the mean as pivot (masks may hide the sample), and
+  with it on H200 but 1 where a row stays on chip. That needs `output_alone`: as
+  soon as a derivative uses the statistics too, the compiler keeps wide copies
+  of x instead (14 n for layer norm, its output and gradients, against 6 n).
+  """
+  two_pass = functools.partial(_two_pass, axes=axes, dtype=dtype)
+  if where is not None:
+    return two_pass(x, where, count)
+  one_pass = functools.partial(_one_pass, axes=axes, dtype=dtype)
+  long = axes != (x.ndim - 1,) or x.shape[-1] > SHORT_ROW
+  if long or not output_alone:
+    return one_pass(x, count)
+  stats: tuple[Array, Array, Array] = lax.platform_dependent(
+    x,
+    count,
+    cuda=lambda x, count: two_pass(x, None, count),
+    default=one_pass,
+  )
+  return stats
+
+
+@_local.defjvp
+def _local_jvp(
+  axes: tuple[int, ...],
+  dtype: DType,
+  output_alone: bool,
+  primals: Any,
+  tangents: Any,
+) -> tuple[Any, Any]:
+  """dE[x] = E[dx] and dVar[x] = 2 E[(x - E[x]) dx]; the pivot is held."""
+  del output_alone
+  x, where, count = primals
+  pivot, offset, var = _local(x, where, count, axes, dtype, False)
+
+  def tangent(
+    x: Array, pivot: Array, offset: Array, dx: Array
+  ) -> tuple[Array, Array]:
+    dx = _valid(dx.astype(dtype), where)
+    d = _valid((x.astype(dtype) - pivot) - offset, where)
+    dvar = 2 * _mean((d.conj() * dx).real, axes, count)
+    return _mean(dx, axes, count), dvar
+
+  # Checkpointed, so that x is kept for the backward, and not d beside it.
+  tangent = jax.checkpoint(tangent, prevent_cse=False)
+  doffset, dvar = tangent(x, pivot, offset, tangents[0])
+  return (pivot, offset, var), (jnp.zeros_like(pivot), doffset, dvar)
+
+
+def _one_pass(
+  x: Array, count: Array, axes: tuple[int, ...], dtype: DType
+) -> tuple[Array, Array, Array]:
+  """About the mean of a sample: both sums come from one read of x."""
+  sample = _sample(x, axes).astype(dtype)
+  pivot = _rounded(jnp.mean(sample, axes, keepdims=True))
+  return _about(pivot, x, None, count, axes)
+
+
+def _two_pass(
+  x: Array,
+  where: Array | None,
+  count: Array,
+  axes: tuple[int, ...],
+  dtype: DType,
+) -> tuple[Array, Array, Array]:
+  """About the mean, whose rounding error the offset holds."""
+  pivot = _rounded(_mean(_valid(x.astype(dtype), where), axes, count))
+  return _about(pivot, x, where, count, axes)
+
+
+def _rounded(pivot: Array) -> Array:
+  """The pivot with a bit less, so that it is one number wherever it is used.
+
+  Compilers compute it again beside each use, as a factor of a fused
+  multiply-add with its product unrounded in one place and rounded in another.
+  Rounding to the dtype's own precision would be dropped as doing nothing.
+  """
+  if jnp.iscomplexobj(pivot):
+    return lax.complex(_rounded(pivot.real), _rounded(pivot.imag))
+  info = jnp.finfo(pivot.dtype)
+  return lax.reduce_precision(pivot, info.nexp, info.nmant - 1)
+
+
+def _about(
+  pivot: Array,
+  x: Array,
+  where: Array | None,
+  count: Array,
+  axes: tuple[int, ...],
+) -> tuple[Array, Array, Array]:
+  d = _valid(x - pivot, where)
+  offset = _mean(d, axes, count)
+  var = _mean(square(d), axes, count) - square(offset)
+  return pivot, offset, jnp.maximum(var, 0)
+
+
+def _mean(values: Array, axes: tuple[int, ...], count: Array) -> Array:
+  return jnp.sum(values, axes, keepdims=True) / jnp.maximum(count, 1)
+
+
+def _valid(values: Array, where: Array | None) -> Array:
+  return values if where is None else jnp.where(where, values, 0)
+
+
+def _sample(x: Array, axes: tuple[int, ...]) -> Array:
+  """Some elements of each set, evenly spaced.
+
+  Small steps along several axes, rather than a large one, mostly divide the
+  shards of a sharded axis, and then nothing moves between devices. The last
+  axis is left whole, for its elements share memory transactions, and so is one
+  that an explicit mesh shards, which cannot be sliced.
+  """
+  size = math.prod(x.shape[a] for a in axes)
+  steps = min(SAMPLE_STRIDE, size // SAMPLE_SIZE).bit_length() - 1
+  free = [a for a in axes if a not in _types.sharded_axes(x)]
+  free = [a for a in free if a != x.ndim - 1] or free
+  step = [1] * x.ndim
+  for _ in range(steps):
+    fits = [a for a in free if 2 * step[a] <= x.shape[a]]
+    if fits:
+      step[min(fits, key=step.__getitem__)] *= 2
+  return x[tuple(slice(None, None, s) for s in step)]
+
+
+def counts(
+  x: Array, axes: tuple[int, ...], where: Array | None, dtype: DType
+) -> Array:
+  """How many elements count along `axes`, in `dtype`."""
+  if where is None:
+    return jnp.full((1,) * x.ndim, math.prod(x.shape[a] for a in axes), dtype)
+  repeats = math.prod(x.shape[a] for a in axes if where.shape[a] == 1)
+  return jnp.sum(where, axes, keepdims=True, dtype=dtype) * repeats
+
+
+def square(x: Array) -> Array:
+  """|x|^2, real."""
+  if jnp.iscomplexobj(x):
+    return jnp.square(x.real) + jnp.square(x.imag)
+  return jnp.square(x)
+
+
+def merge(parts: Centred, axis: int) -> Centred:
+  """Merges sets along an array axis, kept with size one, by their counts."""
+  count = jnp.broadcast_to(parts.count, parts.var.shape)
+  total = jnp.sum(count, axis, keepdims=True)
+  weight = count / jnp.maximum(total, 1)
+
+  def held(values: Array) -> Array:  # a set without weight may hold a NaN
+    return jnp.where(weight > 0, values, 0)
+
+  def mean(values: Array) -> Array:
+    return jnp.sum(weight * held(values), axis, keepdims=True)
+
+  pivot = _rounded(lax.stop_gradient(mean(parts.pivot)))
+  delta = (parts.pivot - pivot) + parts.offset
+  offset = mean(delta)
+  var = mean(parts.var) + mean(square(held(delta - offset)))
+  return Centred(pivot, offset, var, total)
+
+
+def pool(
+  stats: Centred,
+  axis_name: AxisName | None,
+  axis_index_groups: Groups | None = None,
+) -> Centred:
+  """Merges the sets of all devices along named axes, in one collective.
+
+  Each device writes its moments at its own place in an array of zeros, and one
+  sum over the devices gives all of them to each. A sum, unlike a gather, is
+  known to be the same everywhere, as `shard_map` checks.
+  """
+  if axis_name is None:
+    if axis_index_groups is not None:
+      raise ValueError(
+        f'axis_index_groups={axis_index_groups!r} was given without axis_name. '
+        'Name the mapped axis whose indices the groups hold.'
+      )
+    return stats
+  size, index = lax.axis_size(axis_name), lax.axis_index(axis_name)
+  dtype = jnp.result_type(stats.pivot)
+  shape = jnp.broadcast_shapes(*(s.shape for s in stats))
+  packed = jnp.stack([jnp.broadcast_to(s, shape).astype(dtype) for s in stats])
+  own = lax.expand_dims(jnp.arange(size) == index, range(1, packed.ndim + 1))
+  gathered = lax.psum(jnp.where(own, packed[None], 0), axis_name)
+  pivot, offset, var, count = jnp.moveaxis(gathered, 1, 0)
+  count = count.real
+  if axis_index_groups is not None:
+    member = _membership(axis_index_groups, size)[index]
+    count = count * lax.expand_dims(member, range(1, count.ndim))
+  merged = merge(Centred(pivot, offset, var.real, count), axis=0)
+  return Centred(*(m.squeeze(0) for m in merged))
+
+
+def _membership(groups: Groups, size: int) -> Array:
+  """A (size, size) table: 1 where two indices share a group."""
+  if sorted(i for group in groups for i in group) != list(range(size)):
+    raise ValueError(
+      f'axis_index_groups={groups!r} is not a partition of the {size} indices '
+      'of axis_name: each index from 0 must stand in exactly one group.'
+    )
+  table = np.zeros((size, size), bool)
+  for group in groups:
+    table[np.ix_(group, group)] = True
+  return jnp.asarray(table)

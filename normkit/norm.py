@@ -1,0 +1,386 @@
+"""What every norm shares: the transform's protocol, parameters, affine map."""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any, NamedTuple, Protocol
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from normkit import _types
+from normkit._types import (
+  Array,
+  ArrayLike,
+  Axes,
+  AxisName,
+  DType,
+  Groups,
+  Implementation,
+)
+from normkit.moments import Centred, centred, pool
+
+
+class NormParams(NamedTuple):
+  """The affine parameters of a norm; None where it has none.
+
+  Attributes:
+    scale: what the normalized values are multiplied by, or None.
+    bias: what is added after that, or None.
+
+  Examples:
+    >>> import jax.numpy as jnp, normkit as nk
+    >>> nk.NormParams(scale=jnp.ones(4)).bias is None
+    True
+  """
+
+  scale: Array | None = None
+  bias: Array | None = None
+
+
+class EmptyState(NamedTuple):
+  """The state of a norm that keeps none.
+
+  Examples:
+    >>> import normkit as nk
+    >>> nk.EmptyState()
+    EmptyState()
+  """
+
+
+class Norm(Protocol):
+  """What a normalization transform is: two pure functions and its options.
+
+  A frozen, hashable dataclass with these two methods is a transform; it can be
+  closed over or passed to `jax.jit` as a static argument, and `normkit.linen`
+  turns it into a module.
+
+  Examples:
+    >>> import jax.numpy as jnp, normkit as nk
+    >>> norm: nk.Norm = nk.LayerNorm(epsilon=1e-5)
+    >>> params, state = norm.init(jnp.ones((2, 3)))
+    >>> y, state = norm.apply(params, state, jnp.ones((2, 3)), train=True)
+  """
+
+  def init(self, x: Array | jax.ShapeDtypeStruct) -> tuple[Any, Any]:
+    """Returns `(params, state)` for inputs of the shape and dtype of x."""
+    ...
+
+  def apply(
+    self,
+    params: Any,
+    state: Any,
+    x: Array,
+    *,
+    train: bool,
+    where: Array | None = None,
+  ) -> tuple[Array, Any]:
+    """Returns `(y, state)`, y of the shape of x."""
+    ...
+
+
+def normalize(
+  x: ArrayLike,
+  scale: ArrayLike | None = None,
+  bias: ArrayLike | None = None,
+  *,
+  axis: Axes,
+  feature_axis: Axes | None = None,
+  center: bool = True,
+  epsilon: float = 1e-6,
+  where: ArrayLike | None = None,
+  axis_name: AxisName | None = None,
+  axis_index_groups: Groups | None = None,
+  dtype: DType | None = None,
+  implementation: Implementation | None = None,
+) -> Array:
+  """Normalizes x over some axes: the general form of layer, RMS and instance.
+
+  With E the mean over `axis` (and over `axis_name`),
+
+    y = (x - E[x]) / sqrt(E[|x - E[x]|^2] + epsilon) * scale + bias,
+
+  where `center=False` leaves out both E[x]. Statistics are in float32 or wider.
+
+  Args:
+    x: array of any shape, float16, bfloat16, float32, float64 or complex.
+    scale: multiplies the result; of the shape of the feature axes, or of x's
+      rank and broadcasting against it. None multiplies by nothing.
+    bias: added last; shaped as `scale` is. None adds nothing.
+    axis: the normalized axes, an integer or several.
+    feature_axis: the axes that a `scale` or `bias` of lower rank belongs to;
+      None takes `axis`.
+    center: subtract the mean.
+    epsilon: added to the variance, not negative.
+    where: boolean mask that broadcasts to x; elements where it is False change
+      neither the statistics nor any other output. A set with no element left
+      gives zeros, then the bias.
+    axis_name: names of mapped axes over which statistics are pooled.
+    axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
+    dtype: dtype of the result; None keeps x's.
+    implementation: 'xla', or None to choose.
+
+  Returns:
+    An array of the shape of x.
+
+  Raises:
+    TypeError: if x is not floating-point or complex, `where` not boolean, or
+      epsilon not a number.
+    ValueError: if an axis is out of range or given twice, nothing is reduced,
+      a shape does not fit, or epsilon is negative or not finite.
+    NotImplementedError: if `implementation` names a kernel that is not there.
+
+  References:
+    Ba, Kiros and Hinton, "Layer Normalization" (2016), equation 3.
+
+  Examples:
+    >>> import jax.numpy as jnp, normkit as nk
+    >>> nk.normalize(jnp.array([1., 3.]), axis=0, epsilon=0.).tolist()
+    [-1.0, 1.0]
+  """
+  x = _types.check_input(x)
+  axes = _types.check_axes(axis, x.ndim)
+  features = (
+    axes
+    if feature_axis is None
+    else _types.check_axes(feature_axis, x.ndim, 'feature_axis')
+  )
+  check_some_axes(axes, x.shape)
+  args = check_arguments(
+    x, scale, bias, features, epsilon, where, dtype, implementation
+  )
+  _types.check_not_empty(x.shape, axes)
+  stats = centred(x, axes, args.where, center)
+  stats = pool(stats, axis_name, axis_index_groups)
+  return affine(x, stats, args, center)
+
+
+class Arguments(NamedTuple):
+  """The checked arguments that all norms share."""
+
+  scale: Array | None
+  bias: Array | None
+  epsilon: float
+  where: Array | None
+  dtype: DType
+  statistics_dtype: DType
+
+
+def check_arguments(
+  x: Array,
+  scale: ArrayLike | None,
+  bias: ArrayLike | None,
+  feature_axes: tuple[int, ...],
+  epsilon: float,
+  where: ArrayLike | None,
+  dtype: DType | None,
+  implementation: Implementation | None,
+) -> Arguments:
+  """Checks what all norms share and gives it in its broadcast form."""
+  _types.check_implementation(implementation)
+  return Arguments(
+    check_feature(scale, x.shape, feature_axes, 'scale'),
+    check_feature(bias, x.shape, feature_axes, 'bias'),
+    _types.check_epsilon(epsilon),
+    _types.check_where(where, x.shape),
+    _types.check_output_dtype(dtype, x.dtype),
+    _types.statistics_dtype(x.dtype),
+  )
+
+
+def check_some_axes(axes: tuple[int, ...], shape: tuple[int, ...]) -> None:
+  """Raises if no axis is normalized: every element would become zero."""
+  if not axes:
+    raise ValueError(
+      f'no axis is left to normalize over in x of shape {shape}: every element '
+      'would become zero. Give x with the axes that are reduced.'
+    )
+
+
+def check_feature(
+  value: ArrayLike | None,
+  shape: tuple[int, ...],
+  feature_axes: tuple[int, ...],
+  name: str,
+) -> Array | None:
+  """Returns `value`, one number a feature, in a form that broadcasts to x."""
+  if value is None:
+    return None
+  value = jnp.asarray(value)
+  features = tuple(shape[a] for a in feature_axes)
+  if value.shape == features:
+    return lax.expand_dims(value, _types.other_axes(feature_axes, len(shape)))
+  if value.ndim != len(shape):
+    raise ValueError(
+      f'{name} of shape {value.shape} fits neither the feature axes '
+      f'{feature_axes} of x, of shape {features}, nor the rank of x, of shape '
+      f'{shape}. Give one number a feature, or an array of rank {len(shape)} '
+      'that broadcasts to x.'
+    )
+  _types.check_broadcast(value.shape, shape, name)
+  return value
+
+
+def affine(
+  x: Array, stats: Centred, args: Arguments, center: bool = True
+) -> Array:
+  """(x - mean) / sqrt(var + epsilon) * scale + bias, in `args.dtype`.
+
+  A set without elements gives zeros, then the bias. Where the mask is False, a
+  value that is not finite comes out as it went in and has no other effect.
+
+  What is kept for the backward is x in its own dtype and what is small.
+  """
+
+  def run(x: Array, stats: Centred, scale: Any, bias: Any, where: Any) -> Array:
+    options = args._replace(scale=scale, bias=bias, where=where)
+    return _affine(x, stats, options, center)
+
+  y: Array = jax.checkpoint(run, prevent_cse=False)(
+    x, stats, args.scale, args.bias, args.where
+  )
+  return y
+
+
+def _affine(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:
+  x = x.astype(args.statistics_dtype)
+  factor = reciprocal_root(stats.var, args.epsilon)
+  if args.scale is not None:
+    factor = factor * args.scale
+  shift = args.bias
+  distance = x
+  if center:
+    distance = x - stats.pivot
+    shift = -stats.offset * factor
+    if args.bias is not None:
+      shift = shift + args.bias
+  if args.where is None:
+    return _plus(distance * factor, shift).astype(args.dtype)
+  stray = ~args.where & ~jnp.isfinite(x)
+  y = jnp.where(stats.count > 0, jnp.where(stray, 0, distance) * factor, 0)
+  y = jnp.where(stray & (stats.count > 0), x, _plus(y, shift))
+  return y.astype(args.dtype)
+
+
+def _plus(y: Array, shift: Array | None) -> Array:
+  return y if shift is None else y + shift
+
+
+def reciprocal_root(var: Array, epsilon: float) -> Array:
+  """1 / sqrt(var + epsilon), and 0 where that would divide by zero."""
+  total = var + jnp.asarray(epsilon, var.dtype)
+  if epsilon >= jnp.finfo(var.dtype).tiny:
+    return lax.rsqrt(total)
+  positive = total > 0
+  return jnp.where(positive, lax.rsqrt(jnp.where(positive, total, 1)), 0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+  """The options that all transforms of this package share.
+
+  Frozen and hashable: lists become tuples, and what can be checked without an
+  input is checked when the transform is made.
+  """
+
+  epsilon: float = 1e-6
+  use_scale: bool = True
+  param_dtype: DType = jnp.float32
+  dtype: DType | None = None
+  axis_name: AxisName | None = None
+  axis_index_groups: Groups | None = None
+  implementation: Implementation | None = None
+
+  def __post_init__(self) -> None:
+    for field in dataclasses.fields(self):
+      value = _types.hashable(getattr(self, field.name))
+      if check := _FIELD_CHECKS.get(field.name):
+        value = check(value)
+      object.__setattr__(self, field.name, value)
+
+  def shared(self) -> dict[str, Any]:
+    """The options that every pure function takes."""
+    names = 'epsilon', 'dtype', 'axis_name', 'axis_index_groups'
+    return {n: getattr(self, n) for n in (*names, 'implementation')}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CenteredOptions(Options):
+  """The options of the transforms that subtract a mean."""
+
+  use_bias: bool = True
+
+
+_FIELD_CHECKS: dict[str, Callable[[Any], Any]] = {
+  'epsilon': _types.check_epsilon,
+  'momentum': _types.check_momentum,
+  'axis': lambda axis: (
+    _types.as_axes(axis) if isinstance(axis, tuple) else axis
+  ),
+  'param_dtype': lambda dtype: _types.check_dtype(dtype, 'param_dtype'),
+  'dtype': lambda dtype: None if dtype is None else _types.check_dtype(dtype),
+}
+
+
+def init_params(
+  x: Array | jax.ShapeDtypeStruct, axis: Axes, options: Options
+) -> NormParams:
+  """Scales of one and biases of zero for the feature axes of x."""
+  _types.check_dtype(x.dtype, 'x')
+  axes = _types.check_axes(axis, len(x.shape))
+  shape = tuple(x.shape[a] for a in axes)
+  return NormParams(
+    jnp.ones(shape, options.param_dtype) if options.use_scale else None,
+    jnp.zeros(shape, options.param_dtype) if _use_bias(options) else None,
+  )
+
+
+def check_params(params: Any, options: Options) -> NormParams:
+  """Raises unless `params` holds just what the transform's options ask for."""
+  wanted = options.use_scale, _use_bias(options)
+  if not isinstance(params, NormParams) or (
+    tuple(p is not None for p in params) != wanted
+  ):
+    scale, bias = ('an array' if w else 'None' for w in wanted)
+    raise ValueError(
+      f'params must be NormParams(scale={scale}, bias={bias}), got '
+      f'{jax.tree.structure(params)}. Take them from init of this transform.'
+    )
+  return params
+
+
+def _use_bias(options: Options) -> bool:
+  return isinstance(options, CenteredOptions) and options.use_bias
+
+
+def check_not_width(epsilon: Any) -> None:
+  """Raises for what is a width in PyTorch and an epsilon in Flax."""
+  if _types.is_integer(epsilon) and epsilon >= 1:
+    raise ValueError(
+      f'epsilon={epsilon} looks like a number of features, which is the first '
+      'argument in PyTorch; here modules find it out by themselves. Leave it '
+      'out, or give an epsilon such as 1e-6.'
+    )
+
+
+def check_empty_state(state: Any) -> None:
+  """Raises unless `state` is the empty state of a norm that keeps none."""
+  if not isinstance(state, EmptyState):
+    raise ValueError(
+      f'state must be EmptyState(), got {jax.tree.structure(state)}: this norm '
+      'keeps no running statistics. Take the state from its init.'
+    )
+
+
+def spatial_axes(
+  ndim: int, channels: tuple[int, ...], batch_axis: Axes
+) -> tuple[int, ...]:
+  """The axes that are neither channels nor batch."""
+  batch = _types.check_axes(batch_axis, ndim, 'batch_axis')
+  if shared := set(batch) & set(channels):
+    raise ValueError(
+      f'batch_axis={batch_axis!r} and axis share the axes {sorted(shared)} of '
+      f'an input of rank {ndim}: an axis holds examples or channels. For an '
+      'input without a batch, give batch_axis=().'
+    )
+  return _types.other_axes(batch + channels, ndim)

@@ -1,0 +1,1 @@
+"""One file a norm: its state, its pure function, its transform."""

@@ -1,0 +1,193 @@
+"""Group normalization (Wu and He 2018)."""
+
+import dataclasses
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from normkit import _types, norm
+from normkit._types import (
+  Array,
+  ArrayLike,
+  Axes,
+  AxisName,
+  DType,
+  Groups,
+  Implementation,
+)
+from normkit.moments import Centred, centred, merge, pool
+from normkit.norm import EmptyState, NormParams
+
+
+def group_norm(
+  x: ArrayLike,
+  scale: ArrayLike | None = None,
+  bias: ArrayLike | None = None,
+  *,
+  num_groups: int,
+  axis: int = -1,
+  batch_axis: Axes = 0,
+  epsilon: float = 1e-6,
+  where: ArrayLike | None = None,
+  axis_name: AxisName | None = None,
+  axis_index_groups: Groups | None = None,
+  dtype: DType | None = None,
+  implementation: Implementation | None = None,
+) -> Array:
+  """Group normalization: neighbouring channels of each example together.
+
+    y = (x - E[x]) / sqrt(Var[x] + epsilon) * scale + bias,
+
+  mean and variance over all axes but the batch, and over the channels of a
+  group, in float32 or wider. One group is layer norm over all but the batch;
+  as many groups as channels is instance norm.
+
+  Args:
+    x: array (batch, ..., channels) or in another order of axes, float16,
+      bfloat16, float32, float64 or complex.
+    scale: one a channel, or of x's rank and broadcasting against it. None: one.
+    bias: shaped as `scale` is. None: zero.
+    num_groups: how many groups of contiguous channels; it divides their number.
+    axis: the channels, one axis.
+    batch_axis: the examples, an axis or several; () for a single example.
+    epsilon: added to the variance, not negative.
+    where: boolean mask that broadcasts to x; elements where it is False change
+      neither the statistics nor any other output. A group with no element left
+      gives zeros, then the bias.
+    axis_name: names of mapped axes over which statistics are pooled.
+    axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
+    dtype: dtype of the result; None keeps x's.
+    implementation: 'xla', or None to choose.
+
+  Returns:
+    An array of the shape of x.
+
+  Raises:
+    TypeError, ValueError, NotImplementedError: as `normalize` does, and if
+      `num_groups` does not divide the channels or `axis` and `batch_axis`
+      share an axis.
+
+  References:
+    Wu and He, "Group Normalization" (2018), equations 1 and 7.
+
+  Examples:
+    >>> import jax.numpy as jnp, normkit as nk
+    >>> x = jnp.array([[1., 3., 10., 30.]])
+    >>> nk.group_norm(x, num_groups=2, epsilon=0.).tolist()
+    [[-1.0, 1.0, -1.0, 1.0]]
+  """
+  x = _types.check_input(x)
+  channels = _types.check_axes(axis, x.ndim)
+  spatial = norm.spatial_axes(x.ndim, channels, batch_axis)
+  args = norm.check_arguments(
+    x, scale, bias, channels, epsilon, where, dtype, implementation
+  )
+  channel = check_groups(x.shape, channels, num_groups)
+  _types.check_not_empty(x.shape, spatial + channels)
+  stats = centred(x, spatial, args.where)
+  stats = merge_channels(stats, channel, num_groups)
+  stats = pool(stats, axis_name, axis_index_groups)
+  stats = Centred(*(spread(s, channel, x.shape[channel]) for s in stats))
+  return norm.affine(x, stats, args)
+
+
+def check_groups(
+  shape: tuple[int, ...], channels: tuple[int, ...], num_groups: int
+) -> int:
+  """Returns the one channel axis; raises unless the groups divide it."""
+  if len(channels) != 1:
+    raise ValueError(
+      f'axis={channels} must be the one axis of the channels for group norm.'
+    )
+  (channel,) = channels
+  if not _types.is_integer(num_groups):
+    raise TypeError(f'num_groups must be an integer, got {num_groups!r}.')
+  if num_groups < 1 or shape[channel] % num_groups:
+    raise ValueError(
+      f'num_groups={num_groups} does not divide the {shape[channel]} channels '
+      f'of x of shape {shape}. Give a divisor of {shape[channel]}.'
+    )
+  return channel
+
+
+def merge_channels(stats: Centred, channel: int, num_groups: int) -> Centred:
+  """Merges the channels of each group; the groups stay on the same axis."""
+  stats = Centred(*(_types.unshard(s, channel) for s in stats))
+  full = jnp.broadcast_shapes(*(s.shape for s in stats))
+  size = full[channel] // num_groups
+  split = (*full[:channel], num_groups, size, *full[channel + 1 :])
+  parts = [jnp.broadcast_to(s, full).reshape(split) for s in stats]
+  merged = merge(Centred(*parts), channel + 1)
+  return Centred(*(s.squeeze(channel + 1) for s in merged))
+
+
+def spread(values: Array, channel: int, num_channels: int) -> Array:
+  """Gives each channel the value of its group."""
+  shape = list(values.shape)
+  shape.insert(channel + 1, num_channels // values.shape[channel])
+  spread = jnp.broadcast_to(lax.expand_dims(values, [channel + 1]), shape)
+  return lax.collapse(spread, channel, channel + 2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupNorm(norm.CenteredOptions):
+  """Group normalization as a transform; see `group_norm`.
+
+  Parameters have the shape of the channel axis; there is no state.
+
+  Attributes:
+    num_groups: how many groups of contiguous channels.
+    axis: the channels, one axis.
+    batch_axis: the examples, an axis or several; () for a single example.
+    epsilon: added to the variance.
+    use_scale: whether there is a scale.
+    use_bias: whether there is a bias.
+    param_dtype: dtype of the parameters that `init` makes.
+    dtype: dtype of the result; None keeps x's.
+    axis_name: names of mapped axes over which statistics are pooled.
+    axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
+    implementation: 'xla', or None to choose.
+
+  Examples:
+    >>> import jax.numpy as jnp, normkit as nk
+    >>> x = jnp.ones((2, 4, 4, 6))
+    >>> gn = nk.GroupNorm(num_groups=3)
+    >>> params, state = gn.init(x)
+    >>> y, state = gn.apply(params, state, x, train=True)
+    >>> y.shape, params.scale.shape
+    ((2, 4, 4, 6), (6,))
+  """
+
+  num_groups: int
+  axis: int = -1
+  batch_axis: Axes = 0
+
+  def init(
+    self, x: Array | jax.ShapeDtypeStruct
+  ) -> tuple[NormParams, EmptyState]:
+    """Returns `(params, state)` for inputs like x, an array or its shape."""
+    channels = _types.check_axes(self.axis, len(x.shape))
+    check_groups(x.shape, channels, self.num_groups)
+    return norm.init_params(x, self.axis, self), EmptyState()
+
+  def apply(
+    self,
+    params: NormParams,
+    state: EmptyState,
+    x: ArrayLike,
+    *,
+    train: bool,
+    where: ArrayLike | None = None,
+  ) -> tuple[Array, EmptyState]:
+    """Returns `(y, state)`; `train` makes no difference."""
+    del train
+    scale, bias = norm.check_params(params, self)
+    norm.check_empty_state(state)
+    options = dict(
+      self.shared(),
+      num_groups=self.num_groups,
+      axis=self.axis,
+      batch_axis=self.batch_axis,
+    )
+    return group_norm(x, scale, bias, where=where, **options), state

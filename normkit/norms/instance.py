@@ -1,0 +1,143 @@
+"""Instance normalization (Ulyanov, Vedaldi and Lempitsky 2016)."""
+
+import dataclasses
+
+import jax
+
+from normkit import _types, norm
+from normkit._types import (
+  Array,
+  ArrayLike,
+  Axes,
+  AxisName,
+  DType,
+  Groups,
+  Implementation,
+)
+from normkit.norm import EmptyState, NormParams
+
+
+def instance_norm(
+  x: ArrayLike,
+  scale: ArrayLike | None = None,
+  bias: ArrayLike | None = None,
+  *,
+  axis: Axes = -1,
+  batch_axis: Axes = 0,
+  epsilon: float = 1e-6,
+  where: ArrayLike | None = None,
+  axis_name: AxisName | None = None,
+  axis_index_groups: Groups | None = None,
+  dtype: DType | None = None,
+  implementation: Implementation | None = None,
+) -> Array:
+  """Instance normalization: each channel of each example by itself.
+
+    y = (x - E[x]) / sqrt(Var[x] + epsilon) * scale + bias,
+
+  mean and variance over all axes but `axis` and `batch_axis`, in float32 or
+  wider.
+
+  Args:
+    x: array (batch, ..., channels) or in another order of axes, float16,
+      bfloat16, float32, float64 or complex.
+    scale: one a channel, or of x's rank and broadcasting against it (one an
+      example and channel: AdaIN). None: one.
+    bias: shaped as `scale` is. None: zero.
+    axis: the channels, an axis or several.
+    batch_axis: the examples, an axis or several; () for a single example.
+    epsilon: added to the variance, not negative.
+    where: boolean mask that broadcasts to x; elements where it is False change
+      neither the statistics nor any other output. A channel with no element
+      left gives zeros, then the bias.
+    axis_name: names of mapped axes over which statistics are pooled.
+    axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
+    dtype: dtype of the result; None keeps x's.
+    implementation: 'xla', or None to choose.
+
+  Returns:
+    An array of the shape of x.
+
+  Raises:
+    TypeError, ValueError, NotImplementedError: as `normalize` does, and if
+      `axis` and `batch_axis` share an axis or leave none to normalize over.
+
+  References:
+    Ulyanov, Vedaldi and Lempitsky, "Instance Normalization: The Missing
+    Ingredient for Fast Stylization" (2016), equation 2.
+
+  Examples:
+    >>> import jax.numpy as jnp, normkit as nk
+    >>> x = jnp.array([[[1., 5.], [3., 5.]]])  # 1 example, 2 places, 2 channels
+    >>> nk.instance_norm(x, epsilon=0.).tolist()
+    [[[-1.0, 0.0], [1.0, 0.0]]]
+  """
+  x = _types.check_input(x)
+  channels = _types.check_axes(axis, x.ndim)
+  return norm.normalize(
+    x,
+    scale,
+    bias,
+    axis=norm.spatial_axes(x.ndim, channels, batch_axis),
+    feature_axis=channels,
+    epsilon=epsilon,
+    where=where,
+    axis_name=axis_name,
+    axis_index_groups=axis_index_groups,
+    dtype=dtype,
+    implementation=implementation,
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InstanceNorm(norm.CenteredOptions):
+  """Instance normalization as a transform; see `instance_norm`.
+
+  Parameters have the shape of the channel axes; there is no state.
+
+  Attributes:
+    axis: the channels, an axis or several.
+    batch_axis: the examples, an axis or several; () for a single example.
+    epsilon: added to the variance.
+    use_scale: whether there is a scale.
+    use_bias: whether there is a bias.
+    param_dtype: dtype of the parameters that `init` makes.
+    dtype: dtype of the result; None keeps x's.
+    axis_name: names of mapped axes over which statistics are pooled.
+    axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
+    implementation: 'xla', or None to choose.
+
+  Examples:
+    >>> import jax.numpy as jnp, normkit as nk
+    >>> x = jnp.ones((2, 4, 4, 3))
+    >>> norm = nk.InstanceNorm()
+    >>> params, state = norm.init(x)
+    >>> y, state = norm.apply(params, state, x, train=True)
+    >>> y.shape, params.scale.shape
+    ((2, 4, 4, 3), (3,))
+  """
+
+  axis: Axes = -1
+  batch_axis: Axes = 0
+
+  def init(
+    self, x: Array | jax.ShapeDtypeStruct
+  ) -> tuple[NormParams, EmptyState]:
+    """Returns `(params, state)` for inputs like x, an array or its shape."""
+    return norm.init_params(x, self.axis, self), EmptyState()
+
+  def apply(
+    self,
+    params: NormParams,
+    state: EmptyState,
+    x: ArrayLike,
+    *,
+    train: bool,
+    where: ArrayLike | None = None,
+  ) -> tuple[Array, EmptyState]:
+    """Returns `(y, state)`; `train` makes no difference."""
+    del train
+    scale, bias = norm.check_params(params, self)
+    norm.check_empty_state(state)
+    options = dict(self.shared(), axis=self.axis, batch_axis=self.batch_axis)
+    return instance_norm(x, scale, bias, where=where, **options), state

@@ -1,0 +1,129 @@
+"""Root mean square layer normalization (Zhang and Sennrich 2019)."""
+
+import dataclasses
+
+import jax
+
+from normkit import norm
+from normkit._types import (
+  Array,
+  ArrayLike,
+  Axes,
+  AxisName,
+  DType,
+  Groups,
+  Implementation,
+)
+from normkit.norm import EmptyState, NormParams
+
+
+def rms_norm(
+  x: ArrayLike,
+  scale: ArrayLike | None = None,
+  *,
+  axis: Axes = -1,
+  epsilon: float = 1e-6,
+  where: ArrayLike | None = None,
+  axis_name: AxisName | None = None,
+  axis_index_groups: Groups | None = None,
+  dtype: DType | None = None,
+  implementation: Implementation | None = None,
+) -> Array:
+  """RMS normalization: layer norm without the mean.
+
+    y = x / sqrt(E[|x|^2] + epsilon) * scale,
+
+  the mean square over `axis`, in float32 or wider.
+
+  Args:
+    x: array of any shape, float16, bfloat16, float32, float64 or complex.
+    scale: of the shape of the axes `axis`, or of x's rank and broadcasting
+      against it. None: one.
+    axis: the normalized axes, an integer or several.
+    epsilon: added to the mean square, not negative.
+    where: boolean mask that broadcasts to x; elements where it is False change
+      neither the statistics nor any other output. A row with no element left
+      gives zeros.
+    axis_name: names of mapped axes over which statistics are pooled.
+    axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
+    dtype: dtype of the result; None keeps x's.
+    implementation: 'xla', or None to choose.
+
+  Returns:
+    An array of the shape of x.
+
+  Raises:
+    TypeError, ValueError, NotImplementedError: as `normalize` does.
+
+  References:
+    Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019),
+    equation 4.
+
+  Examples:
+    >>> import jax.numpy as jnp, normkit as nk
+    >>> nk.rms_norm(jnp.array([[2., 2.]]), epsilon=0.).tolist()
+    [[1.0, 1.0]]
+  """
+  return norm.normalize(
+    x,
+    scale,
+    axis=axis,
+    center=False,
+    epsilon=epsilon,
+    where=where,
+    axis_name=axis_name,
+    axis_index_groups=axis_index_groups,
+    dtype=dtype,
+    implementation=implementation,
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RMSNorm(norm.Options):
+  """RMS normalization as a transform; see `rms_norm`.
+
+  The scale has the shape of the normalized axes; there is no bias and no state.
+
+  Attributes:
+    axis: the normalized axes, an integer or several.
+    epsilon: added to the mean square.
+    use_scale: whether there is a scale.
+    param_dtype: dtype of the parameters that `init` makes.
+    dtype: dtype of the result; None keeps x's.
+    axis_name: names of mapped axes over which statistics are pooled.
+    axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
+    implementation: 'xla', or None to choose.
+
+  Examples:
+    >>> import jax.numpy as jnp, normkit as nk
+    >>> x = jnp.ones((2, 3))
+    >>> rms = nk.RMSNorm()
+    >>> params, state = rms.init(x)
+    >>> y, state = rms.apply(params, state, x, train=True)
+    >>> params.bias is None
+    True
+  """
+
+  axis: Axes = -1
+
+  def init(
+    self, x: Array | jax.ShapeDtypeStruct
+  ) -> tuple[NormParams, EmptyState]:
+    """Returns `(params, state)` for inputs like x, an array or its shape."""
+    return norm.init_params(x, self.axis, self), EmptyState()
+
+  def apply(
+    self,
+    params: NormParams,
+    state: EmptyState,
+    x: ArrayLike,
+    *,
+    train: bool,
+    where: ArrayLike | None = None,
+  ) -> tuple[Array, EmptyState]:
+    """Returns `(y, state)`; `train` makes no difference."""
+    del train
+    scale, _ = norm.check_params(params, self)
+    norm.check_empty_state(state)
+    options = dict(self.shared(), axis=self.axis, where=where)
+    return rms_norm(x, scale, **options), state
