@@ -1,0 +1,1 @@
+"""Measurements of normkit beside its peers: `python -m benchmarks --help`."""

@@ -1,0 +1,39 @@
+"""Tables: on the terminal, and in the documents that quote them."""
+
+from collections.abc import Sequence
+import pathlib
+import re
+
+from rich.console import Console
+from rich.table import Table
+
+Rows = Sequence[Sequence[str]]
+
+
+def show(title: str, header: Sequence[str], rows: Rows) -> None:
+  """Prints a table; the first column is text, the others are numbers."""
+  table = Table(title=title)
+  for index, name in enumerate(header):
+    table.add_column(name, justify='right' if index else 'left')
+  for row in rows:
+    table.add_row(*row)
+  Console().print(table)
+
+
+def markdown(header: Sequence[str], rows: Rows) -> str:
+  """The same table in Markdown."""
+  lines = [header, ['---'] + ['---:'] * (len(header) - 1), *rows]
+  return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+
+
+def quote(path: pathlib.Path, name: str, text: str) -> None:
+  """Puts a text between the marks `<!-- NAME -->` and `<!-- /NAME -->`."""
+  document, found = re.subn(
+    rf'(<!-- {name} -->\n).*?(<!-- /{name} -->)',
+    lambda match: f'{match[1]}{text}\n{match[2]}',
+    path.read_text(),
+    flags=re.DOTALL,
+  )
+  if not found:
+    raise ValueError(f'{path} has no marks <!-- {name} --> to put a text in.')
+  path.write_text(document)
