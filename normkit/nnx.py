@@ -1,0 +1,672 @@
+"""Flax nnx modules: variables in, a pure function of normkit, variables out.
+
+The names, constructors, attributes and variables are those of `flax.nnx`, so
+that changing `nnx.BatchNorm` to `normkit.nnx.BatchNorm` is all there is to do.
+No maths here.
+
+Statistics are in float32 or wider: with `dtype=jnp.bfloat16` neither the input
+nor a stored statistic is rounded before it is used, only the result. Flax's
+`promote_dtype` therefore serves to find the dtype of the result; another one is
+called as Flax calls it, and what it returns is used.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+from dataclasses import KW_ONLY, InitVar
+import math
+from typing import Any
+
+from flax import nnx
+from flax.nnx.nn import dtypes
+from flax.typing import Initializer, PromoteDtypeFn
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from normkit import _types, norm
+from normkit._types import Array, Axes, AxisName, DType, Groups, Implementation
+from normkit.norms import batch, group, instance
+
+Metadata = Mapping[str, Any]
+
+
+class _Running(nnx.Module):
+  """A module that may use stored statistics: `train`, `eval`, `nnx.view`."""
+
+  use_running_average: bool | None
+
+  def _evaluates(self, use_running_average: bool | None) -> bool:
+    """Whether to use the stored statistics: the call beats the attribute."""
+    for choice in (use_running_average, self.use_running_average):
+      if choice is not None:
+        return bool(choice)
+    raise ValueError(
+      'use_running_average is None in the module and at the call. Give it in '
+      'either place, or use train(), eval() or nnx.view(module, '
+      'use_running_average=...).'
+    )
+
+  def set_view(self, use_running_average: bool | None = None) -> None:
+    """What `nnx.view` calls; None leaves the attribute as it is."""
+    if use_running_average is not None:
+      self.use_running_average = use_running_average
+
+
+class Norm(_Running):
+  """Any normalization transform as an nnx module.
+
+  The arrays of the transform's parameters become `nnx.Param`, those of its
+  state `nnx.BatchStat`. Where they come in a NamedTuple, its fields become
+  attributes of the same names; any other pytree becomes the attribute `params`
+  or `state`.
+
+  Args:
+    transform: the transform, such as `normkit.LayerNorm()`, or anyone's own.
+    x: an input, or its shape and dtype, from which the transform makes its
+      parameters: `jax.ShapeDtypeStruct((1, 8), jnp.float32)`.
+    use_running_average: apply the transform with `train=False`; the call beats
+      it. None leaves it to the call.
+
+  Attributes:
+    transform: the transform.
+    use_running_average: set by `train()` and `eval()`.
+
+  Raises:
+    ValueError: if a field has the name of another attribute.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, normkit as nk, normkit.nnx
+    >>> x = jax.ShapeDtypeStruct((1, 3, 4), jnp.float32)
+    >>> norm = normkit.nnx.Norm(nk.GroupNorm(num_groups=2), x)
+    >>> norm(jnp.ones((5, 3, 4))).shape, norm.scale.shape
+    ((5, 3, 4), (4,))
+  """
+
+  def __init__(
+    self,
+    transform: norm.Norm,
+    x: Array | jax.ShapeDtypeStruct,
+    *,
+    use_running_average: bool | None = False,
+  ) -> None:
+    self.transform = transform
+    self.use_running_average = use_running_average
+    params, state = transform.init(x)
+    self._params_type = self._hang('params', params, nnx.Param)
+    self._state_type = self._hang('state', state, nnx.BatchStat)
+
+  def __call__(
+    self,
+    x: Array,
+    use_running_average: bool | None = None,
+    *,
+    mask: Array | None = None,
+  ) -> Array:
+    """Normalizes x; `mask` is True where an element counts."""
+    train = not self._evaluates(use_running_average)
+    params = self._gather('params', self._params_type)
+    state = self._gather('state', self._state_type)
+    y, updated = self.transform.apply(
+      _read(params), _read(state), x, train=train, where=mask
+    )
+    if train:
+      _write(state, updated)
+    return y
+
+  def _hang(self, name: str, tree: Any, kind: type) -> type | None:
+    """Makes a tree of arrays attributes; returns its type if a NamedTuple."""
+    named = hasattr(tree, '_fields')
+    variables = jax.tree.map(lambda a: kind(jnp.asarray(a)), tree)
+    fields = variables._asdict() if named else {name: variables}
+    for field, value in fields.items():
+      if hasattr(self, field):
+        raise ValueError(
+          f'the field {field!r} of the {name} of {self.transform} is the name '
+          f'of another attribute of {type(self).__name__}. Rename the field.'
+        )
+      setattr(self, field, nnx.data(value))
+    return type(tree) if named else None
+
+  def _gather(self, name: str, kind: Any) -> Any:
+    """The tree of variables that `_hang` made."""
+    if kind is None:
+      return getattr(self, name)
+    return kind(*(getattr(self, field) for field in kind._fields))
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class _Scaled(nnx.Module):
+  """What the five drop-in modules share: options, a scale."""
+
+  num_features: int
+  _: KW_ONLY
+  epsilon: float = 1e-6
+  dtype: DType | None = None
+  param_dtype: DType = jnp.float32
+  use_scale: bool = True
+  scale_init: InitVar[Initializer] = nnx.initializers.ones
+  axis_name: AxisName | None = None
+  axis_index_groups: Groups | None = None
+  use_fast_variance: bool = True
+  promote_dtype: PromoteDtypeFn = dtypes.promote_dtype
+  rngs: InitVar[nnx.Rngs]
+  scale_metadata: InitVar[Metadata | None] = None
+  implementation: Implementation | None = None
+
+  def __post_init__(
+    self,
+    scale_init: Initializer,
+    rngs: nnx.Rngs,
+    scale_metadata: Metadata | None,
+  ) -> None:
+    if _types.is_integer(self.epsilon) and self.epsilon >= 1:
+      raise ValueError(
+        f'epsilon={self.epsilon} is added to the variance, but looks like a '
+        'width. The width is num_features, the first argument. Leave epsilon '
+        f'out, or give {float(self.epsilon)} if you mean it.'
+      )
+    self.axis_index_groups = _types.hashable(self.axis_index_groups)
+    self.scale = self._param(self.use_scale, scale_init, rngs, scale_metadata)
+
+  def _param(
+    self,
+    use: bool,
+    init: Initializer,
+    rngs: nnx.Rngs,
+    metadata: Metadata | None,
+  ) -> Any:
+    """A parameter, drawn with a key of its own, or None."""
+    if not use:
+      return nnx.data(None)
+    value = init(rngs.params(), (self.num_features,), self.param_dtype)
+    return nnx.Param(value, **(metadata or {}))
+
+  def _params(self) -> dict[str, Any]:
+    return {'scale': self.scale}
+
+  def _prepare(
+    self,
+    x: Array,
+    mask: Array | None,
+    features: tuple[int, ...],
+    *stats: Array,
+  ) -> tuple[Array, tuple[Array, ...], dict[str, Any]]:
+    """Returns x, the statistics, and the arguments that all functions share."""
+    params = self._params()
+    arrays = x, *stats, *_read(tuple(params.values()))
+    if self.promote_dtype is dtypes.promote_dtype:
+      dtype = dtypes.canonicalize_dtype(*arrays, dtype=self.dtype)
+      arrays = _as_wide(x, dtype), *arrays[1:]
+    else:
+      arrays = self.promote_dtype(arrays, dtype=self.dtype)
+      outer = arrays[0], *arrays[1 + len(stats) :]
+      dtype = dtypes.canonicalize_dtype(*outer, dtype=self.dtype)
+    x, *rest = arrays
+    options = {
+      'epsilon': self.epsilon,
+      'where': _check_mask(mask),
+      'axis_name': self.axis_name,
+      'axis_index_groups': self.axis_index_groups,
+      'dtype': dtype,
+      'implementation': self.implementation,
+    }
+    for name, value in zip(params, rest[len(stats) :], strict=True):
+      if value is not None:
+        options[name] = _as_features(value, x, features)
+    return x, tuple(rest[: len(stats)]), options
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class _Affine(_Scaled):
+  """What the four modules with a bias share."""
+
+  _: KW_ONLY
+  use_bias: bool = True
+  bias_init: InitVar[Initializer] = nnx.initializers.zeros
+  bias_metadata: InitVar[Metadata | None] = None
+
+  def __post_init__(
+    self,
+    scale_init: Initializer,
+    rngs: nnx.Rngs,
+    scale_metadata: Metadata | None,
+    bias_init: Initializer,
+    bias_metadata: Metadata | None,
+  ) -> None:
+    super().__post_init__(scale_init, rngs, scale_metadata)
+    self.bias = self._param(self.use_bias, bias_init, rngs, bias_metadata)
+
+  def _params(self) -> dict[str, Any]:
+    return {'scale': self.scale, 'bias': self.bias}
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class BatchNorm(_Affine, _Running):
+  """Batch normalization, in place of `flax.nnx.BatchNorm`.
+
+  Args:
+    num_features: the width of the feature axis.
+    use_running_average: normalize with the stored statistics; the call beats
+      it. None leaves it to the call.
+    axis: the feature axis; of several, `num_features` is the product.
+    momentum: the share of the old running value that is kept (PyTorch's 0.1 is
+      0.9 here). None weighs all updates equally.
+    epsilon: added to the variance.
+    dtype: dtype of the result; None promotes x's, the parameters' and the
+      statistics'.
+    param_dtype: dtype of the parameters.
+    use_bias: whether there is a bias.
+    use_scale: whether there is a scale.
+    bias_init: initializer of the bias.
+    scale_init: initializer of the scale.
+    axis_name: names of mapped axes over which statistics are pooled.
+    axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
+    use_fast_variance: accepted; the variance is accurate either way.
+    promote_dtype: a function of `((x, mean, var, scale, bias), dtype=...)`.
+    rngs: gives a key for each parameter.
+    bias_metadata: metadata of the bias.
+    scale_metadata: metadata of the scale.
+    debias: forget the initial statistics from the first update on.
+    unbiased: keep the unbiased variance, as PyTorch does.
+    skip_nonfinite: keep the running statistics of a feature whose batch
+      statistics are not finite.
+    virtual_batch_size: normalize each so many neighbouring examples by their
+      own statistics.
+    implementation: 'xla', or None to choose.
+
+  Attributes:
+    mean: running means, an `nnx.BatchStat`.
+    var: running variances, an `nnx.BatchStat`.
+    count: how many updates each feature has received, an `nnx.BatchStat`, or
+      None where neither `debias` nor `momentum=None` needs it.
+    scale: an `nnx.Param`, or None.
+    bias: an `nnx.Param`, or None.
+
+  Examples:
+    >>> import jax.numpy as jnp, normkit.nnx
+    >>> from flax import nnx
+    >>> norm = normkit.nnx.BatchNorm(3, momentum=0.5, rngs=nnx.Rngs(0))
+    >>> y = norm(jnp.ones((4, 3)))
+    >>> norm.eval()
+    >>> norm(jnp.ones((4, 3))).shape, norm.mean[...].tolist()
+    ((4, 3), [0.5, 0.5, 0.5])
+  """
+
+  _: KW_ONLY
+  use_running_average: bool | None = False
+  axis: Axes = -1
+  momentum: float | None = 0.99
+  epsilon: float = 1e-5
+  debias: bool = False
+  unbiased: bool = False
+  skip_nonfinite: bool = False
+  virtual_batch_size: int | None = None
+
+  def __post_init__(self, *args: Any) -> None:
+    super().__post_init__(*args)
+    shape = (self.num_features,)
+    self.mean = nnx.BatchStat(jnp.zeros(shape, jnp.float32))
+    self.var = nnx.BatchStat(jnp.ones(shape, jnp.float32))
+    self.count: Any = nnx.data(None)
+    if self._needs_count():
+      self.count = nnx.BatchStat(jnp.zeros(shape, jnp.int32))
+
+  def __call__(
+    self,
+    x: Array,
+    use_running_average: bool | None = None,
+    *,
+    mask: Array | None = None,
+  ) -> Array:
+    """Normalizes x; `mask` is True where an element counts."""
+    train = not self._evaluates(use_running_average)
+    axes = _axes(self.axis, x, 'axis')
+    stored = self.mean[...], self.var[...]
+    x, promoted, options = self._prepare(x, mask, axes, *stored)
+    mean, var = stored if train else promoted
+    real = _types.real_dtype(x.dtype)
+    mean = mean.astype(jnp.promote_types(mean.dtype, x.dtype))
+    var = var.astype(jnp.promote_types(var.dtype, real))
+    y, updated = batch.batch_norm(
+      x,
+      batch.BatchNormState(
+        *(_as_features(s, x, axes) for s in (mean, var, self._updates()))
+      ),
+      train=train,
+      axis=axes,
+      momentum=self.momentum,
+      debias=self.debias,
+      unbiased=self.unbiased,
+      skip_nonfinite=self.skip_nonfinite,
+      virtual_batch_size=self.virtual_batch_size,
+      check_batch=False,
+      **options,
+    )
+    if train:
+      _write((self.mean, self.var, self.count), updated)
+    return y
+
+  def _needs_count(self) -> bool:
+    return self.debias or self.momentum is None
+
+  def _updates(self) -> Array:
+    """How many updates each feature has received, or as many zeros."""
+    if self.count is not None:
+      count: Array = self.count[...]
+      return count
+    if self._needs_count():
+      raise ValueError(
+        f'debias={self.debias} with momentum={self.momentum} needs a count of '
+        'the updates, which the module makes at construction. Give them there.'
+      )
+    return jnp.zeros((self.num_features,), jnp.int32)
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class LayerNorm(_Affine):
+  """Layer normalization, in place of `flax.nnx.LayerNorm`.
+
+  Args:
+    num_features: the width of the feature axis.
+    epsilon: added to the variance.
+    dtype: dtype of the result; None promotes x's and the parameters'.
+    param_dtype: dtype of the parameters.
+    use_bias: whether there is a bias.
+    use_scale: whether there is a scale.
+    bias_init: initializer of the bias.
+    scale_init: initializer of the scale.
+    reduction_axes: the normalized axes, an integer or several.
+    feature_axes: the axes of the parameters; of several, `num_features` is the
+      product.
+    axis_name: names of mapped axes over which statistics are pooled.
+    axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
+    use_fast_variance: accepted; the variance is accurate either way.
+    promote_dtype: a function of `((x, scale, bias), dtype=...)`.
+    rngs: gives a key for each parameter.
+    bias_metadata: metadata of the bias.
+    scale_metadata: metadata of the scale.
+    implementation: 'xla', or None to choose.
+
+  Attributes:
+    scale: an `nnx.Param`, or None.
+    bias: an `nnx.Param`, or None.
+
+  Examples:
+    >>> import jax.numpy as jnp, normkit.nnx
+    >>> from flax import nnx
+    >>> norm = normkit.nnx.LayerNorm(3, rngs=nnx.Rngs(0))
+    >>> norm(jnp.ones((4, 3))).shape
+    (4, 3)
+  """
+
+  _: KW_ONLY
+  reduction_axes: Axes = -1
+  feature_axes: Axes = -1
+
+  def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
+    """Normalizes x; `mask` is True where an element counts."""
+    return _normalize(self, x, mask, center=True)
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class RMSNorm(_Scaled):
+  """Root mean square normalization, in place of `flax.nnx.RMSNorm`.
+
+  Args:
+    num_features: the width of the feature axis.
+    epsilon: added to the mean square.
+    dtype: dtype of the result; None promotes x's and the scale's.
+    param_dtype: dtype of the scale.
+    use_scale: whether there is a scale.
+    scale_init: initializer of the scale.
+    reduction_axes: the normalized axes, an integer or several.
+    feature_axes: the axes of the scale; of several, `num_features` is the
+      product.
+    axis_name: names of mapped axes over which statistics are pooled.
+    axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
+    use_fast_variance: accepted; the mean square is accurate either way.
+    promote_dtype: a function of `((x, scale), dtype=...)`.
+    rngs: gives a key for the scale.
+    scale_metadata: metadata of the scale.
+    implementation: 'xla', or None to choose.
+
+  Attributes:
+    scale: an `nnx.Param`, or None.
+
+  Examples:
+    >>> import jax.numpy as jnp, normkit.nnx
+    >>> from flax import nnx
+    >>> norm = normkit.nnx.RMSNorm(3, rngs=nnx.Rngs(0))
+    >>> norm(jnp.ones((4, 3))).shape
+    (4, 3)
+  """
+
+  _: KW_ONLY
+  reduction_axes: Axes = -1
+  feature_axes: Axes = -1
+
+  def __call__(self, x: Array, mask: Array | None = None) -> Array:
+    """Normalizes x; `mask` is True where an element counts."""
+    return _normalize(self, x, mask, center=False)
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class GroupNorm(_Affine):
+  """Group normalization, in place of `flax.nnx.GroupNorm`.
+
+  Args:
+    num_features: the number of channels.
+    num_groups: how many groups of channels, or None where group_size is given.
+    group_size: how many channels a group has, or None.
+    epsilon: added to the variance.
+    dtype: dtype of the result; None promotes x's and the parameters'.
+    param_dtype: dtype of the parameters.
+    use_bias: whether there is a bias.
+    use_scale: whether there is a scale.
+    bias_init: initializer of the bias.
+    scale_init: initializer of the scale.
+    reduction_axes: the normalized axes, the last (the channels) among them;
+      None takes all but the first.
+    axis_name: names of mapped axes over which statistics are pooled.
+    axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
+    use_fast_variance: accepted; the variance is accurate either way.
+    promote_dtype: a function of `((x, scale, bias), dtype=...)`.
+    rngs: gives a key for each parameter.
+    bias_metadata: metadata of the bias.
+    scale_metadata: metadata of the scale.
+    implementation: 'xla', or None to choose.
+
+  Attributes:
+    num_groups: how many groups there are, given or not.
+    group_size: how many channels a group has, given or not.
+    scale: an `nnx.Param`, or None.
+    bias: an `nnx.Param`, or None.
+
+  Examples:
+    >>> import jax.numpy as jnp, normkit.nnx
+    >>> from flax import nnx
+    >>> norm = normkit.nnx.GroupNorm(8, num_groups=2, rngs=nnx.Rngs(0))
+    >>> norm(jnp.ones((4, 3, 8))).shape, norm.group_size
+    ((4, 3, 8), 4)
+  """
+
+  num_groups: int | None = 32
+  group_size: int | None = None
+  _: KW_ONLY
+  reduction_axes: Axes | None = None
+  feature_axis: int = dataclasses.field(default=-1, init=False)
+
+  def __post_init__(self, *args: Any) -> None:
+    groups: Any = self.num_groups
+    size: Any = self.group_size
+    if (groups is None) == (size is None):
+      raise ValueError(
+        f'give either num_groups or group_size, got num_groups={groups} and '
+        f'group_size={size}. Set the other to None.'
+      )
+    name, given = (
+      ('num_groups', groups) if size is None else ('group_size', size)
+    )
+    if not _types.is_integer(given) or given < 1 or self.num_features % given:
+      raise ValueError(
+        f'{name}={given} does not divide num_features={self.num_features}. '
+        f'Give a divisor of {self.num_features}.'
+      )
+    other = self.num_features // given
+    self.num_groups, self.group_size = (
+      (given, other) if size is None else (other, given)
+    )
+    super().__post_init__(*args)
+
+  def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
+    """Normalizes x; `mask` is True where an element counts."""
+    ndim, axes = np.ndim(x), self.reduction_axes
+    if axes is None:
+      axes = *range(1, ndim - 1), -1
+    axes = _axes(axes, x, 'reduction_axes')
+    if ndim - 1 not in axes:
+      raise ValueError(
+        f'reduction_axes={self.reduction_axes} must hold the last axis, the '
+        'channels.'
+      )
+    channels = (ndim - 1,)
+    _check_width(self.num_features, x, channels)
+    x, _, options = self._prepare(x, mask, channels)
+    if x.size == 0:  # group_norm divides by a size of zero
+      return jnp.zeros(x.shape, options['dtype'])
+    options |= {
+      'num_groups': self.num_groups,
+      'batch_axis': _types.other_axes(axes, ndim),
+    }
+    return group.group_norm(x, **options)
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class InstanceNorm(_Affine):
+  """Instance normalization, in place of `flax.nnx.InstanceNorm`.
+
+  Args:
+    num_features: the number of channels.
+    epsilon: added to the variance.
+    dtype: dtype of the result; None promotes x's and the parameters'.
+    param_dtype: dtype of the parameters.
+    use_bias: whether there is a bias.
+    use_scale: whether there is a scale.
+    bias_init: initializer of the bias.
+    scale_init: initializer of the scale.
+    feature_axes: the channels, an axis or several, not the first; of several,
+      `num_features` is the product.
+    axis_name: names of mapped axes over which statistics are pooled.
+    axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
+    use_fast_variance: accepted; the variance is accurate either way.
+    promote_dtype: a function of `((x, scale, bias), dtype=...)`.
+    rngs: gives a key for each parameter.
+    bias_metadata: metadata of the bias.
+    scale_metadata: metadata of the scale.
+    implementation: 'xla', or None to choose.
+
+  Attributes:
+    scale: an `nnx.Param`, or None.
+    bias: an `nnx.Param`, or None.
+
+  Examples:
+    >>> import jax.numpy as jnp, normkit.nnx
+    >>> from flax import nnx
+    >>> norm = normkit.nnx.InstanceNorm(8, rngs=nnx.Rngs(0))
+    >>> norm(jnp.ones((4, 3, 8))).shape
+    (4, 3, 8)
+  """
+
+  _: KW_ONLY
+  feature_axes: Axes = -1
+
+  def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
+    """Normalizes x; `mask` is True where an element counts."""
+    axes = _axes(self.feature_axes, x, 'feature_axes')
+    if 0 in axes:
+      raise ValueError(
+        f'feature_axes={self.feature_axes} must not hold the first axis of x, '
+        'the batch.'
+      )
+    x, _, options = self._prepare(x, mask, axes)
+    return instance.instance_norm(x, axis=axes, **options)
+
+
+def _normalize(
+  module: LayerNorm | RMSNorm, x: Array, mask: Array | None, center: bool
+) -> Array:
+  features = _axes(module.feature_axes, x, 'feature_axes')
+  x, _, options = module._prepare(x, mask, features)
+  return norm.normalize(
+    x,
+    axis=_axes(module.reduction_axes, x, 'reduction_axes'),
+    feature_axis=features,
+    center=center,
+    **options,
+  )
+
+
+def _axes(axes: Axes, x: Array, name: str) -> tuple[int, ...]:
+  """Axes of x, sorted: given in any order, as Flax takes them even twice."""
+  ndim = np.ndim(x)
+  given = _types.as_axes(axes, name)
+  unique = {a % ndim if -ndim <= a < ndim else a for a in given}
+  return _types.check_axes(tuple(unique), ndim, name)
+
+
+def _as_wide(x: Array, dtype: DType) -> Array:
+  """x in the dtype of the statistics; a half is as good as it is."""
+  x = jnp.asarray(x)
+  wide = _types.statistics_dtype(dtype)
+  half = x.dtype in (jnp.float16, jnp.bfloat16)
+  return x if half and wide == jnp.float32 else jnp.asarray(x, wide)
+
+
+def _as_features(values: Array, x: Array, axes: tuple[int, ...]) -> Array:
+  """One number a feature, in the shape of the feature axes of x."""
+  _check_width(values.size, x, axes)
+  return values.reshape(tuple(x.shape[a] for a in axes))
+
+
+def _check_width(width: int, x: Array, axes: tuple[int, ...]) -> None:
+  shape = tuple(np.shape(x)[a] for a in axes)
+  if width != math.prod(shape):
+    raise ValueError(
+      f'x has the feature axes {axes} of shape {shape}, but num_features is '
+      f'{width}. Make the module with num_features={math.prod(shape)}.'
+    )
+
+
+def _check_mask(mask: Array | None) -> Array | None:
+  if mask is None:
+    return None
+  mask = jnp.asarray(mask)
+  if mask.dtype != jnp.bool_:
+    raise ValueError(
+      f'mask must be boolean (True where x counts), got {mask.dtype}. '
+      'Compare first, for example mask=mask > 0.'
+    )
+  return mask
+
+
+def _is_variable(value: Any) -> bool:
+  return isinstance(value, nnx.Variable)
+
+
+def _read(variables: Any) -> Any:
+  """A tree of variables as arrays."""
+  return jax.tree.map(lambda v: v[...], variables, is_leaf=_is_variable)
+
+
+def _write(variables: Any, values: Any) -> None:
+  """Stores arrays, which take no part in differentiation, in variables."""
+
+  def is_leaf(value: Any) -> bool:
+    return value is None or _is_variable(value)
+
+  old, new = (jax.tree.leaves(t, is_leaf=is_leaf) for t in (variables, values))
+  for variable, value in zip(old, new, strict=True):
+    if variable is not None:
+      new_value = jnp.asarray(value, variable.dtype).reshape(variable.shape)
+      variable[...] = lax.stop_gradient(new_value)
