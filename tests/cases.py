@@ -1,0 +1,132 @@
+"""One row for each norm and each way of using it; a new norm is a new row."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import reference
+
+import normkit as nk
+
+
+class Case(NamedTuple):
+  """A transform, the shape of its input, and what it should compute."""
+
+  name: str
+  transform: nk.Norm
+  shape: tuple[int, ...]
+  reference: reference.Reference
+
+
+CASES = (
+  Case('batch_norm', nk.BatchNorm(), (8, 3), reference.batch_norm()),
+  Case(
+    'batch_norm_channels_first',
+    nk.BatchNorm(axis=1, momentum=0.9),
+    (4, 3, 5),
+    reference.batch_norm(axis=1, momentum=0.9),
+  ),
+  Case(
+    'batch_norm_two_axes',
+    nk.BatchNorm(axis=(-1, 1), epsilon=1e-3, use_bias=False),
+    (4, 2, 3, 3),
+    reference.batch_norm(axis=(-1, 1), epsilon=1e-3),
+  ),
+  Case(
+    'batch_norm_cumulative',
+    nk.BatchNorm(momentum=None),
+    (8, 3),
+    reference.batch_norm(momentum=None),
+  ),
+  Case(
+    'batch_norm_debiased',
+    nk.BatchNorm(momentum=0.9, debias=True, use_scale=False),
+    (8, 3),
+    reference.batch_norm(momentum=0.9, debias=True),
+  ),
+  Case(
+    'batch_norm_unbiased',
+    nk.BatchNorm(momentum=0.5, unbiased=True, use_scale=False, use_bias=False),
+    (2, 4, 3),
+    reference.batch_norm(momentum=0.5, unbiased=True),
+  ),
+  Case(
+    'batch_norm_virtual',
+    nk.BatchNorm(virtual_batch_size=4, skip_nonfinite=True),
+    (8, 2, 3),
+    reference.batch_norm(virtual_batch_size=4),
+  ),
+  Case('layer_norm', nk.LayerNorm(), (4, 6), reference.layer_norm()),
+  Case(
+    'layer_norm_two_axes',
+    nk.LayerNorm(axis=(-1, 1), epsilon=1e-3, use_bias=False),
+    (2, 3, 2, 4),
+    reference.layer_norm(axis=(-1, 1), epsilon=1e-3),
+  ),
+  Case('rms_norm', nk.RMSNorm(), (4, 6), reference.rms_norm()),
+  Case(
+    'rms_norm_first_axis',
+    nk.RMSNorm(axis=0, epsilon=1e-3, use_scale=False),
+    (6, 2, 3),
+    reference.rms_norm(axis=0, epsilon=1e-3),
+  ),
+  Case(
+    'group_norm',
+    nk.GroupNorm(num_groups=3),
+    (2, 5, 6),
+    reference.group_norm(num_groups=3),
+  ),
+  Case(
+    'group_norm_channels_first',
+    nk.GroupNorm(num_groups=2, axis=1, epsilon=1e-3, use_scale=False),
+    (2, 4, 3, 2),
+    reference.group_norm(num_groups=2, axis=1, epsilon=1e-3),
+  ),
+  Case(
+    'group_norm_two_batch_axes',
+    nk.GroupNorm(num_groups=1, batch_axis=(0, 2)),
+    (2, 3, 2, 4),
+    reference.group_norm(num_groups=1, batch_axis=(0, 2)),
+  ),
+  Case(
+    'instance_norm',
+    nk.InstanceNorm(),
+    (2, 3, 4, 3),
+    reference.instance_norm(),
+  ),
+  Case(
+    'instance_norm_channels_first',
+    nk.InstanceNorm(axis=(1, 2), epsilon=1e-3, use_scale=False),
+    (2, 2, 2, 6),
+    reference.instance_norm(axis=(1, 2), epsilon=1e-3),
+  ),
+  Case(
+    'instance_norm_no_batch',
+    nk.InstanceNorm(batch_axis=(), use_bias=False),
+    (6, 3),
+    reference.instance_norm(batch_axis=()),
+  ),
+)
+
+
+def draw(shape, dtype=jnp.float32, seed=0):
+  """Numbers of mean one and standard deviation two."""
+  rng = np.random.default_rng(seed)
+  x = 1 + 2 * rng.standard_normal(shape)
+  if jnp.issubdtype(dtype, jnp.complexfloating):
+    x = x + 1j * rng.standard_normal(shape)
+  return jnp.asarray(x, dtype)
+
+
+def draw_mask(shape, seed=0):
+  """A mask that leaves out a fifth, a whole first row and first feature."""
+  where = np.random.default_rng(seed).random(shape) < 0.8
+  where[0] = False
+  where[..., 0] = False
+  return jnp.asarray(where)
+
+
+def precision(dtype):
+  """A context in which JAX has the dtype."""
+  return jax.enable_x64(jnp.finfo(dtype).bits == 64)

@@ -1,0 +1,11 @@
+"""Eight host devices, no silent rank promotion, the same examples each run."""
+
+import hypothesis
+import jax
+
+jax.config.update('jax_num_cpu_devices', 8)
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+hypothesis.settings.register_profile(
+  'normkit', derandomize=True, deadline=None, max_examples=30
+)
+hypothesis.settings.load_profile('normkit')

@@ -1,0 +1,220 @@
+"""Every case of cases.py: values, gradients, dtypes, and `check_norm`."""
+
+from absl.testing import parameterized
+from cases import CASES, draw, draw_mask, precision
+import chex
+import jax
+from jax import test_util
+import jax.numpy as jnp
+import numpy as np
+
+import normkit as nk
+from normkit import testing
+
+ROWS = [(case.name, case) for case in CASES]
+# The first row of each norm, for the checks that take seconds.
+NORMS = list(
+  {type(case.transform): (name, case) for name, case in ROWS[::-1]}.values()
+)
+MASKS = [('', False), ('masked', True)]
+DTYPES = [
+  ('bfloat16', jnp.bfloat16, 1e-2),
+  ('float16', jnp.float16, 2e-3),
+  ('float32', jnp.float32, 1e-5),
+  ('complex64', jnp.complex64, 1e-5),
+  ('float64', jnp.float64, 1e-12),
+  ('complex128', jnp.complex128, 1e-12),
+]
+WIDE = [row for row in DTYPES if row[0] in ('float32', 'complex64', 'float64')]
+AVERAGES = [
+  (case.name, case)
+  for case in CASES
+  if isinstance(case.transform, nk.BatchNorm)
+  and (case.transform.debias or case.transform.momentum is None)
+]
+
+
+def rows(*columns):
+  """One test for each combination of rows, named after them."""
+  return parameterized.named_parameters(
+    chex.params_product(*columns, named=True)
+  )
+
+
+def inputs(case, dtype=jnp.float32, masked=False):
+  """Parameters unlike those of init, the state of init, x and a mask."""
+  x = draw(case.shape, dtype)
+  params, state = case.transform.init(x)
+  params = jax.tree.map(
+    lambda p: draw(p.shape, jnp.promote_types(p.dtype, jnp.finfo(dtype).dtype)),
+    params,
+  )
+  where = draw_mask(case.shape) if masked else None
+  return params, state, x, where
+
+
+def train(case):
+  def apply(params, state, x, where):
+    return case.transform.apply(params, state, x, train=True, where=where)
+
+  return apply
+
+
+def train_and_eval(case):
+  """A function that trains once and evaluates with the new state."""
+
+  def apply(params, state, x, where):
+    y, state = case.transform.apply(params, state, x, train=True, where=where)
+    z, _ = case.transform.apply(params, state, x, train=False, where=where)
+    return (y, z), state
+
+  return apply
+
+
+def expected(case, params, state, x, where):
+  y, state = case.reference(params, state, x, True, where)
+  z, _ = case.reference(params, state, x, False, where)
+  return (y, z), state
+
+
+def assert_close(actual, desired, tolerance=1e-5):
+  chex.assert_trees_all_close(actual, desired, rtol=tolerance, atol=tolerance)
+
+
+def assert_gradients(case, args, tolerance=1e-5):
+  """Holds the vector-Jacobian product in training to the closed form."""
+  params, state, x, where = args
+  apply = train(case)
+  dy = draw(x.shape, x.dtype, seed=9)
+
+  @jax.jit
+  def pull(params, x):
+    return jax.vjp(lambda p, x: apply(p, state, x, where)[0], params, x)[1](dy)
+
+  dparams, dx = pull(params, x)
+  desired = case.reference.gradients(params, x, dy, where)
+  for actual, value in zip((dx, *dparams), desired, strict=True):
+    if actual is not None:
+      scale = max(1, np.abs(value).max())
+      assert_close(actual / scale, value / scale, tolerance)
+
+
+class ConformanceTest(chex.TestCase):
+  @chex.all_variants
+  @rows(ROWS, MASKS)
+  def test_values(self, case, masked):
+    args = inputs(case, masked=masked)
+    function = self.variant(train_and_eval(case))
+    assert_close(function(*args), expected(case, *args))
+
+  @rows(ROWS, DTYPES)
+  def test_dtypes(self, case, dtype, tolerance):
+    with precision(dtype):
+      args = inputs(case, dtype, masked=True)
+      outputs, state = jax.jit(train_and_eval(case))(*args)
+      chex.assert_type(outputs, dtype)
+      chex.assert_trees_all_equal_shapes_and_dtypes(state, args[1])
+      desired, desired_state = expected(case, *args)
+      assert_close(outputs, desired, tolerance)
+      assert_close(state, desired_state, min(tolerance, 1e-5))
+
+  @rows(ROWS)
+  def test_gradients(self, case):
+    assert_gradients(case, inputs(case))
+
+  @rows(ROWS, WIDE)
+  def test_gradients_masked(self, case, dtype, tolerance):
+    with precision(dtype):
+      assert_gradients(case, inputs(case, dtype, masked=True), tolerance)
+
+  @rows(NORMS)
+  def test_second_derivatives(self, case):
+    with precision(jnp.float64):
+      params, state, x, where = inputs(case, jnp.float64, masked=True)
+      apply = train(case)
+      function = jax.jit(lambda p, x: apply(p, state, x, where)[0])
+      test_util.check_grads(function, (params, x), order=2, modes=['rev'])
+
+  @rows(ROWS)
+  def test_check_norm(self, case):
+    testing.check_norm(case.transform, draw(case.shape), case.reference)
+
+  @rows(NORMS)
+  def test_check_norm_masked(self, case):
+    x, where = draw(case.shape), draw_mask(case.shape)
+    testing.check_norm(case.transform, x, case.reference, where=where)
+
+  @rows(ROWS)
+  def test_steps_under_scan(self, case):
+    params, first, _, _ = inputs(case)
+    xs = jnp.stack([draw(case.shape, seed=i) for i in range(4)])
+    masks = jnp.stack([draw_mask(case.shape, seed=i) for i in range(4)])
+    apply = train(case)
+
+    def body(state, step):
+      y, state = apply(params, state, *step)
+      return state, y
+
+    last, ys = jax.lax.scan(body, first, (xs, masks))
+    state = first
+    for x, where, y in zip(xs, masks, ys, strict=True):
+      desired, state = case.reference(params, state, x, True, where)
+      assert_close(y, desired)
+    assert_close(last, state)
+
+  @rows(AVERAGES)
+  def test_weights_of_averages(self, case):
+    """A feature's average weighs the batches that held it, and no others."""
+    params, state, _, _ = inputs(case)
+    apply = jax.jit(train(case))
+    seen = []
+    for seed in range(4):
+      x, where = draw(case.shape, seed=seed), draw_mask(case.shape, seed=seed)
+      where = where.at[..., 0].set(seed == 2).at[..., 1].set(seed < 2)
+      _, state = apply(params, state, x, where)
+      seen.append(case.reference.batch(x, where))
+    keep = 1 if case.transform.momentum is None else case.transform.momentum
+    for feature, updates in enumerate((1, 2, 4)):
+      mean, var, _ = np.transpose(
+        [
+          [part[feature] for part in batch]
+          for batch in seen
+          if batch[2][feature]
+        ]
+      )
+      weights = keep ** np.arange(updates)[::-1]
+      assert state.count[feature] == updates
+      assert_close(state.mean[feature], np.average(mean, weights=weights))
+      assert_close(state.var[feature], np.average(var, weights=weights))
+
+  @rows(ROWS)
+  def test_nothing_left(self, case):
+    """All masked: zeros, then the bias; state and gradients untouched."""
+    params, state, x, _ = inputs(case)
+    where = jnp.zeros(case.shape, bool)
+    apply = jax.jit(train(case))
+    y, after = apply(params, state, x, where)
+    desired, _ = case.reference(params, state, x, True, where)
+    chex.assert_trees_all_equal(y, jnp.asarray(desired, y.dtype))
+    testing.assert_state_unchanged(state, after)
+    assert_gradients(case, (params, state, x, where))
+
+  @rows(ROWS)
+  def test_constant(self, case):
+    """No variance: the outputs and gradients are finite, and exact."""
+    params, state, x, _ = inputs(case)
+    args = params, state, jnp.ones_like(x), None
+    apply = jax.jit(train(case))
+    desired = case.reference(*args[:3], True, None)
+    assert_close(apply(*args), desired, 2e-4)  # 1e-7 / sqrt(epsilon)
+    assert_gradients(case, args)
+
+  @rows(ROWS)
+  def test_far_from_zero(self, case):
+    """A mean of a thousand deviations costs three digits, not all of them."""
+    params, state, x, _ = inputs(case)
+    args = params, state, x + 4096, None
+    y, after = jax.jit(train(case))(*args)
+    desired, desired_state = case.reference(*args[:3], True, None)
+    assert_close(y, desired, 2e-3)
+    assert_close(after, desired_state, 1e-5)

@@ -1,0 +1,104 @@
+"""The package itself: what imports what, and what is public."""
+
+import ast
+import importlib
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import normkit as nk
+
+ROOT = pathlib.Path(nk.__file__).parent
+MODULES = 'normkit', 'normkit.testing', 'normkit.linen', 'normkit.weights'
+# One way only: a module may import from the rows below its own.
+LAYERS = (
+  ('tools', 'testing'),
+  ('linen', 'nnx'),
+  ('norms', 'weights'),
+  ('norm',),
+  ('moments',),
+  ('kernels',),
+  ('_types',),
+)
+DEPTH = {name: depth for depth, row in enumerate(LAYERS) for name in row}
+
+
+def modules():
+  for path in sorted(ROOT.rglob('*.py')):
+    name = '.'.join(path.relative_to(ROOT).with_suffix('').parts)
+    if name != '__init__':
+      yield pytest.param(path, name, id=name)
+
+
+def imported(path):
+  """The modules of normkit that a file imports, without the prefix."""
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.ImportFrom) and node.module:
+      if node.module == 'normkit':
+        yield from (alias.name for alias in node.names)
+      elif node.module.startswith('normkit.'):
+        yield node.module.removeprefix('normkit.')
+    elif isinstance(node, ast.Import):
+      for alias in node.names:
+        if alias.name.startswith('normkit.'):
+          yield alias.name.removeprefix('normkit.')
+
+
+def above(name, other):
+  """Whether `name` may import `other`."""
+  one, two = name.split('.')[0], other.split('.')[0]
+  return DEPTH[one] < DEPTH[two]
+
+
+@pytest.mark.parametrize(('path', 'name'), list(modules()))
+def test_import_rule(path, name):
+  """tools, testing > linen, nnx > norms, weights > norm > moments > ..."""
+  assert name.split('.')[0] in DEPTH, f'{name} has no place in the house'
+  broken = [
+    other
+    for other in imported(path)
+    if not above(name, other)
+    and not (name.endswith('__init__') and other.startswith(name[:-8]))
+  ]
+  assert not broken, f'{name} imports {broken}: never up, never sideways'
+
+
+def test_import_rule_can_fail():
+  assert above('linen', 'norms.batch')
+  assert not above('norms.batch', 'norms.layer')
+  assert not above('moments', 'norm')
+  assert not above('norm', 'linen')
+
+
+def test_importing_normkit_imports_jax_alone():
+  code = (
+    'import sys, normkit; '
+    'print([m for m in ("flax", "optax", "chex") if m in sys.modules], '
+    '"jax" in sys.modules)'
+  )
+  run = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True, check=True
+  )
+  assert run.stdout.strip() == '[] True'
+
+
+@pytest.mark.parametrize('module', MODULES)
+def test_public_names_have_examples(module):
+  """Each public class and function is documented, with a doctest."""
+  package = importlib.import_module(module)
+  names = getattr(package, '__all__', None) or [
+    name
+    for name, value in vars(package).items()
+    if not name.startswith('_')
+    and callable(value)
+    and getattr(value, '__module__', '') == module
+  ]
+  assert names
+  for name in names:
+    assert '>>> ' in (getattr(package, name).__doc__ or ''), name
+
+
+def test_version():
+  assert nk.__version__.count('.') == 2

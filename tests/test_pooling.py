@@ -1,0 +1,425 @@
+"""One answer on any number of devices, in every form of parallelism.
+
+The reference is the float64 one of the whole batch, as if on one device.
+"""
+
+from collections.abc import Callable
+from functools import partial
+import re
+from typing import NamedTuple
+
+from absl.testing import absltest, parameterized
+import chex
+from hypothesis import given, settings, strategies as st
+import jax
+from jax import shard_map
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+import numpy as np
+import pytest
+import reference
+
+import normkit as nk
+
+DEVICES = 8
+SHAPE = 16, 4, 6
+BATCH = nk.BatchNorm(momentum=0.5, epsilon=1e-3)
+POOLED = nk.BatchNorm(momentum=0.5, epsilon=1e-3, axis_name='d')
+REFERENCE = reference.batch_norm(momentum=0.5, epsilon=1e-3)
+
+
+class Inputs(NamedTuple):
+  """x, the cotangent of y, the mask: unequal counts, some devices empty."""
+
+  x: jax.Array
+  dy: jax.Array
+  where: jax.Array | None
+
+
+def inputs(seed=0, shape=SHAPE, mean=1000.0) -> Inputs:
+  rng = np.random.default_rng(seed)
+  share = np.linspace(0, 1, shape[0]).reshape(-1, *[1] * (len(shape) - 1))
+  return Inputs(
+    jnp.asarray(rng.standard_normal(shape) + mean, jnp.float32),
+    jnp.asarray(rng.standard_normal(shape), jnp.float32),
+    jnp.asarray(rng.random((*shape[:-1], 1)) < share),
+  )
+
+
+def step(transform: nk.Norm, x, dy, where):
+  """The output where it counts, the state and the gradients of x."""
+  params, state = transform.init(jax.ShapeDtypeStruct(x.shape, x.dtype))
+
+  def run(x):
+    y, new = transform.apply(params, state, x, train=True, where=where)
+    return counted(y, where), new
+
+  y, pull, new = jax.vjp(run, x, has_aux=True)
+  return y, new, pull(counted(dy, where))[0]
+
+
+def counted(values, where):
+  """Zeros where the mask is False; None masks nothing."""
+  return values if where is None else jnp.where(where, values, 0)
+
+
+def wanted(x, dy, where, of=REFERENCE, axis=-1):
+  where = None if where is None else np.asarray(where)
+  dy = np.asarray(counted(dy, where))
+  bn = nk.BatchNorm(axis=axis)
+  params, state = bn.init(jax.ShapeDtypeStruct(x.shape, x.dtype))
+  y, new = of(params, state, np.asarray(x), True, where)
+  dx, _, _ = of.gradients(params, np.asarray(x), dy, where)
+  return np.asarray(counted(y, where)), new, dx
+
+
+def check(got, want):
+  y, state, dx = got
+  np.testing.assert_allclose(y, want[0], atol=2e-5)
+  np.testing.assert_allclose(state.mean, want[1].mean, rtol=1e-6)
+  np.testing.assert_allclose(state.var, want[1].var, rtol=1e-5)
+  np.testing.assert_array_equal(state.count, want[1].count)
+  np.testing.assert_allclose(dx, want[2], atol=2e-5)
+
+
+def mesh(*shape, kind=AxisType.Auto):
+  names = ('d', 'e')[: len(shape)]
+  return jax.make_mesh(shape, names, axis_types=(kind,) * len(shape))
+
+
+def split(tree, *sizes):
+  return jax.tree.map(lambda a: a.reshape(*sizes, -1, *a.shape[1:]), tree)
+
+
+def joined(got, shape=SHAPE):
+  """Undoes `split`: the arrays in one piece, and the state that all share."""
+  y, state, dx = got
+  leaves = jax.tree.map(lambda s: s.reshape(-1, s.shape[-1]), state)
+  for leaf in jax.tree.leaves(leaves):
+    np.testing.assert_array_equal(leaf, jnp.broadcast_to(leaf[:1], leaf.shape))
+  return (
+    y.reshape(shape),
+    jax.tree.map(lambda s: s[0], leaves),
+    dx.reshape(shape),
+  )
+
+
+def by_map(mapping: Callable, *sizes: int):
+  """pmap or vmap, over one axis or nested over two."""
+
+  def run(transform, data):
+    function = partial(step, transform)
+    for name in reversed('de'[: len(sizes)]):
+      function = mapping(function, axis_name=name)
+    return joined(function(*split(data, *sizes)))
+
+  return run
+
+
+def by_shard_map(check_vma: bool, *sizes: int):
+  def run(transform, data):
+    grid = mesh(*sizes)
+    spec = P(grid.axis_names)
+    return jax.jit(
+      shard_map(
+        lambda *a: step(transform, *a),
+        mesh=grid,
+        in_specs=(spec, spec, spec),
+        out_specs=(spec, P(), spec),
+        check_vma=check_vma,
+      )
+    )(*data)
+
+  return run
+
+
+def by_sharding(spec: P, kind: AxisType):
+  def run(transform, data):
+    del transform  # one program over global arrays needs no names
+    grid = mesh(DEVICES // 2, 2, kind=kind)
+    with jax.set_mesh(grid):
+      placed = jax.tree.map(
+        lambda a: jax.device_put(a, NamedSharding(grid, fitting(spec, a))), data
+      )
+      return jax.tree.map(
+        np.asarray, jax.jit(lambda *a: step(BATCH, *a))(*placed)
+      )
+
+  return run
+
+
+def fitting(spec: P, a: jax.Array) -> P:
+  """The spec without the axes that have but one element."""
+  return P(*(s if n > 1 else None for s, n in zip(spec, a.shape, strict=True)))
+
+
+BATCH_SPEC, BOTH = P(('d', 'e'), None, None), P('d', 'e', None)
+CHANNELS, SPACE = P('d', None, 'e'), P(None, 'd', None)
+FORMS = {
+  'pmap': by_map(jax.pmap, 8),
+  'vmap': by_map(jax.vmap, 8),
+  'vmap_nested': by_map(jax.vmap, 4, 2),
+  'pmap_of_vmap': lambda t, data: joined(
+    jax.pmap(jax.vmap(lambda *a: step(t, *a), axis_name='e'), axis_name='d')(
+      *split(data, 4, 2)
+    )
+  ),
+  'shard_map': by_shard_map(True, 8),
+  'shard_map_unchecked': by_shard_map(False, 8),
+  'shard_map_two_axes': by_shard_map(True, 4, 2),
+  'jit_batch': by_sharding(BATCH_SPEC, AxisType.Auto),
+  'jit_batch_and_space': by_sharding(BOTH, AxisType.Auto),
+  'jit_channels': by_sharding(CHANNELS, AxisType.Auto),
+  'jit_space': by_sharding(SPACE, AxisType.Auto),
+  'explicit_batch': by_sharding(BATCH_SPEC, AxisType.Explicit),
+  'explicit_batch_and_space': by_sharding(BOTH, AxisType.Explicit),
+  'explicit_channels': by_sharding(CHANNELS, AxisType.Explicit),
+  'explicit_space': by_sharding(SPACE, AxisType.Explicit),
+}
+NESTED = {'vmap_nested', 'pmap_of_vmap', 'shard_map_two_axes'}
+
+
+def pooled(form: str, **options) -> nk.BatchNorm:
+  names = ('d', 'e') if form in NESTED else 'd'
+  return nk.BatchNorm(momentum=0.5, epsilon=1e-3, axis_name=names, **options)
+
+
+class Pooling(parameterized.TestCase):
+  @parameterized.product(form=sorted(FORMS), masked=[False, True])
+  def test_same_as_one_device(self, form, masked):
+    data = inputs()
+    if not masked:
+      data = data._replace(where=None)
+    check(FORMS[form](pooled(form), data), wanted(*data))
+
+  @parameterized.product(form=['pmap', 'vmap', 'shard_map'])
+  def test_options_stay_exact(self, form):
+    options = {'debias': True, 'unbiased': True}
+    data = inputs()
+    _, state, _ = FORMS[form](pooled(form, **options), data)
+    of = reference.batch_norm(momentum=0.5, epsilon=1e-3, **options)
+    _, want, _ = wanted(*data, of)
+    chex.assert_trees_all_close(
+      tuple(state),
+      tuple(np.asarray(w, s.dtype) for w, s in zip(want, state, strict=True)),
+      rtol=1e-5,
+    )
+
+  @parameterized.product(form=['pmap', 'vmap', 'shard_map'])
+  def test_a_bad_device_is_skipped(self, form):
+    data = inputs()
+    x = data.x.at[9, 0, 2].set(jnp.nan)
+    data = data._replace(x=x, where=data.where.at[9].set(True))
+    transform = pooled(form, skip_nonfinite=True)
+    _, state, _ = FORMS[form](transform, data)
+    np.testing.assert_array_equal(state.count, [1, 1, 0, 1, 1, 1])
+    self.assertEqual((state.mean[2], state.var[2]), (0, 1))
+    chex.assert_tree_all_finite(state)
+
+  @parameterized.parameters(
+    (
+      nk.LayerNorm(axis=(1, 2), axis_name='d', use_scale=False, use_bias=False),
+      reference.layer_norm(axis=(1, 2)),
+    ),
+    (nk.GroupNorm(num_groups=3, axis_name='d'), reference.group_norm(3)),
+    (nk.InstanceNorm(axis_name='d'), reference.instance_norm()),
+    (
+      nk.RMSNorm(axis=(1, 2), axis_name='d', use_scale=False),
+      reference.rms_norm(axis=(1, 2)),
+    ),
+  )
+  def test_other_norms_pool(self, transform, of):
+    """Their sets lie across devices along a spatial axis."""
+    x, _, where = inputs(mean=10.0)
+    params, state = transform.init(x)
+
+    def apply(x, where):
+      return transform.apply(params, state, x, train=True, where=where)[0]
+
+    y = jax.vmap(apply, in_axes=1, out_axes=1, axis_name='d')(
+      x[:, :, None], where[:, :, None]
+    )
+    want, _ = of(params, state, np.asarray(x), True, np.asarray(where))
+    np.testing.assert_allclose(y.reshape(x.shape), want, atol=2e-5)
+
+  @parameterized.parameters('pmap', 'vmap', True, False)
+  def test_groups(self, form):
+    """Groups of unequal size, each by itself, also when another is spoilt."""
+    groups = [0, 3], [1, 2, 4, 5, 6, 7]
+    transform = pooled('', axis_index_groups=groups)
+    data = split(inputs(), DEVICES)
+    data = data._replace(
+      x=data.x.at[3, 0, 0, 0].set(jnp.nan), where=data.where.at[3, 0].set(True)
+    )
+
+    def function(data):
+      return step(transform, *data)
+
+    if isinstance(form, bool):
+      run = shard_map(
+        lambda data: jax.tree.map(
+          lambda a: a[None], function(jax.tree.map(lambda a: a[0], data))
+        ),
+        mesh=mesh(DEVICES),
+        in_specs=P('d'),
+        out_specs=P('d'),
+        check_vma=form,
+      )
+    else:
+      run = {'pmap': jax.pmap, 'vmap': jax.vmap}[form](function, axis_name='d')
+    got = jax.tree.map(np.asarray, run(data))
+    inside = np.array(groups[1])
+    own = jax.tree.map(
+      lambda a: a[inside].reshape(-1, *SHAPE[1:-1], a.shape[-1]), data
+    )
+    y, state, dx = jax.tree.map(lambda a: a[inside], got)
+    shape = (-1, *SHAPE[1:])
+    first = jax.tree.map(lambda s: s[0], state)
+    check((y.reshape(shape), first, dx.reshape(shape)), wanted(*own))
+    self.assertTrue(np.isnan(got[1].mean[0, 0]))
+
+  @parameterized.product(
+    form=['vmap', 'pmap', 'shard_map'], masked=[False, True]
+  )
+  def test_virtual_batches_pool(self, form, masked):
+    """Each output by its virtual batch, the state by the whole."""
+    data = inputs()
+    if not masked:
+      data = data._replace(where=None)
+    transform = pooled(form, virtual_batch_size=1)
+    of = reference.batch_norm(momentum=0.5, epsilon=1e-3, virtual_batch_size=1)
+    check(FORMS[form](transform, data), wanted(*data, of))
+
+  @parameterized.parameters(0, 5, 3)
+  def test_virtual_batch_must_divide(self, size):
+    message = f'virtual_batch_size={size} does not divide the batch of 16'
+    with self.assertRaisesRegex(ValueError, message):
+      step(nk.BatchNorm(virtual_batch_size=size), *inputs())
+
+  def test_virtual_batch_of_one_element(self):
+    transform = nk.BatchNorm(virtual_batch_size=1)
+    x = jnp.ones((4, 6))
+    with self.assertRaisesRegex(ValueError, 'one element a feature'):
+      transform.apply(*transform.init(x), x, train=True)
+
+
+@settings(max_examples=16)
+@given(
+  devices=st.sampled_from([1, 2, 4, 8]),
+  each=st.integers(1, 3),
+  rest=st.sampled_from([(4, 6), (1, 3), (5, 2)]),
+  axis=st.sampled_from([-1, 1]),
+  seed=st.integers(0, 99),
+  mean=st.sampled_from([0.0, -30.0, 5e4]),
+  form=st.sampled_from(['vmap', 'pmap', 'shard_map', 'jit']),
+)
+def test_any_layout(devices, each, rest, axis, seed, mean, form):
+  shape = (devices * each, *rest)
+  data = inputs(seed, shape, mean)
+  options = {'axis': axis, 'momentum': 0.5, 'epsilon': 1e-3}
+  transform = nk.BatchNorm(
+    axis_name=None if form == 'jit' else 'd', check_batch=False, **options
+  )
+  function = partial(step, transform)
+  if form in {'vmap', 'pmap'}:
+    mapping = {'vmap': jax.vmap, 'pmap': jax.pmap}[form]
+    got = joined(mapping(function, axis_name='d')(*split(data, devices)), shape)
+  else:
+    grid = mesh(devices)
+    if form == 'shard_map':
+      function = shard_map(
+        function, mesh=grid, in_specs=P('d'), out_specs=(P('d'), P(), P('d'))
+      )
+    placed = jax.device_put(data, NamedSharding(grid, P('d')))
+    got = jax.jit(function)(*placed)
+  check(got, wanted(*data, reference.batch_norm(**options), axis))
+
+
+def collectives(function, *args) -> list[str]:
+  text = jax.jit(function).lower(*args).compile().as_text()
+  names = 'all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter'
+  return re.findall(rf' ({names})(?:-start)?\(', text)
+
+
+def forward(transform, x, dy, where):
+  del dy
+  params, state = transform.init(jax.ShapeDtypeStruct(x.shape, x.dtype))
+  return transform.apply(params, state, x, train=True, where=where)
+
+
+@pytest.mark.parametrize('check_vma', [True, False])
+@pytest.mark.parametrize('masked', [True, False])
+@pytest.mark.parametrize(
+  'transform', [POOLED, nk.GroupNorm(num_groups=2, axis_name='d')]
+)
+def test_one_collective_each_way(check_vma, masked, transform):
+  data = inputs()
+  if not masked:
+    data = data._replace(where=None)
+
+  def backward(x, dy, where):
+    y, pull, new = jax.vjp(
+      lambda x: forward(transform, x, dy, where), x, has_aux=True
+    )
+    return y, new, pull(dy)[0]
+
+  state = P() if isinstance(transform, nk.BatchNorm) else nk.EmptyState()
+  for function, specs, count in (
+    (lambda *a: forward(transform, *a), (P('d'), state), 1),
+    (backward, (P('d'), state, P('d')), 2),
+  ):
+    mapped = shard_map(
+      function,
+      mesh=mesh(DEVICES),
+      in_specs=P('d'),
+      out_specs=specs,
+      check_vma=check_vma,
+    )
+    assert collectives(mapped, *data) == ['all-reduce'] * count
+
+
+@pytest.mark.parametrize(
+  ('spec', 'most'),
+  [(P('d'), 2), (P(None, 'd'), 2), (P(None, None, 'd'), 0)],
+)
+def test_at_most_two_where_jit_places_them(spec, most):
+  shape = 64, 64, 16
+  x = jax.ShapeDtypeStruct(
+    shape, jnp.float32, sharding=NamedSharding(mesh(DEVICES), spec)
+  )
+  params, state = BATCH.init(x)
+  found = collectives(lambda x: BATCH.apply(params, state, x, train=True), x)
+  assert len(found) <= most
+  assert set(found) <= {'all-reduce'}
+
+
+@pytest.mark.parametrize('groups', [2, 8, 16])
+@pytest.mark.parametrize('axis', [0, 1, 2])
+def test_group_norm_with_explicit_axes(groups, axis):
+  """Whichever axis is sharded, channels too, on which Flax fails."""
+  grid = mesh(DEVICES, kind=AxisType.Explicit)
+  x = np.random.default_rng(0).standard_normal((8, 8, 16)).astype(np.float32)
+  spec = [None] * 3
+  spec[axis] = 'd'
+  with jax.set_mesh(grid):
+    placed = jax.device_put(x, NamedSharding(grid, P(*spec)))
+    y = jax.jit(lambda x: nk.group_norm(x, num_groups=groups))(placed)
+    assert jax.typeof(y).sharding.spec == P(*spec)
+  want, _ = reference.group_norm(groups)(nk.NormParams(), None, x, True)
+  np.testing.assert_allclose(np.asarray(y), want, atol=2e-6)
+
+
+def test_virtual_batches_cost_no_collective_forward():
+  """A virtual batch that one device holds is normalized where it is."""
+  transform = nk.BatchNorm(virtual_batch_size=SHAPE[0] // DEVICES)
+  x = jax.ShapeDtypeStruct(
+    SHAPE, jnp.float32, sharding=NamedSharding(mesh(DEVICES), P('d'))
+  )
+  params, state = transform.init(x)
+  assert not collectives(
+    lambda x: transform.apply(params, state, x, train=True)[0], x
+  )
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,861 @@
+"""Weight norm and spectral norm: NumPy in float64, Flax's, transformations."""
+
+import functools
+
+from flax import linen as nn, nnx
+import jax
+from jax import test_util
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from normkit.norm import EmptyState, NormParams
+from normkit.weights import (
+  SpectralNorm,
+  SpectralNormState,
+  WeightNorm,
+  spectral_norm,
+  weight_norm,
+)
+
+TOLERANCES = {
+  jnp.bfloat16: 1e-2,
+  jnp.float16: 1e-3,
+  jnp.float32: 1e-6,
+  jnp.float64: 1e-14,
+  jnp.complex64: 1e-6,
+  jnp.complex128: 1e-14,
+}
+# The shape of a weight, its feature axes and their shape.
+AXES = [
+  ((5, 4), -1, (4,)),
+  ((5, 4), 0, (5,)),
+  ((5, 4), None, ()),
+  ((3, 2, 4), (-1, 0), (3, 4)),
+  ((3, 2, 4), [0, 1, 2], (3, 2, 4)),
+  ((4,), -1, (4,)),
+  ((), None, ()),
+]
+SHAPES = [(5, 4), (2, 5), (3, 3, 2, 4), (4, 1)]
+STEPS = [(1, True), (3, False)]
+PLACES = ('conv', 'kernel'), ('dense', 'kernel')
+
+
+def is_kernel(path, weight):
+  del weight
+  return 'kernel' in path
+
+
+def draw(shape, dtype=jnp.float32, seed=0):
+  rng = np.random.default_rng(seed)
+  x = 0.5 + rng.standard_normal(shape)
+  if jnp.issubdtype(dtype, jnp.complexfloating):
+    x = x + 1j * rng.standard_normal(shape)
+  return jnp.asarray(x, dtype)
+
+
+def start(columns, dtype=jnp.float32):
+  u = draw((1, columns), dtype, seed=5)
+  return SpectralNormState(u, jnp.ones((), dtype))
+
+
+def network(seed=0):
+  """Weights of which two are kernels, and a table of integers."""
+  return {
+    'conv': {'kernel': draw((3, 3, 2, 4), seed=seed), 'bias': draw((4,))},
+    'dense': {'kernel': draw((4, 3), seed=seed + 1), 'bias': draw((3,))},
+    'table': jnp.arange(6).reshape(2, 3),
+  }
+
+
+def wide(x):
+  return np.asarray(x, np.complex128 if np.iscomplexobj(x) else np.float64)
+
+
+def close(actual, desired, tolerance=1e-6):
+  assert np.shape(actual) == np.shape(desired)
+  np.testing.assert_allclose(
+    wide(actual), wide(desired), rtol=tolerance, atol=tolerance
+  )
+
+
+def weight_norm_reference(v, g=1.0, feature_axes=-1, epsilon=1e-12):
+  """Salimans and Kingma 2016, equation 2."""
+  axes = [] if feature_axes is None else np.atleast_1d(feature_axes)
+  others = tuple(set(range(v.ndim)) - {a % v.ndim for a in axes})
+  length = np.sqrt(
+    np.sum(np.abs(wide(v)) ** 2, axis=others, keepdims=True) + epsilon
+  )
+  return wide(v) / length * (np.expand_dims(g, others) if np.ndim(g) else g)
+
+
+def spectral_norm_reference(w, u, n_steps=1, epsilon=1e-12):
+  """Miyato and others 2018, algorithm 1: y, u, v and sigma."""
+  matrix, u = wide(w).reshape(-1, w.shape[-1]), wide(u)[0]
+  for _ in range(n_steps):
+    v = matrix @ u
+    v = v / np.sqrt(np.sum(v**2) + epsilon)
+    u = v @ matrix
+    u = u / np.sqrt(np.sum(u**2) + epsilon)
+  sigma = v @ matrix @ u
+  return wide(w) / sigma, u[None], v[:, None], sigma
+
+
+def check_weight_norm(shape, feature_axes, features, dtype):
+  with jax.enable_x64(jnp.finfo(dtype).bits == 64):
+    v, g = draw(shape, dtype), draw(features, jnp.finfo(dtype).dtype, seed=1)
+    norm = jax.jit(functools.partial(weight_norm, feature_axes=feature_axes))
+    for y, scale in (norm(v), 1.0), (norm(v, g), wide(g)):
+      assert y.dtype == dtype
+      desired = weight_norm_reference(v, scale, feature_axes)
+      close(y, desired, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize(('shape', 'feature_axes', 'features'), AXES)
+def test_weight_norm_axes(shape, feature_axes, features):
+  check_weight_norm(shape, feature_axes, features, jnp.float32)
+
+
+@pytest.mark.parametrize('dtype', TOLERANCES)
+def test_weight_norm_dtypes(dtype):
+  check_weight_norm((3, 2, 4), (-1, 0), (3, 4), dtype)
+
+
+def test_weight_norm_epsilon():
+  v = draw((5, 4))
+  close(weight_norm(v, epsilon=0.5), weight_norm_reference(v, 1.0, epsilon=0.5))
+
+
+def test_weight_norm_scale_in_the_rank_of_the_weight():
+  v, g = draw((5, 4)), draw((1, 4), seed=1)
+  np.testing.assert_array_equal(weight_norm(v, g), weight_norm(v, g[0]))
+
+
+def test_weight_norm_without_epsilon_leaves_zeros():
+  v = draw((5, 4)).at[:, 1].set(0)
+  norm = functools.partial(weight_norm, epsilon=0.0)
+  dv = jax.grad(lambda v: jnp.sum(norm(v) ** 3))(v)
+  assert not norm(v)[:, 1].any()
+  assert jnp.isfinite(dv).all()
+
+
+@pytest.mark.parametrize('dtype', [jnp.float16, jnp.bfloat16])
+def test_half_precision_is_summed_in_float32(dtype):
+  """300^2 overflows float16, and ones in bfloat16 stop adding up at 256."""
+  v = jnp.full((4096, 2), 300, dtype)
+  close(weight_norm(v), np.full(v.shape, 1 / 64), 1e-3)
+  y, state = spectral_norm(v, start(2))
+  close(state.sigma / (300 * np.sqrt(8192)), 1.0, 1e-5)
+  close(y * np.sqrt(8192), np.ones(v.shape), 5e-3)
+
+
+def test_dtype_of_the_result():
+  w = draw((5, 4), jnp.bfloat16)
+  y = weight_norm(w, dtype=jnp.float32)
+  assert y.dtype == jnp.float32
+  close(y, weight_norm_reference(w))
+  y, state = spectral_norm(w, start(4), dtype=jnp.float32)
+  assert y.dtype == jnp.float32
+  close(y, spectral_norm_reference(w, start(4).u)[0])
+  with jax.enable_x64(True):  # u in float64 makes all of it float64
+    state = start(4, jnp.float64)
+    y, state = spectral_norm(w, state, dtype=jnp.float64)
+    close(y, spectral_norm_reference(w, start(4).u)[0], 1e-6)
+    close(state.sigma, jnp.sum(wide(w) / y) / y.size, 1e-14)
+
+
+def test_weight_norm_gradient():
+  """Salimans and Kingma 2016, equation 3."""
+  with jax.enable_x64(True):
+    v, g, dw = (
+      draw(s, jnp.float64, i) for i, s in enumerate([(5, 4), 4, (5, 4)])
+    )
+    dv, dg = jax.vjp(weight_norm, v, g)[1](dw)
+    test_util.check_grads(weight_norm, (v, g), order=2)
+    v, g, dw = wide(v), wide(g), wide(dw)
+    length = np.sqrt(np.sum(v**2, axis=0))
+    expected = np.sum(dw * v, axis=0) / length
+    close(dg, expected, 1e-10)
+    close(dv, g / length * dw - g * expected / length**2 * v, 1e-10)
+
+
+def test_weight_norm_complex_gradient():
+  with jax.enable_x64(True):
+    v = draw((5, 4), jnp.complex128)
+    test_util.check_grads(weight_norm, (v,), order=1)
+
+
+def check_power_iteration(shape, n_steps, dtype):
+  with jax.enable_x64(dtype == jnp.float64):
+    state_dtype = jnp.promote_types(dtype, jnp.float32)
+    w, first = draw(shape, dtype), start(shape[-1], state_dtype)
+    norm = jax.jit(functools.partial(spectral_norm, n_steps=n_steps))
+    y, state = norm(w, first)
+    assert y.dtype == dtype
+    desired, u, _, sigma = spectral_norm_reference(w, first.u, n_steps)
+    close(y, desired, TOLERANCES[dtype])
+    close(state.u, u, min(TOLERANCES[dtype], 2e-6))
+    close(state.sigma, sigma, min(TOLERANCES[dtype], 2e-6))
+
+
+@pytest.mark.parametrize('n_steps', [1, 3])
+@pytest.mark.parametrize('shape', SHAPES)
+def test_power_iteration(shape, n_steps):
+  check_power_iteration(shape, n_steps, jnp.float32)
+
+
+@pytest.mark.parametrize('dtype', list(TOLERANCES)[:4])
+def test_power_iteration_dtypes(dtype):
+  check_power_iteration((3, 2, 4), 1, dtype)
+
+
+def test_spectral_norm_epsilon():
+  w, first = draw((5, 4)), start(4)
+  y, state = spectral_norm(w, first, epsilon=0.5)
+  expected, u, _, _ = spectral_norm_reference(w, first.u, epsilon=0.5)
+  close(y, expected)
+  close(state.u, u)
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_many_steps_give_the_singular_value(shape):
+  w = draw(shape)
+
+  def body(state, _):
+    y, state = spectral_norm(w, state)
+    return state, y
+
+  first = start(shape[-1])
+  state, ys = jax.lax.scan(body, first, length=100)
+  left, singular, right = np.linalg.svd(wide(w).reshape(-1, shape[-1]))
+  del left
+  close(state.sigma, singular[0], 2e-6)
+  close(abs(wide(state.u)[0] @ right[0]), 1.0)
+  largest = np.linalg.norm(wide(ys[-1]).reshape(-1, shape[-1]), 2)
+  close(largest, 1.0, 2e-6)
+  y, at_once = spectral_norm(w, first, n_steps=100)
+  close(y, ys[-1])
+  close(at_once.sigma, state.sigma)
+
+
+def test_spectral_norm_gradient():
+  """Miyato and others 2018, equation 12, u and v held fixed."""
+  with jax.enable_x64(True):
+    w, first = draw((3, 2, 4), jnp.float64), start(4, jnp.float64)
+    dy = draw(w.shape, jnp.float64, seed=2)
+    y, u, v, sigma = spectral_norm_reference(w, first.u, 2)
+    sigma_of_w = (v * u).reshape(w.shape)
+
+    def function(w, u):
+      state = SpectralNormState(u, first.sigma)
+      y, state = spectral_norm(w, state, n_steps=2)
+      return y, state.sigma
+
+    _, pull = jax.vjp(function, w, first.u)
+    dw, du = pull((dy, jnp.zeros(())))
+    close(dw, (dy - np.sum(dy * y) * sigma_of_w) / sigma, 1e-10)
+    assert not du.any()
+    close(pull((jnp.zeros_like(dy), jnp.ones(())))[0], sigma_of_w, 1e-10)
+
+
+def test_update_false_iterates_and_keeps_the_state():
+  w, first = draw((5, 4)), start(4)
+  y, state = spectral_norm(w, first, n_steps=2, update=False)
+  trained, _ = spectral_norm(w, first, n_steps=2)
+  assert state is first
+  np.testing.assert_array_equal(y, trained)
+
+
+def test_a_weight_of_zeros_leaves_u():
+  w, first = draw((5, 4)), start(4)
+  y, state = spectral_norm(0 * w, first)
+  assert not y.any()
+  assert state.sigma == 0
+  np.testing.assert_array_equal(state.u, first.u)
+
+
+@pytest.mark.parametrize('value', [np.inf, np.nan])
+def test_a_weight_that_is_not_finite_leaves_u(value):
+  w, first = draw((5, 4)), start(4)
+  y, state = spectral_norm(w.at[1, 2].set(value), first)
+  assert jnp.isnan(y).all()
+  np.testing.assert_array_equal(state.u, first.u)
+
+
+def test_a_weight_of_zeros_has_a_finite_gradient():
+  dw = jax.grad(lambda w: jnp.sum(spectral_norm(w, start(4))[0]))(
+    jnp.zeros((5, 4))
+  )
+  np.testing.assert_array_equal(dw, np.ones((5, 4)))
+
+
+def test_state_keeps_its_dtypes():
+  with jax.enable_x64(True):
+    w = draw((5, 4), jnp.float64)
+    first = SpectralNormState(
+      start(4, jnp.bfloat16).u, jnp.ones((), jnp.float32)
+    )
+    _, state = spectral_norm(w, first)
+    assert state.u.dtype == jnp.bfloat16
+    assert state.sigma.dtype == jnp.float32
+
+
+def test_products_are_in_full_precision():
+  """Where float32 is rounded to fewer bits by default, sigma would be off."""
+  program = jax.make_jaxpr(spectral_norm)(draw((5, 4)), start(4))
+  products = [e for e in program.eqns if e.primitive.name == 'dot_general']
+  assert len(products) == 3
+  for product in products:
+    assert set(product.params['precision']) == {jax.lax.Precision.HIGHEST}
+
+
+# Flax's own, on a layer whose output is its kernel.
+
+
+class LinenKernel(nn.Module):
+  shape: tuple[int, ...]
+
+  @nn.compact
+  def __call__(self):
+    return self.param('kernel', nn.initializers.normal(), self.shape)
+
+
+class NNXKernel(nnx.Module):
+  def __init__(self, kernel):
+    self.kernel = nnx.Param(kernel)
+
+  def __call__(self, x):
+    return self.kernel[...] + x
+
+
+def set_leaves(tree, **values):
+  """The tree, with leaves whose path ends in a name replaced."""
+
+  def replaced(path, leaf):
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    value = values[name.rsplit('/', maxsplit=1)[-1]]
+    assert leaf.shape == value.shape
+    return value
+
+  return jax.tree.map_with_path(replaced, tree)
+
+
+FLAX_AXES = [a for a in AXES if len(a[0]) > 1]
+
+
+@pytest.mark.parametrize('use_scale', [True, False])
+@pytest.mark.parametrize(('shape', 'feature_axes', 'features'), FLAX_AXES)
+def test_weight_norm_is_that_of_linen(shape, feature_axes, features, use_scale):
+  v, g, dw = draw(shape), draw(features, seed=1), draw(shape, seed=2)
+  module = nn.WeightNorm(
+    LinenKernel(shape), feature_axes=feature_axes, use_scale=use_scale
+  )
+  variables = module.init(jax.random.key(0))
+
+  def flax(v, g):
+    return module.apply(set_leaves(variables, kernel=v, scale=g))
+
+  def ours(v, g):
+    return weight_norm(v, g if use_scale else None, feature_axes=feature_axes)
+
+  def both_ways(function):
+    y, pull = jax.vjp(function, v, g)
+    return y, pull(dw)
+
+  jax.tree.map(
+    functools.partial(close, tolerance=2e-6),
+    jax.jit(both_ways, static_argnums=0)(ours),
+    jax.jit(both_ways, static_argnums=0)(flax),
+  )
+
+
+@pytest.mark.parametrize(('n_steps', 'update'), STEPS)
+@pytest.mark.parametrize('shape', SHAPES)
+def test_spectral_norm_is_that_of_linen(shape, n_steps, update):
+  w, dy, first = draw(shape), draw(shape, seed=2), start(shape[-1])
+  module = nn.SpectralNorm(LinenKernel(shape), n_steps=n_steps)
+  variables = module.init(jax.random.key(0), update_stats=False)
+  state = set_leaves(variables['batch_stats'], **first._asdict())
+
+  def flax(w):
+    params = set_leaves(variables['params'], kernel=w)
+    y, updates = module.apply(
+      {'params': params, 'batch_stats': state},
+      update_stats=update,
+      mutable='batch_stats',
+    )
+    return y, updates['batch_stats']
+
+  def ours(w):
+    return spectral_norm(w, first, n_steps=n_steps, update=update)
+
+  def both_ways(function):
+    y, pull, new = jax.vjp(function, w, has_aux=True)
+    return y, pull(dy), new
+
+  *actual, new = jax.jit(both_ways, static_argnums=0)(ours)
+  *desired, updates = jax.jit(both_ways, static_argnums=0)(flax)
+  jax.tree.map(functools.partial(close, tolerance=5e-6), actual, desired)
+  jax.tree.map(close, set_leaves(updates, **new._asdict()), updates)
+
+
+@pytest.mark.parametrize('use_scale', [True, False])
+@pytest.mark.parametrize(('shape', 'feature_axes', 'features'), FLAX_AXES)
+def test_weight_norm_is_that_of_nnx(shape, feature_axes, features, use_scale):
+  v, g = draw(shape), draw(features, seed=1)
+  module = nnx.WeightNorm(
+    NNXKernel(v),
+    feature_axes=feature_axes,
+    use_scale=use_scale,
+    scale_init=lambda *_: g,
+    rngs=nnx.Rngs(0),
+  )
+  scale = g if use_scale else None
+  close(weight_norm(v, scale, feature_axes=feature_axes), module(0.0))
+
+
+@pytest.mark.parametrize(('n_steps', 'update'), STEPS)
+@pytest.mark.parametrize('shape', SHAPES)
+def test_spectral_norm_is_that_of_nnx(shape, n_steps, update):
+  w = draw(shape)
+  module = nnx.SpectralNorm(NNXKernel(w), n_steps=n_steps, rngs=nnx.Rngs(0))
+  stats = {path[-1]: stat for path, stat in module.batch_stats.items()}
+  first = SpectralNormState(stats['u'][...], stats['sigma'][...])
+  y, state = spectral_norm(w, first, n_steps=n_steps, update=update)
+  close(y, module(0.0, update_stats=update))
+  close(state.u, stats['u'][...])
+  close(state.sigma, stats['sigma'][...])
+
+
+# The transforms, on arrays and trees.
+
+TRANSFORMS = {
+  'weight_norm': WeightNorm(),
+  'weight_norm_two_axes': WeightNorm(
+    feature_axes=(0, -1), use_scale=False, where=is_kernel
+  ),
+  'weight_norm_whole': WeightNorm(feature_axes=None, epsilon=1e-3),
+  'spectral_norm': SpectralNorm(),
+  'spectral_norm_steps': SpectralNorm(n_steps=3, epsilon=1e-3, where=is_kernel),
+}
+transforms = pytest.mark.parametrize(
+  'transform', TRANSFORMS.values(), ids=TRANSFORMS
+)
+# One of each kind, for the tests that take long.
+kinds = pytest.mark.parametrize(
+  'transform', [WeightNorm(), SpectralNorm()], ids=['weight', 'spectral']
+)
+
+
+@transforms
+@pytest.mark.parametrize('update', [True, False])
+def test_transform_of_a_tree_is_the_function_on_its_kernels(transform, update):
+  weights = network()
+  params, state = transform.init(weights)
+  new, new_state = transform.apply(params, state, weights, update=update)
+  assert jax.tree.structure(new) == jax.tree.structure(weights)
+  assert jax.tree.structure(new_state) == jax.tree.structure(state)
+  options = {'epsilon': transform.epsilon}
+  for layer, name in PLACES:
+    weight = weights[layer][name]
+    if isinstance(transform, WeightNorm):
+      axes = transform.feature_axes
+      expected = weight_norm(weight, feature_axes=axes, **options)
+    else:
+      options.update(n_steps=transform.n_steps, update=update)
+      one = SpectralNormState(*(s[layer][name] for s in state))
+      expected, one = spectral_norm(weight, one, **options)
+      for field, tree in zip(one, new_state, strict=True):
+        np.testing.assert_array_equal(tree[layer][name], field)
+    np.testing.assert_array_equal(new[layer][name], expected)
+    assert new[layer]['bias'] is weights[layer]['bias']
+  assert new['table'] is weights['table']
+
+
+def test_parameters_and_state_lie_where_the_weights_do():
+  weights = network()
+  params, state = WeightNorm().init(weights)
+  shapes = jax.tree.map(jnp.shape, params.scale)
+  assert shapes == {
+    'conv': {'kernel': (4,), 'bias': None},
+    'dense': {'kernel': (3,), 'bias': None},
+    'table': None,
+  }
+  assert state == EmptyState()
+  params, state = SpectralNorm(param_dtype=jnp.bfloat16).init(weights)
+  assert params == NormParams()
+  assert state.u['conv'] == {'bias': None, 'kernel': state.u['conv']['kernel']}
+  chosen = jax.tree.map(lambda u: (u.shape, u.dtype), tuple(state))
+  assert chosen[0]['conv']['kernel'] == ((1, 4), jnp.bfloat16)
+  assert chosen[0]['dense']['kernel'] == ((1, 3), jnp.bfloat16)
+  assert chosen[1]['dense']['kernel'] == ((), jnp.bfloat16)
+  assert state.sigma['dense']['kernel'] == 1
+
+
+@pytest.mark.parametrize('use_scale', [True, False])
+def test_use_scale(use_scale):
+  transform = WeightNorm(use_scale=use_scale, param_dtype=jnp.bfloat16)
+  params, state = transform.init(draw((5, 4)))
+  if not use_scale:
+    assert params == NormParams()
+  else:
+    assert params.scale.dtype == jnp.bfloat16
+    scale = draw((4,), jnp.bfloat16, seed=1)
+    params = params._replace(scale=scale)
+    y, _ = transform.apply(params, state, draw((5, 4)), update=True)
+    close(y, weight_norm_reference(draw((5, 4)), wide(scale)))
+
+
+def test_where_sees_paths_and_weights():
+  seen = {}
+
+  def where(path, weight):
+    seen[path] = weight
+    return path == 'conv/kernel'
+
+  weights = network()
+  transform = WeightNorm(where=where)
+  params, state = transform.init(weights)
+  new, _ = transform.apply(params, state, weights, update=True)
+  names = 'conv/bias', 'conv/kernel', 'dense/bias', 'dense/kernel', 'table'
+  assert tuple(seen) == names
+  assert seen['table'] is weights['table']
+  assert new['dense']['kernel'] is weights['dense']['kernel']
+  close(new['conv']['kernel'], weight_norm_reference(weights['conv']['kernel']))
+
+
+def test_a_single_array_has_an_empty_path():
+  transform = WeightNorm(where=lambda path, weight: path == '')
+  v = draw((4,))
+  y, _ = transform.apply(*transform.init(v), v, update=True)
+  close(y, np.sign(v))
+
+
+@transforms
+def test_init_of_shapes(transform):
+  weights = network()
+  shapes = jax.eval_shape(lambda: weights)
+  for a, b in zip(
+    jax.tree.leaves(transform.init(shapes)),
+    jax.tree.leaves(transform.init(weights)),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_init_draws_each_u_by_itself():
+  weights = {'a': draw((5, 4)), 'b': draw((5, 4))}
+  transform = SpectralNorm()
+  fixed = transform.init(weights)[1].u
+  drawn = transform.init(weights, jax.random.key(1))[1].u
+  assert not np.allclose(fixed['a'], fixed['b'])
+  assert not np.allclose(fixed['a'], drawn['a'])
+  np.testing.assert_array_equal(
+    transform.init(weights, jax.random.key(1))[1].u['b'], drawn['b']
+  )
+
+
+@kinds
+def test_jit_takes_the_transform_as_static(transform):
+  weights = network()
+  params, state = transform.init(weights)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def apply(transform, params, state, weights):
+    return transform.apply(params, state, weights, update=True)
+
+  actual = apply(transform, params, state, weights)
+  desired = transform.apply(params, state, weights, update=True)
+  jax.tree.map(close, actual, desired)
+
+
+@kinds
+def test_vmap_over_stacked_layers(transform):
+  layers = [network(seed) for seed in range(3)]
+  stacked = jax.tree.map(lambda *w: jnp.stack(w), *layers)
+  params, state = jax.vmap(transform.init)(stacked)
+
+  def apply(params, state, weights):
+    return transform.apply(params, state, weights, update=True)
+
+  actual = jax.vmap(apply)(params, state, stacked)
+  for i, weights in enumerate(layers):
+    p, s = jax.tree.map(lambda x, i=i: x[i], (params, state))
+    desired = apply(p, s, weights)
+    jax.tree.map(close, jax.tree.map(lambda x, i=i: x[i], actual), desired)
+
+
+@pytest.mark.parametrize('spec', [('x', 'y'), (None, 'y'), ('x', None)])
+@kinds
+def test_explicit_sharding(transform, spec):
+  """Weights keep their sharding, the state its own, as a scan asks."""
+  w = draw((4, 6))
+  params, first = transform.init(w)
+
+  def steps(w):
+    def body(state, _):
+      y, state = transform.apply(params, state, w, update=True)
+      return state, y
+
+    state, ys = jax.lax.scan(body, first, length=2)
+    return ys[-1], state
+
+  desired = steps(w)
+  mesh = jax.make_mesh(
+    (2, 2), ('x', 'y'), (jax.sharding.AxisType.Explicit,) * 2
+  )
+  with jax.set_mesh(mesh):
+    sharding = jax.NamedSharding(mesh, jax.P(*spec))
+    sharded = jax.device_put(w, sharding)
+    actual = jax.jit(steps)(sharded)
+    assert actual[0].sharding == sharding
+  jax.tree.map(close, actual, desired)
+
+
+def test_options_hash_and_compare():
+  assert WeightNorm(feature_axes=[0, 1]) == WeightNorm(feature_axes=(0, 1))
+  assert hash(WeightNorm(feature_axes=[0, 1])) is not None
+  assert SpectralNorm(n_steps=2) != SpectralNorm()
+  assert SpectralNorm(dtype='bfloat16').dtype == jnp.bfloat16
+
+
+@kinds
+def test_dtype_of_a_transform(transform):
+  transform = type(transform)(dtype=jnp.bfloat16, where=is_kernel)
+  weights = network()
+  new, _ = transform.apply(*transform.init(weights), weights, update=True)
+  assert new['conv']['kernel'].dtype == jnp.bfloat16
+  assert new['conv']['bias'].dtype == jnp.float32
+
+
+def test_nnx_state():
+  layer = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+  weights = nnx.state(layer, nnx.Param)
+  kernel = layer.kernel[...]
+  transform = WeightNorm(where=is_kernel)
+  new, _ = transform.apply(*transform.init(weights), weights, update=True)
+  x = draw((2, 4))
+  close(nnx.merge(nnx.graphdef(layer), new)(x), x @ weight_norm(kernel), 1e-5)
+  np.testing.assert_array_equal(layer.kernel[...], kernel)
+
+
+@kinds
+def test_training_with_optax(transform):
+  """Weights and scales train together; the state rides along, under scan."""
+  x, y = draw((16, 4)), draw((16, 3), seed=1)
+  model = nn.Sequential([nn.Dense(4), nn.tanh, nn.Dense(3)])
+  weights = model.init(jax.random.key(0), x)['params']
+  params, state = transform.init(weights)
+  optimizer = optax.adam(1e-2)
+
+  def loss(trained, state):
+    params, weights = trained
+    weights, state = transform.apply(params, state, weights, update=True)
+    return jnp.mean((model.apply({'params': weights}, x) - y) ** 2), state
+
+  def step(carry, _):
+    trained, state, moments = carry
+    (value, state), grads = jax.value_and_grad(loss, has_aux=True)(
+      trained, state
+    )
+    updates, moments = optimizer.update(grads, moments)
+    return (optax.apply_updates(trained, updates), state, moments), value
+
+  first = (params, weights), state, optimizer.init((params, weights))
+  (trained, state, _), losses = jax.lax.scan(step, first, length=50)
+  assert losses[-1] < 0.9 * losses[0]
+  for old, new in zip(
+    jax.tree.leaves((params, weights)), jax.tree.leaves(trained), strict=True
+  ):
+    assert not np.allclose(old, new)
+  if isinstance(transform, SpectralNorm):
+    for layer, sigma in state.sigma.items():
+      kernel = trained[1][layer]['kernel']
+      close(sigma['kernel'], np.linalg.norm(wide(kernel), 2), 5e-2)
+
+
+# Bad input.
+
+W, STATE = jnp.ones((5, 4)), start(4)
+WEIGHT_ERRORS = {
+  'integer': (
+    dict(weight=jnp.ones((5, 4), int)),
+    TypeError,
+    'weight must .*int',
+  ),
+  'list': (
+    dict(weight=[[1.0]]),
+    TypeError,
+    'weight must be an array, got list',
+  ),
+  'axes-range': (
+    dict(feature_axes=2),
+    ValueError,
+    'feature_axes=2 is out of range for an input of rank 2',
+  ),
+  'axes-twice': (dict(feature_axes=(1, -1)), ValueError, 'names an axis twice'),
+  'axes-type': (
+    dict(feature_axes=0.5),
+    TypeError,
+    'feature_axes must be an in',
+  ),
+  'scale-shape': (
+    dict(scale=jnp.ones(5)),
+    ValueError,
+    r'scale of shape \(5,\) fits neither the feature axes .*\(4,\)',
+  ),
+  'epsilon': (dict(epsilon=-1), ValueError, 'epsilon must be .*-1'),
+  'dtype': (dict(dtype=int), TypeError, 'dtype must have a floating-point'),
+  'dtype-real': (
+    dict(weight=W.astype(jnp.complex64), dtype=jnp.float32),
+    TypeError,
+    'dtype=float32 cannot hold the complex result',
+  ),
+  'scale-complex': (
+    dict(scale=jnp.ones(4, jnp.complex64)),
+    TypeError,
+    'dtype=float32 cannot hold the complex result',
+  ),
+}
+SPECTRAL_ERRORS = {
+  'integer': (
+    dict(weight=jnp.ones((5, 4), int)),
+    TypeError,
+    'weight must .*int',
+  ),
+  'complex': (
+    dict(weight=W.astype(jnp.complex64)),
+    TypeError,
+    'weight must be real in spectral norm, got complex64',
+  ),
+  'vector': (
+    dict(weight=jnp.ones(4)),
+    ValueError,
+    r'weight must have rank two or more, got shape \(4,\)',
+  ),
+  'state': (
+    dict(state=(STATE.u, STATE.sigma)),
+    ValueError,
+    r'state must be SpectralNormState\(u, sigma\), got tuple',
+  ),
+  'u-shape': (
+    dict(state=STATE._replace(u=jnp.ones((1, 5)))),
+    ValueError,
+    r'state.u has shape \(1, 5\).* 4 columns .* takes \(1, 4\)',
+  ),
+  'u-type': (dict(state=STATE._replace(u=None)), TypeError, 'state.u must be'),
+  'u-complex': (
+    dict(state=STATE._replace(u=STATE.u + 1j)),
+    TypeError,
+    'state.u must be real',
+  ),
+  'sigma-shape': (
+    dict(state=STATE._replace(sigma=jnp.ones(1))),
+    ValueError,
+    r'state.sigma has shape \(1,\).* takes \(\)',
+  ),
+  'steps': (dict(n_steps=0), ValueError, 'n_steps must be 1 or more, got 0'),
+  'steps-type': (dict(n_steps=1.5), TypeError, 'n_steps must be a Python int'),
+  'update': (dict(update=jnp.array(True)), TypeError, 'update must be True or'),
+  'epsilon': (dict(epsilon=np.nan), ValueError, 'epsilon must be .*nan'),
+  'dtype': (dict(dtype=int), TypeError, 'dtype must have a floating-point'),
+}
+
+
+def rows(table):
+  return pytest.mark.parametrize(
+    ('arguments', 'error', 'message'), table.values(), ids=table
+  )
+
+
+@rows(WEIGHT_ERRORS)
+def test_weight_norm_raises(arguments, error, message):
+  with pytest.raises(error, match=message):
+    weight_norm(**(dict(weight=W) | arguments))
+
+
+@rows(SPECTRAL_ERRORS)
+def test_spectral_norm_raises(arguments, error, message):
+  with pytest.raises(error, match=message):
+    spectral_norm(**(dict(weight=W, state=STATE) | arguments))
+
+
+@pytest.mark.parametrize(
+  ('make', 'error', 'message'),
+  [
+    (lambda: WeightNorm(-1), TypeError, 'positional'),
+    (lambda: WeightNorm(epsilon=-1), ValueError, 'epsilon must'),
+    (lambda: WeightNorm(param_dtype=int), TypeError, 'param_dtype must'),
+    (lambda: WeightNorm(dtype=int), TypeError, 'dtype must'),
+    (lambda: WeightNorm(feature_axes='a'), TypeError, 'feature_axes must'),
+    (lambda: WeightNorm(where='kernel'), TypeError, "where must .*'kernel'"),
+    (lambda: SpectralNorm(n_steps=0), ValueError, 'n_steps must be 1 or more'),
+    (
+      lambda: WeightNorm().init({'w': W[0]}),
+      ValueError,
+      r"where=None chooses none of the weights, .*\['w'\]",
+    ),
+    (
+      lambda: WeightNorm(where=lambda p, w: p == 'x').init({'w': W}),
+      ValueError,
+      'chooses none',
+    ),
+    (
+      lambda: WeightNorm(feature_axes=1, where=lambda p, w: True).init(
+        {'a': {'b': W[0]}}
+      ),
+      ValueError,
+      "feature_axes=1 is out of range(.|\n)*weight is 'a/b'",
+    ),
+    (
+      lambda: SpectralNorm(where=lambda p, w: True).init(network()),
+      ValueError,
+      "rank two or more, got shape(.|\n)*weight is 'conv/bias'",
+    ),
+    (
+      lambda: WeightNorm(where=lambda p, w: True).init(jnp.ones((2, 3), int)),
+      TypeError,
+      'weight must have a floating-point',
+    ),
+  ],
+)
+def test_transform_raises(make, error, message):
+  with pytest.raises(error, match=message):
+    make()
+
+
+def test_params_and_state_must_be_those_of_init():
+  weights = network()
+  wn, sn = WeightNorm(), SpectralNorm()
+  scales, nothing = wn.init(weights)
+  none, state = sn.init(weights)
+  less = {k: v for k, v in scales.scale.items() if k != 'conv'}
+  wrong = [
+    (wn, none, nothing, r"params must be NormParams\(scale={'conv': .*'\*'"),
+    (wn, NormParams(scale=less), nothing, 'params must be NormParams'),
+    (wn, scales, state, r'state must be EmptyState\(\)'),
+    (wn, scales._replace(bias=jnp.ones(4)), nothing, 'bias=None'),
+    (WeightNorm(use_scale=False), scales, nothing, 'params must be'),
+    (sn, scales, state, r'params must be NormParams\(scale=None'),
+    (sn, none, nothing, r'state must be SpectralNormState\(u={'),
+    (sn, none, state._replace(sigma=None), 'state must be SpectralNormState'),
+  ]
+  for transform, params, state, message in wrong:
+    with pytest.raises(ValueError, match=message):
+      transform.apply(params, state, weights, update=True)
+
+
+def test_update_must_be_given():
+  for transform in (WeightNorm(), SpectralNorm()):
+    with pytest.raises(TypeError, match='update'):
+      transform.apply(*transform.init(W), W)
+
+
+def test_raises_while_tracing():
+  """Shapes are enough for the message."""
+  vector = jax.ShapeDtypeStruct((4,), jnp.float32)
+  with pytest.raises(ValueError, match='rank two or more'):
+    jax.eval_shape(lambda w: spectral_norm(w, STATE), vector)
+  with pytest.raises(ValueError, match='scale of shape'):
+    jax.eval_shape(lambda v: weight_norm(v, v[:3]), vector)
