@@ -38,7 +38,7 @@ class Errors(NamedTuple):
 def rows_on_gpu(x: jax.Array, axis: int) -> Centred:
   """The form of rows on a GPU, and of masked input, run here."""
   count = jnp.full((1, 1), x.shape[axis], x.dtype)
-  return Centred(*_two_pass(x, None, count, (axis,), x.dtype), count)
+  return Centred(*_two_pass(x, count, (axis,), x.dtype), count)
 
 
 def default(x: jax.Array, axis: int) -> Centred:

@@ -1,14 +1,21 @@
 """normkit: functional normalization for JAX and Flax.
 
 Pure functions and transforms with their state in the open: moments in, affine
-map out, running statistics beside. The Flax modules are in `normkit.linen`, the
-checks for people's own norms in `normkit.testing`; neither is imported here.
+map out, running statistics beside. The Flax modules are in `normkit.linen` and
+`normkit.nnx`, the checks for people's own norms in `normkit.testing`; none of
+them is imported here.
 """
 
 from importlib import metadata
 
 from normkit.moments import Moments, moments
-from normkit.norm import EmptyState, Norm, NormParams, normalize
+from normkit.norm import (
+  EmptyState,
+  Norm,
+  NormParams,
+  normalize,
+  products_saveable,
+)
 from normkit.norms.batch import BatchNorm, BatchNormState, batch_norm
 from normkit.norms.group import GroupNorm, group_norm
 from normkit.norms.instance import InstanceNorm, instance_norm
@@ -34,5 +41,6 @@ __all__ = [
   'layer_norm',
   'moments',
   'normalize',
+  'products_saveable',
   'rms_norm',
 ]

@@ -4,7 +4,8 @@ Each check runs at trace time, before any work, and its message names the
 argument, what was given, what is accepted and how to mend it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+import contextlib
 import math
 import operator
 from typing import Any, Literal, TypeAlias, get_args
@@ -49,7 +50,9 @@ def check_dtype(dtype: DType, name: str = 'dtype') -> DType:
   return dtype
 
 
-def check_output_dtype(dtype: DType | None, x_dtype: DType) -> DType:
+def check_output_dtype(
+  dtype: DType | None, x_dtype: DType, name: str = 'x'
+) -> DType:
   """Returns the dtype of the result, which must be able to hold it."""
   if dtype is None:
     return x_dtype
@@ -58,8 +61,8 @@ def check_output_dtype(dtype: DType | None, x_dtype: DType) -> DType:
     dtype, jnp.complexfloating
   ):
     raise TypeError(
-      f'dtype={dtype} cannot hold the complex result of x of dtype {x_dtype}. '
-      'Give a complex dtype or None.'
+      f'dtype={dtype} cannot hold the complex result of {name} of dtype '
+      f'{x_dtype}. Give a complex dtype or None.'
     )
   return dtype
 
@@ -72,6 +75,18 @@ def statistics_dtype(dtype: DType) -> DType:
 def real_dtype(dtype: DType) -> DType:
   """The dtype of the real part of `dtype`."""
   return jnp.finfo(dtype).dtype
+
+
+def as_inexact(x: ArrayLike, dtype: DType) -> Array:
+  """Returns x as a norm takes it whose result is of `dtype`.
+
+  Integers become floats, and what is narrower than the statistics of `dtype`
+  is widened; but half precision to float32, which the norms do themselves.
+  """
+  x = jnp.asarray(x)
+  wide = jnp.promote_types(x.dtype, statistics_dtype(dtype))
+  is_half = x.dtype in (jnp.float16, jnp.bfloat16)
+  return x if is_half and wide == jnp.float32 else x.astype(wide)
 
 
 def as_axes(axis: Any, name: str = 'axis') -> tuple[int, ...]:
@@ -87,8 +102,13 @@ def as_axes(axis: Any, name: str = 'axis') -> tuple[int, ...]:
     ) from None
 
 
-def check_axes(axis: Axes, ndim: int, name: str = 'axis') -> tuple[int, ...]:
-  """Returns the axes as sorted, non-negative integers, each given once."""
+def check_axes(
+  axis: Axes, ndim: int, name: str = 'axis', *, repeats: bool = False
+) -> tuple[int, ...]:
+  """Returns the axes as sorted, non-negative integers, each once.
+
+  `repeats` lets an axis be given more than once, as Flax does.
+  """
   axes = as_axes(axis, name)
   for a in axes:
     if not -ndim <= a < ndim:
@@ -96,8 +116,8 @@ def check_axes(axis: Axes, ndim: int, name: str = 'axis') -> tuple[int, ...]:
         f'{name}={axis!r} is out of range for an input of rank {ndim}: '
         f'axes run from {-ndim} to {ndim - 1}.'
       )
-  positive = sorted(a % ndim for a in axes)
-  if len(set(positive)) != len(positive):
+  positive = sorted({a % ndim for a in axes})
+  if len(positive) != len(axes) and not repeats:
     raise ValueError(
       f'{name}={axis!r} names an axis twice in an input of rank {ndim}. '
       'Give each axis once.'
@@ -126,8 +146,27 @@ def check_where(
   return where.reshape((1,) * (len(shape) - where.ndim) + where.shape)
 
 
+def check_mask(
+  mask: ArrayLike | None, shape: tuple[int, ...], *, cast: bool
+) -> Array | None:
+  """Returns the mask of a module's call; `cast` takes numbers, zero as False.
+
+  Without it, what is not boolean is a ValueError, as in Flax.
+  """
+  if mask is None:
+    return None
+  mask = jnp.asarray(mask)
+  if mask.dtype != jnp.bool_ and not cast:
+    raise ValueError(
+      f'mask must be boolean (True where x counts), got {mask.dtype}. '
+      'Compare first, for example mask=mask > 0.'
+    )
+  check_broadcast(mask.shape, shape, 'mask')
+  return mask.astype(bool)
+
+
 def check_broadcast(
-  shape: tuple[int, ...], to: tuple[int, ...], name: str
+  shape: tuple[int, ...], to: tuple[int, ...], name: str, of: str = 'x'
 ) -> None:
   """Raises unless `shape` broadcasts to exactly the shape `to`."""
   try:
@@ -136,7 +175,7 @@ def check_broadcast(
     fits = False
   if not fits:
     raise ValueError(
-      f'{name} of shape {shape} does not broadcast to the shape {to} of x. '
+      f'{name} of shape {shape} does not broadcast to the shape {to} of {of}. '
       'Each of its axes, counted from the last, must be 1 or equal.'
     )
 
@@ -196,13 +235,48 @@ def check_momentum(momentum: Any) -> float | None:
 
 def check_train(train: Any) -> bool:
   """Returns the static flag `train`."""
-  if not isinstance(train, (bool, np.bool_)):
+  return check_flag(train, 'train')
+
+
+def check_flag(flag: Any, name: str) -> bool:
+  """Returns a static flag."""
+  if not isinstance(flag, (bool, np.bool_)):
     raise TypeError(
-      f'train must be True or False, got {type(train).__name__}: '
-      f'{train!r:.60}. It chooses the program, so it is static: under jit, '
+      f'{name} must be True or False, got {type(flag).__name__}: '
+      f'{flag!r:.60}. It chooses the program, so it is static: under jit, '
       'close over it or list it in static_argnames.'
     )
-  return bool(train)
+  return bool(flag)
+
+
+def is_matrix(weight: Any, only: bool) -> bool:
+  """Whether a weight has singular values; `only` refuses a higher rank."""
+  if only and len(weight.shape) > 2:
+    raise ValueError(
+      f'error_on_non_matrix=True, and a weight has shape {weight.shape}. Wrap '
+      'a layer whose weights are matrices, or give False: then the leading '
+      'axes are taken together.'
+    )
+  return len(weight.shape) > 1
+
+
+def check_layer(layer: Any, module: type, example: str) -> None:
+  """Raises unless `layer` is an instance of a class of modules."""
+  if not isinstance(layer, module):
+    raise TypeError(
+      f'layer_instance must be a module, got {layer!r:.60}. Give the layer '
+      f'itself, for example {example}.'
+    )
+
+
+@contextlib.contextmanager
+def note_path(path: str) -> Iterator[None]:
+  """Adds to an error which weight it is about."""
+  try:
+    yield
+  except (TypeError, ValueError) as error:
+    error.add_note(f'The path of this weight is {path!r}.')
+    raise
 
 
 def check_implementation(implementation: Implementation | None) -> None:

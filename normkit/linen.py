@@ -5,7 +5,7 @@ changing `nn.BatchNorm` to `normkit.linen.BatchNorm` is all there is to do. No
 maths here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY
 from typing import Any
 
@@ -14,7 +14,7 @@ from flax.linen import dtypes
 import jax
 import jax.numpy as jnp
 
-from normkit import _types, norm
+from normkit import _types, norm, weights
 from normkit._types import Array, Axes, AxisName, DType, Groups, Implementation
 from normkit.norms import batch, group, instance
 
@@ -88,7 +88,7 @@ class _FlaxNorm(nn.Module):
   """What the modules below share: the check that Flax lacks."""
 
   def __post_init__(self) -> None:
-    norm.check_not_width(self.epsilon)
+    norm.check_not_width(self.epsilon, 'Modules find the width themselves.')
     super().__post_init__()
 
 
@@ -164,7 +164,7 @@ class BatchNorm(_FlaxNorm):
     eval_mode = nn.merge_param(
       'use_running_average', self.use_running_average, use_running_average
     )
-    axes = _axes(self.axis, x.ndim, 'axis')
+    axes = _types.check_axes(self.axis, x.ndim, repeats=True)
     shape = tuple(x.shape[a] for a in axes)
     stored = jnp.float32 if self.force_float32_reductions else self.param_dtype
     mean = self.variable('batch_stats', 'mean', jnp.zeros, shape, stored)
@@ -172,18 +172,16 @@ class BatchNorm(_FlaxNorm):
     count = None
     if self.debias or self.momentum is None:
       count = self.variable('batch_stats', 'count', jnp.zeros, shape, jnp.int32)
+    x, options = _prepare(self, x, shape, mask)
     old = batch.BatchNormState(
-      mean.value,
-      var.value,
+      *_promoted(mean.value, var.value, _flax_dtype(self, x)),
       jnp.zeros(shape, jnp.int32) if count is None else count.value,
     )
-    options = _affine(self, x, shape, mask)
-    x = _inexact(x)
     if initializing := self.is_initializing():
       options.update(axis_name=None, axis_index_groups=None)
-    y, state = batch.batch_norm(
+    y, new = batch.batch_norm(
       x,
-      _promoted(old, _types.statistics_dtype(x.dtype)),
+      old,
       train=not eval_mode,
       axis=axes,
       momentum=self.momentum,
@@ -195,11 +193,9 @@ class BatchNorm(_FlaxNorm):
       **options,
     )
     if not eval_mode and not initializing:
-      old = _promoted(old, _flax_dtype(self, x))
-      mean.value = state.mean.astype(old.mean.dtype)
-      var.value = state.var.astype(old.var.dtype)
+      mean.value, var.value = new.mean, new.var
       if count is not None:
-        count.value = state.count
+        count.value = new.count
     return y
 
 
@@ -346,33 +342,12 @@ class GroupNorm(_FlaxNorm):
   @nn.compact
   def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
     """Normalizes x; `mask` is True where an element counts."""
-    if (self.num_groups is None) == (self.group_size is None):
-      raise ValueError(
-        f'give either num_groups or group_size, got num_groups='
-        f'{self.num_groups} and group_size={self.group_size}. Set the other '
-        'to None.'
-      )
-    axes = self.reduction_axes
-    axes = (*range(1, x.ndim - 1), -1) if axes is None else axes
-    axes = _axes(axes, x.ndim, 'reduction_axes')
-    if x.ndim - 1 not in axes:
-      raise ValueError(
-        f'reduction_axes={self.reduction_axes} must hold the last axis, the '
-        'channels.'
-      )
-    channels, groups = x.shape[-1], self.num_groups
-    if groups is None:
-      groups = _groups(channels, self.group_size)
-    options = _affine(self, x, (channels,), mask)
-    x, last = _inexact(x), (x.ndim - 1,)
-    if x.size == 0:  # nothing to group, and group_norm divides by the size
-      group.check_groups(x.shape, last, groups)
-      return norm.normalize(x, axis=axes, feature_axis=last, **options)
+    batch_axes = group.batch_axes(self.reduction_axes, x.ndim)
+    shape = x.shape[-1:]
+    groups, _ = group.groups_of(shape[0], self.num_groups, self.group_size)
+    x, options = _prepare(self, x, shape, mask)
     return group.group_norm(
-      x,
-      num_groups=groups,
-      batch_axis=_types.other_axes(axes, x.ndim),
-      **options,
+      x, num_groups=groups, batch_axis=batch_axes, **options
     )
 
 
@@ -420,53 +395,46 @@ class InstanceNorm(_FlaxNorm):
   @nn.compact
   def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
     """Normalizes x; `mask` is True where an element counts."""
-    axes = _axes(self.feature_axes, x.ndim, 'feature_axes')
-    if 0 in axes:
-      raise ValueError(
-        f'feature_axes={self.feature_axes} must not hold the first axis, the '
-        'batch.'
-      )
-    shape = tuple(x.shape[a] for a in axes)
-    return instance.instance_norm(
-      _inexact(x), axis=axes, **_affine(self, x, shape, mask)
-    )
+    axes = instance.check_feature_axes(self.feature_axes, x.ndim)
+    x, options = _prepare(self, x, tuple(x.shape[a] for a in axes), mask)
+    return instance.instance_norm(x, axis=axes, **options)
 
 
 def _normalize(
   module: LayerNorm | RMSNorm, x: Array, mask: Array | None, center: bool
 ) -> Array:
-  features = _axes(module.feature_axes, x.ndim, 'feature_axes')
-  shape = tuple(x.shape[a] for a in features)
+  features, reduced = (
+    _types.check_axes(getattr(module, name), x.ndim, name, repeats=True)
+    for name in ('feature_axes', 'reduction_axes')
+  )
+  x, options = _prepare(module, x, tuple(x.shape[a] for a in features), mask)
   return norm.normalize(
-    _inexact(x),
-    axis=_axes(module.reduction_axes, x.ndim, 'reduction_axes'),
-    feature_axis=features,
-    center=center,
-    **_affine(module, x, shape, mask),
+    x, axis=reduced, feature_axis=features, center=center, **options
   )
 
 
-def _affine(
+def _prepare(
   module: Any, x: Array, shape: Sequence[int], mask: Array | None
-) -> dict[str, Any]:
-  """Makes the parameters; returns the arguments that all functions share."""
+) -> tuple[Array, dict[str, Any]]:
+  """Makes the parameters; returns x and what all functions are told."""
   scale = bias = None
   if module.use_scale:
     scale = _param(module, 'scale', module.scale_init, shape)
   if getattr(module, 'use_bias', False):
     bias = _param(module, 'bias', module.bias_init, shape)
-  if mask is not None:
-    mask = jnp.asarray(mask, bool)
-    _types.check_broadcast(mask.shape, x.shape, 'mask')
-  options = {'scale': scale, 'epsilon': module.epsilon}
-  return options | {
-    'bias': bias,
-    'where': mask,
+  dtype = dtypes.canonicalize_dtype(x, scale, bias, dtype=module.dtype)
+  options = {
+    'scale': scale,
+    'epsilon': module.epsilon,
+    'where': _types.check_mask(mask, x.shape, cast=True),
     'axis_name': module.axis_name,
     'axis_index_groups': module.axis_index_groups,
+    'dtype': dtype,
     'implementation': module.implementation,
-    'dtype': dtypes.canonicalize_dtype(x, scale, bias, dtype=module.dtype),
   }
+  if bias is not None:
+    options['bias'] = bias
+  return _types.as_inexact(x, dtype), options
 
 
 def _param(
@@ -479,22 +447,6 @@ def _param(
   return value.astype(module.param_dtype)
 
 
-def _groups(channels: int, size: int | None) -> int:
-  """How many groups of `size` channels there are."""
-  if size is None or size < 1 or channels % size:
-    raise ValueError(
-      f'group_size={size} does not divide the {channels} channels of x. Give a '
-      f'divisor of {channels}.'
-    )
-  return channels // size
-
-
-def _axes(axes: Axes, ndim: int, name: str) -> tuple[int, ...]:
-  """Flax's axes: given in any order, perhaps twice."""
-  given = {a % ndim if -ndim <= a < 0 else a: a for a in _types.as_axes(axes)}
-  return _types.check_axes(tuple(given.values()), ndim, name)
-
-
 def _flax_dtype(module: BatchNorm, x: Array) -> DType:
   """The dtype of Flax's statistics, to which it promotes the stored ones."""
   dtype = x.dtype if module.dtype is None else module.dtype
@@ -503,21 +455,229 @@ def _flax_dtype(module: BatchNorm, x: Array) -> DType:
   return _types.statistics_dtype(dtype)
 
 
-def _promoted(
-  state: batch.BatchNormState, dtype: DType
-) -> batch.BatchNormState:
+def _promoted(mean: Array, var: Array, dtype: DType) -> tuple[Array, Array]:
   """The statistics in `dtype` or wider, the variance real."""
   real = _types.real_dtype(dtype)
-  return state._replace(
-    mean=state.mean.astype(jnp.promote_types(state.mean.dtype, dtype)),
-    var=state.var.astype(jnp.promote_types(state.var.dtype, real)),
-  )
-
-
-def _inexact(x: Array) -> Array:
-  """Integers as floats, as Flax takes them."""
   return (
-    x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    if (not jnp.issubdtype(x.dtype, jnp.inexact))
-    else x
+    mean.astype(jnp.promote_types(mean.dtype, dtype)),
+    var.astype(jnp.promote_types(var.dtype, real)),
   )
+
+
+class WeightNorm(_FlaxNorm):
+  """Weight normalization of a layer, in place of `flax.linen.WeightNorm`.
+
+  The parameters of the layer stay where they are; the scales are parameters of
+  this module, each under the path of its weight: `Dense_0/kernel/scale`.
+
+  Attributes:
+    layer_instance: the layer whose weights are normalized at each call.
+    epsilon: added to the squared length.
+    dtype: dtype of the normalized weights; None promotes each weight's and its
+      scale's.
+    param_dtype: dtype of the scales.
+    use_scale: whether there are scales.
+    scale_init: initializer of the scales.
+    feature_axes: the axes along which each index has a length of its own, an
+      integer or several. None: one length of the whole weight.
+    variable_filter: strings; parameters whose path contains one of them are
+      normalized. None: all parameters.
+
+  Raises:
+    TypeError: if the layer is not a module, `variable_filter` is not several
+      strings, or a parameter that it chooses is not floating-point or complex.
+    ValueError: if an axis is out of range, or epsilon is negative or not finite
+      or looks like a width.
+
+  References:
+    Salimans and Kingma, "Weight Normalization: A Simple Reparameterization to
+    Accelerate Training of Deep Neural Networks" (2016).
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, normkit.linen
+    >>> from flax import linen as nn
+    >>> x = jnp.ones((4, 3))
+    >>> layer = normkit.linen.WeightNorm(nn.Dense(5))
+    >>> variables = layer.init(jax.random.key(0), x)
+    >>> layer.apply(variables, x).shape
+    (4, 5)
+    >>> variables['params']['layer_instance/kernel/scale'].shape
+    (5,)
+  """
+
+  layer_instance: nn.Module
+  epsilon: float = 1e-12
+  dtype: DType | None = None
+  param_dtype: DType = jnp.float32
+  use_scale: bool = True
+  scale_init: Initializer = nn.initializers.ones
+  feature_axes: Axes | None = -1
+  variable_filter: Iterable[str] | None = frozenset({'kernel'})
+
+  @nn.compact
+  def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    """Calls the layer, given its arguments, with normalized weights."""
+    parts = _filter_parts(self.variable_filter)
+
+    def normalized(path: str, weight: Array) -> Array:
+      chosen = not parts or any(part in path for part in parts)
+      return self._normalized(path, weight) if chosen else weight
+
+    return _call_with(self, normalized, args, kwargs)
+
+  def _axes(self, weight: Array) -> tuple[int, ...]:
+    axes = () if self.feature_axes is None else self.feature_axes
+    return _types.check_axes(axes, weight.ndim, 'feature_axes', repeats=True)
+
+  def _normalized(self, path: str, weight: Array) -> Array:
+    axes, scale = self._axes(weight), None
+    if self.use_scale:
+      shape = tuple(weight.shape[a] for a in axes)
+      name = f'{path}/scale'
+      scale = self.param(name, self.scale_init, shape, self.param_dtype)
+    return weights.weight_norm(
+      weight,
+      scale,
+      feature_axes=axes,
+      epsilon=self.epsilon,
+      dtype=dtypes.canonicalize_dtype(weight, scale, dtype=self.dtype),
+    )
+
+
+class SpectralNorm(_FlaxNorm):
+  """Spectral normalization of a layer, in place of `flax.linen.SpectralNorm`.
+
+  Each parameter of the layer of rank two or more is divided by its largest
+  singular value, its leading axes taken together. Where the power iteration
+  stands is kept under the path of the weight: `Dense_0/kernel/u` and
+  `Dense_0/kernel/sigma`.
+
+  Attributes:
+    layer_instance: the layer whose weights are normalized at each call.
+    n_steps: steps of the power iteration at each call; below one, the weights
+      are left as they are.
+    epsilon: added to squared lengths in the power iteration.
+    dtype: dtype of the normalized weights; None promotes each weight's and u's.
+    param_dtype: dtype of u and sigma.
+    error_on_non_matrix: refuse parameters of rank three or more.
+    collection_name: the collection that holds u and sigma.
+
+  Raises:
+    TypeError: if the layer is not a module, `update_stats` not a static flag,
+      or a parameter of rank two or more not real and floating-point.
+    ValueError: if epsilon is negative or not finite or looks like a width, u
+      does not fit its weight, or `error_on_non_matrix` finds a weight.
+
+  References:
+    Miyato, Kataoka, Koyama and Yoshida, "Spectral Normalization for Generative
+    Adversarial Networks" (2018).
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, normkit.linen
+    >>> from flax import linen as nn
+    >>> x = jnp.ones((4, 3))
+    >>> layer = normkit.linen.SpectralNorm(nn.Dense(5))
+    >>> variables = layer.init(jax.random.key(0), x, update_stats=False)
+    >>> y, updates = layer.apply(
+    ...   variables, x, update_stats=True, mutable=['batch_stats']
+    ... )
+    >>> updates['batch_stats']['layer_instance/kernel/u'].shape
+    (1, 5)
+  """
+
+  layer_instance: nn.Module
+  n_steps: int = 1
+  epsilon: float = 1e-12
+  dtype: DType | None = None
+  param_dtype: DType = jnp.float32
+  error_on_non_matrix: bool = False
+  collection_name: str = 'batch_stats'
+
+  @nn.compact
+  def __call__(self, *args: Any, update_stats: bool, **kwargs: Any) -> Any:
+    """Calls the layer, given its arguments, with normalized weights.
+
+    `update_stats` says whether u and sigma are saved: True in training.
+    """
+    update = _types.check_flag(update_stats, 'update_stats')
+
+    def normalized(path: str, weight: Array) -> Array:
+      if self.n_steps < 1 or not _types.is_matrix(
+        weight, self.error_on_non_matrix
+      ):
+        return weight
+      return self._normalized(path, weight, update)
+
+    return _call_with(self, normalized, args, kwargs)
+
+  def _normalized(self, path: str, weight: Array, update: bool) -> Array:
+    def draw() -> Array:
+      shape, key = (1, weight.shape[-1]), self.make_rng('params')
+      return jax.random.normal(key, shape, self.param_dtype)
+
+    place, ones = self.collection_name, jnp.ones
+    u = self.variable(place, f'{path}/u', draw)
+    sigma = self.variable(place, f'{path}/sigma', ones, (), self.param_dtype)
+    y, state = weights.spectral_norm(
+      weight,
+      weights.SpectralNormState(u.value, sigma.value),
+      n_steps=self.n_steps,
+      epsilon=self.epsilon,
+      update=update,
+      dtype=dtypes.canonicalize_dtype(weight, u.value, dtype=self.dtype),
+    )
+    if update:
+      u.value, sigma.value = state
+    return y
+
+
+def _call_with(
+  module: WeightNorm | SpectralNorm,
+  normalized: Callable[[str, Array], Array],
+  args: Sequence[Any],
+  kwargs: dict[str, Any],
+) -> Any:
+  """Calls the wrapped layer with its parameters normalized for the while.
+
+  Initialising starts from the normalized parameters, as in Flax, each in the
+  dtype that the layer gave it.
+  """
+  layer = module.layer_instance
+  _types.check_layer(layer, nn.Module, 'nn.Dense(4)')
+  given: list[Any] = []
+
+  def leaf(path: Any, weight: Array) -> Array:
+    below = jax.tree_util.keystr(path[1:], simple=True, separator='/')
+    name = f'{layer.name}/{below}'
+    with _types.note_path(name):
+      return normalized(name, weight)
+
+  def enter(params: Any) -> Any:
+    given.append(params)
+    return jax.tree.map_with_path(leaf, params)
+
+  def leave(params: Any) -> Any:
+    if not given:  # made, not yet normalized
+      return params
+    return jax.tree.map(lambda old, new: new.astype(old.dtype), *given, params)
+
+  return nn.map_variables(
+    lambda layer: layer(*args, **kwargs),
+    'params',
+    trans_in_fn=enter,
+    trans_out_fn=leave,
+    init=module.is_initializing(),
+  )(layer)
+
+
+def _filter_parts(variable_filter: Iterable[str] | None) -> tuple[str, ...]:
+  """The strings that a path may contain; none where every path will do."""
+  parts = tuple(variable_filter or ())
+  if isinstance(variable_filter, str) or not all(
+    isinstance(part, str) for part in parts
+  ):
+    raise TypeError(
+      f'variable_filter must be None or several strings, got '
+      f"{variable_filter!r:.60}. For example {{'kernel'}}."
+    )
+  return parts

@@ -11,12 +11,14 @@ pairwise update of Chan, Golub and LeVeque, "Updating Formulae and a Pairwise
 Algorithm for Computing Sample Variances" (1979), equation 2.1.
 """
 
+from collections.abc import Callable
 import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 import numpy as np
 
@@ -129,6 +131,10 @@ def squeeze(result: Moments, axes: tuple[int, ...]) -> Moments:
   return Moments(*(m.squeeze(axes) for m in result))
 
 
+# What a policy of `jax.checkpoint` knows the statistics by.
+STATISTICS = 'normkit.statistics'
+_named = functools.partial(checkpoint_name, name=STATISTICS)
+
 # The pivot of the one-pass form is the mean of a sample: one element in so
 # many, and at least so many. Whatever the data, it lies within the square root
 # of SAMPLE_STRIDE standard deviations of the mean, which costs the variance at
@@ -155,7 +161,7 @@ def centred(
   dtype = _types.statistics_dtype(x.dtype if dtype is None else dtype)
   count = counts(x, axes, where, _types.real_dtype(dtype))
   if not center:
-    var = _mean_square(x, where, count, axes, dtype)
+    var = _named(_mean_square(x, where, count, axes, dtype))
     zero = jnp.zeros_like(var, dtype)
     return Centred(zero, zero, var, count)
   pivot, offset, var = _local(x, where, count, axes, dtype)
@@ -189,20 +195,26 @@ def _local(
   the sampled pivot, 3 with the mean as pivot (masks may hide the sample), and
   with it on H200 but 1 where a row stays on chip. That needs `output_alone`: as
   soon as a derivative uses the statistics too, the compiler keeps wide copies
-  of x instead (14 n for layer norm, its output and gradients, against 6 n).
+  of x instead (14 n for layer norm, its output and gradients, against 6 n). A
+  CPU keeps a row in its cache, and reads it again for nothing.
+
+  bfloat16 takes a pivot of zero there, which is known before x is: the sums
+  are then taken where x is made. A step of ResNet-50 on H200 moves .8 GiB of
+  47.8 less. Squares of bfloat16 are exact in float32, and what cancellation
+  costs is a tenth of what rounding x to bfloat16 has cost already.
   """
-  two_pass = functools.partial(_two_pass, axes=axes, dtype=dtype)
   if where is not None:
-    return two_pass(x, where, count)
-  one_pass = functools.partial(_one_pass, axes=axes, dtype=dtype)
-  long = axes != (x.ndim - 1,) or x.shape[-1] > SHORT_ROW
-  if long or not output_alone:
-    return one_pass(x, count)
+    return _two_pass(x, count, axes, dtype, where)
+  forms: dict[str, Callable[..., Any]] = {'default': _one_pass}
+  if x.dtype == jnp.bfloat16:
+    forms |= {'cuda': _about_zero, 'tpu': _about_zero}
+  if axes == (x.ndim - 1,) and x.shape[-1] <= SHORT_ROW:
+    forms |= {'cpu': _two_pass} | ({'cuda': _two_pass} if output_alone else {})
+  if len(forms) == 1:
+    return _one_pass(x, count, axes, dtype)
+  options = {'axes': axes, 'dtype': dtype}
   stats: tuple[Array, Array, Array] = lax.platform_dependent(
-    x,
-    count,
-    cuda=lambda x, count: two_pass(x, None, count),
-    default=one_pass,
+    x, count, **{n: functools.partial(f, **options) for n, f in forms.items()}
   )
   return stats
 
@@ -218,7 +230,8 @@ def _local_jvp(
   """dE[x] = E[dx] and dVar[x] = 2 E[(x - E[x]) dx]; the pivot is held."""
   del output_alone
   x, where, count = primals
-  pivot, offset, var = _local(x, where, count, axes, dtype, False)
+  stats = _local(x, where, count, axes, dtype, False)
+  pivot, offset, var = map(_named, stats)
 
   def tangent(
     x: Array, pivot: Array, offset: Array, dx: Array
@@ -240,19 +253,27 @@ def _one_pass(
   """About the mean of a sample: both sums come from one read of x."""
   sample = _sample(x, axes).astype(dtype)
   pivot = _rounded(jnp.mean(sample, axes, keepdims=True))
-  return _about(pivot, x, None, count, axes)
+  return _about(pivot, x, count, axes)
 
 
 def _two_pass(
   x: Array,
-  where: Array | None,
   count: Array,
   axes: tuple[int, ...],
   dtype: DType,
+  where: Array | None = None,
 ) -> tuple[Array, Array, Array]:
   """About the mean, whose rounding error the offset holds."""
   pivot = _rounded(_mean(_valid(x.astype(dtype), where), axes, count))
-  return _about(pivot, x, where, count, axes)
+  return _about(pivot, x, count, axes, where)
+
+
+def _about_zero(
+  x: Array, count: Array, axes: tuple[int, ...], dtype: DType
+) -> tuple[Array, Array, Array]:
+  """The textbook's E[x^2] - E[x]^2."""
+  shape = [1 if a in axes else size for a, size in enumerate(x.shape)]
+  return _about(jnp.zeros(shape, dtype), x, count, axes)
 
 
 def _rounded(pivot: Array) -> Array:
@@ -271,9 +292,9 @@ def _rounded(pivot: Array) -> Array:
 def _about(
   pivot: Array,
   x: Array,
-  where: Array | None,
   count: Array,
   axes: tuple[int, ...],
+  where: Array | None = None,
 ) -> tuple[Array, Array, Array]:
   d = _valid(x - pivot, where)
   offset = _mean(d, axes, count)
@@ -294,13 +315,16 @@ def _sample(x: Array, axes: tuple[int, ...]) -> Array:
 
   Small steps along several axes, rather than a large one, mostly divide the
   shards of a sharded axis, and then nothing moves between devices. The last
-  axis is left whole, for its elements share memory transactions, and so is one
-  that an explicit mesh shards, which cannot be sliced.
+  axis is left whole, for its elements share memory transactions (where it is
+  the only one, the sample is its first elements), and so is one that an
+  explicit mesh shards, which cannot be sliced.
   """
-  size = math.prod(x.shape[a] for a in axes)
+  size, last = math.prod(x.shape[a] for a in axes), x.ndim - 1
   steps = min(SAMPLE_STRIDE, size // SAMPLE_SIZE).bit_length() - 1
   free = [a for a in axes if a not in _types.sharded_axes(x)]
-  free = [a for a in free if a != x.ndim - 1] or free
+  if free == [last]:
+    return x[..., : -(-x.shape[last] // 2 ** max(steps, 0))]
+  free = [a for a in free if a != last]
   step = [1] * x.ndim
   for _ in range(steps):
     fits = [a for a in free if 2 * step[a] <= x.shape[a]]

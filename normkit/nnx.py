@@ -10,7 +10,7 @@ nor a stored statistic is rounded before it is used, only the result. Flax's
 called as Flax calls it, and what it returns is used.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 from dataclasses import KW_ONLY, InitVar
 import math
@@ -24,7 +24,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from normkit import _types, norm
+from normkit import _types, norm, weights
 from normkit._types import Array, Axes, AxisName, DType, Groups, Implementation
 from normkit.norms import batch, group, instance
 
@@ -160,12 +160,8 @@ class _Scaled(nnx.Module):
     rngs: nnx.Rngs,
     scale_metadata: Metadata | None,
   ) -> None:
-    if _types.is_integer(self.epsilon) and self.epsilon >= 1:
-      raise ValueError(
-        f'epsilon={self.epsilon} is added to the variance, but looks like a '
-        'width. The width is num_features, the first argument. Leave epsilon '
-        f'out, or give {float(self.epsilon)} if you mean it.'
-      )
+    width = 'The width is num_features, the first argument.'
+    norm.check_not_width(self.epsilon, width)
     self.axis_index_groups = _types.hashable(self.axis_index_groups)
     self.scale = self._param(self.use_scale, scale_init, rngs, scale_metadata)
 
@@ -197,7 +193,7 @@ class _Scaled(nnx.Module):
     arrays = x, *stats, *_read(tuple(params.values()))
     if self.promote_dtype is dtypes.promote_dtype:
       dtype = dtypes.canonicalize_dtype(*arrays, dtype=self.dtype)
-      arrays = _as_wide(x, dtype), *arrays[1:]
+      arrays = _types.as_inexact(x, dtype), *arrays[1:]
     else:
       arrays = self.promote_dtype(arrays, dtype=self.dtype)
       outer = arrays[0], *arrays[1 + len(stats) :]
@@ -205,7 +201,7 @@ class _Scaled(nnx.Module):
     x, *rest = arrays
     options = {
       'epsilon': self.epsilon,
-      'where': _check_mask(mask),
+      'where': _types.check_mask(mask, x.shape, cast=False),
       'axis_name': self.axis_name,
       'axis_index_groups': self.axis_index_groups,
       'dtype': dtype,
@@ -321,13 +317,12 @@ class BatchNorm(_Affine, _Running):
   ) -> Array:
     """Normalizes x; `mask` is True where an element counts."""
     train = not self._evaluates(use_running_average)
-    axes = _axes(self.axis, x, 'axis')
+    axes = _types.check_axes(self.axis, np.ndim(x), repeats=True)
     stored = self.mean[...], self.var[...]
     x, promoted, options = self._prepare(x, mask, axes, *stored)
     mean, var = stored if train else promoted
-    real = _types.real_dtype(x.dtype)
-    mean = mean.astype(jnp.promote_types(mean.dtype, x.dtype))
-    var = var.astype(jnp.promote_types(var.dtype, real))
+    if train and jnp.iscomplexobj(x):
+      mean = mean.astype(x.dtype)
     y, updated = batch.batch_norm(
       x,
       batch.BatchNormState(
@@ -498,47 +493,18 @@ class GroupNorm(_Affine):
   feature_axis: int = dataclasses.field(default=-1, init=False)
 
   def __post_init__(self, *args: Any) -> None:
-    groups: Any = self.num_groups
-    size: Any = self.group_size
-    if (groups is None) == (size is None):
-      raise ValueError(
-        f'give either num_groups or group_size, got num_groups={groups} and '
-        f'group_size={size}. Set the other to None.'
-      )
-    name, given = (
-      ('num_groups', groups) if size is None else ('group_size', size)
-    )
-    if not _types.is_integer(given) or given < 1 or self.num_features % given:
-      raise ValueError(
-        f'{name}={given} does not divide num_features={self.num_features}. '
-        f'Give a divisor of {self.num_features}.'
-      )
-    other = self.num_features // given
-    self.num_groups, self.group_size = (
-      (given, other) if size is None else (other, given)
+    self.num_groups, self.group_size = group.groups_of(
+      self.num_features, self.num_groups, self.group_size
     )
     super().__post_init__(*args)
 
   def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
     """Normalizes x; `mask` is True where an element counts."""
-    ndim, axes = np.ndim(x), self.reduction_axes
-    if axes is None:
-      axes = *range(1, ndim - 1), -1
-    axes = _axes(axes, x, 'reduction_axes')
-    if ndim - 1 not in axes:
-      raise ValueError(
-        f'reduction_axes={self.reduction_axes} must hold the last axis, the '
-        'channels.'
-      )
-    channels = (ndim - 1,)
+    batch_axes = group.batch_axes(self.reduction_axes, np.ndim(x))
+    channels = (np.ndim(x) - 1,)
     _check_width(self.num_features, x, channels)
     x, _, options = self._prepare(x, mask, channels)
-    if x.size == 0:  # group_norm divides by a size of zero
-      return jnp.zeros(x.shape, options['dtype'])
-    options |= {
-      'num_groups': self.num_groups,
-      'batch_axis': _types.other_axes(axes, ndim),
-    }
+    options |= {'num_groups': self.num_groups, 'batch_axis': batch_axes}
     return group.group_norm(x, **options)
 
 
@@ -583,12 +549,7 @@ class InstanceNorm(_Affine):
 
   def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
     """Normalizes x; `mask` is True where an element counts."""
-    axes = _axes(self.feature_axes, x, 'feature_axes')
-    if 0 in axes:
-      raise ValueError(
-        f'feature_axes={self.feature_axes} must not hold the first axis of x, '
-        'the batch.'
-      )
+    axes = instance.check_feature_axes(self.feature_axes, np.ndim(x))
     x, _, options = self._prepare(x, mask, axes)
     return instance.instance_norm(x, axis=axes, **options)
 
@@ -596,31 +557,14 @@ class InstanceNorm(_Affine):
 def _normalize(
   module: LayerNorm | RMSNorm, x: Array, mask: Array | None, center: bool
 ) -> Array:
-  features = _axes(module.feature_axes, x, 'feature_axes')
+  features, reduced = (
+    _types.check_axes(getattr(module, name), np.ndim(x), name, repeats=True)
+    for name in ('feature_axes', 'reduction_axes')
+  )
   x, _, options = module._prepare(x, mask, features)
   return norm.normalize(
-    x,
-    axis=_axes(module.reduction_axes, x, 'reduction_axes'),
-    feature_axis=features,
-    center=center,
-    **options,
+    x, axis=reduced, feature_axis=features, center=center, **options
   )
-
-
-def _axes(axes: Axes, x: Array, name: str) -> tuple[int, ...]:
-  """Axes of x, sorted: given in any order, as Flax takes them even twice."""
-  ndim = np.ndim(x)
-  given = _types.as_axes(axes, name)
-  unique = {a % ndim if -ndim <= a < ndim else a for a in given}
-  return _types.check_axes(tuple(unique), ndim, name)
-
-
-def _as_wide(x: Array, dtype: DType) -> Array:
-  """x in the dtype of the statistics; a half is as good as it is."""
-  x = jnp.asarray(x)
-  wide = _types.statistics_dtype(dtype)
-  half = x.dtype in (jnp.float16, jnp.bfloat16)
-  return x if half and wide == jnp.float32 else jnp.asarray(x, wide)
 
 
 def _as_features(values: Array, x: Array, axes: tuple[int, ...]) -> Array:
@@ -636,18 +580,6 @@ def _check_width(width: int, x: Array, axes: tuple[int, ...]) -> None:
       f'x has the feature axes {axes} of shape {shape}, but num_features is '
       f'{width}. Make the module with num_features={math.prod(shape)}.'
     )
-
-
-def _check_mask(mask: Array | None) -> Array | None:
-  if mask is None:
-    return None
-  mask = jnp.asarray(mask)
-  if mask.dtype != jnp.bool_:
-    raise ValueError(
-      f'mask must be boolean (True where x counts), got {mask.dtype}. '
-      'Compare first, for example mask=mask > 0.'
-    )
-  return mask
 
 
 def _is_variable(value: Any) -> bool:
@@ -670,3 +602,278 @@ def _write(variables: Any, values: Any) -> None:
     if variable is not None:
       new_value = jnp.asarray(value, variable.dtype).reshape(variable.shape)
       variable[...] = lax.stop_gradient(new_value)
+
+
+_Path = tuple[Any, ...]
+_KERNELS = nnx.PathContains('kernel')
+
+
+class _Wrapper(nnx.Module):
+  """What weight norm and spectral norm share: a layer, some of its weights."""
+
+  layer_instance: nnx.Module
+  epsilon: float
+
+  def _check(self) -> None:
+    _types.check_layer(self.layer_instance, nnx.Pytree, 'nnx.Linear(...)')
+    width = 'The layer is the first argument.'
+    norm.check_not_width(self.epsilon, width)
+
+  def _params(self) -> dict[_Path, nnx.Param[Array]]:
+    """The parameters of the layer, by their paths."""
+    return dict(nnx.to_flat_state(nnx.state(self.layer_instance, nnx.Param)))
+
+  def _call_with(
+    self,
+    normalized: Callable[[_Path, nnx.Param[Array]], Array | None],
+    *args: Any,
+    **kwargs: Any,
+  ) -> Any:
+    """Calls the layer with its parameters normalized, None where not.
+
+    What is called is a copy that shares all other variables with the layer;
+    those that the call makes, as `sow` does, are handed over to the layer.
+    """
+    graph, state = nnx.split(self.layer_instance)
+    leaves = dict(nnx.to_flat_state(state))
+    for path, param in self._params().items():
+      with _types.note_path('/'.join(map(str, path))):
+        value = normalized(path, param)
+      if value is not None:
+        leaves[path] = param.copy(value)
+    layer = nnx.merge(graph, nnx.from_flat_state(leaves))
+    y = layer(*args, **kwargs)
+    after = dict(nnx.to_flat_state(nnx.state(layer)))
+    made = {p: v for p, v in after.items() if v is not leaves.get(p)}
+    if made:
+      nnx.update(self.layer_instance, nnx.from_flat_state(made))
+    return y
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class WeightNorm(_Wrapper):
+  """Weight normalization of a layer, in place of `flax.nnx.WeightNorm`.
+
+  The parameters of the layer are never overwritten, and the scales are
+  parameters too: both train.
+
+  Args:
+    layer_instance: the layer whose weights are normalized at each call.
+    feature_axes: the axes along which each index has a length of its own, an
+      integer or several. None: one length of the whole weight.
+    use_scale: whether there are scales.
+    scale_init: initializer of the scales; all but `nnx.initializers.ones` are
+      given a key for each weight.
+    epsilon: added to the squared length.
+    dtype: dtype of the normalized weights; None promotes each weight's and its
+      scale's.
+    param_dtype: dtype of the scales.
+    variable_filter: an nnx filter: which parameters are normalized.
+    promote_dtype: accepted, and not called, as in Flax.
+    rngs: gives a key for each scale.
+
+  Attributes:
+    scales: a dictionary of `nnx.Param` under the paths of their weights, such
+      as `('kernel',)`, or None.
+
+  Raises:
+    TypeError: if the layer is not a module, or a parameter that the filter
+      chooses is not floating-point or complex.
+    ValueError: if an axis is out of range, a parameter has no scale, or epsilon
+      is negative or not finite or looks like a width.
+
+  References:
+    Salimans and Kingma, "Weight Normalization: A Simple Reparameterization to
+    Accelerate Training of Deep Neural Networks" (2016).
+
+  Examples:
+    >>> import jax.numpy as jnp, normkit.nnx
+    >>> from flax import nnx
+    >>> rngs = nnx.Rngs(0)
+    >>> layer = normkit.nnx.WeightNorm(nnx.Linear(3, 5, rngs=rngs), rngs=rngs)
+    >>> layer(jnp.ones((4, 3))).shape, layer.scales['kernel',].shape
+    ((4, 5), (5,))
+  """
+
+  layer_instance: nnx.Module
+  _: KW_ONLY
+  feature_axes: Axes | None = -1
+  use_scale: bool = True
+  scale_init: Initializer = nnx.initializers.ones
+  epsilon: float = 1e-12
+  dtype: DType | None = None
+  param_dtype: DType = jnp.float32
+  variable_filter: Any = _KERNELS
+  promote_dtype: PromoteDtypeFn = dtypes.promote_dtype
+  rngs: InitVar[nnx.Rngs]
+
+  def __post_init__(self, rngs: nnx.Rngs) -> None:
+    self._check()
+    axes = () if self.feature_axes is None else self.feature_axes
+    self.feature_axes = _types.hashable(axes)
+    self.variable_filter = nnx.filterlib.to_predicate(self.variable_filter)
+    self.scales: Any = nnx.data(None)
+    if self.use_scale:
+      self.scales = nnx.data(
+        {
+          path: nnx.Param(self._init_scale(param, rngs))
+          for path, param in self._params().items()
+          if self.variable_filter(path, param)
+        }
+      )
+
+  def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """Calls the layer, given these arguments, with normalized weights."""
+
+    def normalized(path: _Path, param: nnx.Param[Array]) -> Array | None:
+      if not self.variable_filter(path, param):
+        return None
+      return self._normalized(path, param[...])
+
+    return self._call_with(normalized, x, *args, **kwargs)
+
+  def _init_scale(self, param: nnx.Param[Array], rngs: nnx.Rngs) -> Array:
+    axes = self._axes(param[...])
+    ones = self.scale_init is nnx.initializers.ones
+    key: Any = None if ones else rngs.params()
+    shape = tuple(param.shape[a] for a in axes)
+    scale: Array = self.scale_init(key, shape, self.param_dtype)
+    return scale
+
+  def _axes(self, weight: Array) -> tuple[int, ...]:
+    axes = () if self.feature_axes is None else self.feature_axes
+    return _types.check_axes(axes, weight.ndim, 'feature_axes', repeats=True)
+
+  def _normalized(self, path: _Path, weight: Array) -> Array:
+    scale = _stored(self.scales, path)[...] if self.use_scale else None
+    return weights.weight_norm(
+      weight,
+      scale,
+      feature_axes=self._axes(weight),
+      epsilon=self.epsilon,
+      dtype=dtypes.canonicalize_dtype(weight, scale, dtype=self.dtype),
+    )
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class SpectralNorm(_Wrapper, _Running):
+  """Spectral normalization of a layer, in place of `flax.nnx.SpectralNorm`.
+
+  Each parameter of the layer of rank two or more is divided by its largest
+  singular value, its leading axes taken together. The parameters themselves are
+  never overwritten.
+
+  Args:
+    layer_instance: the layer whose weights are normalized at each call.
+    n_steps: steps of the power iteration at each call; below one, the weights
+      are left as they are.
+    epsilon: added to squared lengths in the power iteration.
+    dtype: dtype of the normalized weights; None keeps each weight's.
+    param_dtype: dtype of u and sigma.
+    error_on_non_matrix: refuse parameters of rank three or more.
+    update_stats: save u and sigma at each call; the call beats it, and so do
+      `train()` and `eval()`.
+    rngs: gives a key for the u of each weight.
+
+  Attributes:
+    batch_stats: a dictionary of `nnx.BatchStat`, u and sigma under the path of
+      their weight: `('kernel', 'u')` and `('kernel', 'sigma')`.
+    use_running_average: the opposite of `update_stats`.
+
+  Raises:
+    TypeError: if the layer is not a module, `update_stats` not a static flag,
+      or a parameter of rank two or more not real and floating-point.
+    ValueError: if epsilon is negative or not finite or looks like a width, a
+      parameter has no fitting u, or `error_on_non_matrix` finds one.
+
+  References:
+    Miyato, Kataoka, Koyama and Yoshida, "Spectral Normalization for Generative
+    Adversarial Networks" (2018).
+
+  Examples:
+    >>> import jax.numpy as jnp, normkit.nnx
+    >>> from flax import nnx
+    >>> rngs = nnx.Rngs(0)
+    >>> layer = normkit.nnx.SpectralNorm(nnx.Linear(3, 5, rngs=rngs), rngs=rngs)
+    >>> y = layer(jnp.ones((4, 3)))
+    >>> layer.eval()
+    >>> layer(jnp.ones((4, 3))).shape, layer.batch_stats['kernel', 'u'].shape
+    ((4, 5), (1, 5))
+  """
+
+  layer_instance: nnx.Module
+  _: KW_ONLY
+  n_steps: int = 1
+  epsilon: float = 1e-12
+  dtype: DType | None = None
+  param_dtype: DType = jnp.float32
+  error_on_non_matrix: bool = False
+  update_stats: InitVar[bool] = True
+  rngs: InitVar[nnx.Rngs]
+
+  def __post_init__(self, update_stats: bool, rngs: nnx.Rngs) -> None:
+    self._check()
+    update = _types.check_flag(update_stats, 'update_stats')
+    self.use_running_average: bool | None = not update
+    normal, stats = nnx.initializers.normal(), {}
+    for path, param in self._params().items():
+      if self._normalizes(param):
+        shape = 1, param.shape[-1]
+        u = normal(rngs.params(), shape, self.param_dtype)
+        stats[*path, 'u'] = nnx.BatchStat(u)
+        sigma = jnp.ones((), self.param_dtype)
+        stats[*path, 'sigma'] = nnx.BatchStat(sigma)
+    self.batch_stats = nnx.data(stats)
+
+  def __call__(
+    self, x: Any, update_stats: bool | None = None, **kwargs: Any
+  ) -> Any:
+    """Calls the layer, given x and `kwargs`, with normalized weights."""
+    frozen = None
+    if update_stats is not None:
+      frozen = not _types.check_flag(update_stats, 'update_stats')
+    update = not self._evaluates(frozen)
+
+    def normalized(path: _Path, param: nnx.Param[Array]) -> Array | None:
+      if not self._normalizes(param):
+        return None
+      return self._normalized(path, param[...], update)
+
+    return self._call_with(normalized, x, **kwargs)
+
+  def _normalizes(self, weight: Any) -> bool:
+    return self.n_steps >= 1 and _types.is_matrix(
+      weight, self.error_on_non_matrix
+    )
+
+  def _normalized(self, path: _Path, weight: Array, update: bool) -> Array:
+    names = weights.SpectralNormState._fields
+    stored = weights.SpectralNormState(
+      *(_stored(self.batch_stats, (*path, name)) for name in names)
+    )
+    y, state = weights.spectral_norm(
+      weight,
+      _read(stored),
+      n_steps=self.n_steps,
+      epsilon=self.epsilon,
+      update=update,
+      dtype=dtypes.canonicalize_dtype(weight, dtype=self.dtype),
+    )
+    if update:
+      _write(stored, state)
+    return y
+
+
+delattr(SpectralNorm, 'update_stats')  # an argument's default, no attribute
+
+
+def _stored(variables: dict[_Path, Any] | None, path: _Path) -> Any:
+  """The variable of a weight, made with the module."""
+  if variables is None or path not in variables:
+    held = [] if variables is None else [*variables]
+    raise ValueError(
+      f'the module holds nothing for {path}, only for {held!s:.200}: it is '
+      'made for the parameters that the layer has at construction. Wrap the '
+      'layer when it is complete.'
+    )
+  return variables[path]

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any, NamedTuple, Protocol
 
 import jax
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 
 from normkit import _types
@@ -18,7 +20,7 @@ from normkit._types import (
   Groups,
   Implementation,
 )
-from normkit.moments import Centred, centred, pool
+from normkit.moments import STATISTICS, Centred, centred, pool
 
 
 class NormParams(NamedTuple):
@@ -52,8 +54,8 @@ class Norm(Protocol):
   """What a normalization transform is: two pure functions and its options.
 
   A frozen, hashable dataclass with these two methods is a transform; it can be
-  closed over or passed to `jax.jit` as a static argument, and `normkit.linen`
-  turns it into a module.
+  closed over or passed to `jax.jit` as a static argument, and
+  `normkit.linen.Norm` and `normkit.nnx.Norm` turn it into a module.
 
   Examples:
     >>> import jax.numpy as jnp, normkit as nk
@@ -145,7 +147,8 @@ def normalize(
     if feature_axis is None
     else _types.check_axes(feature_axis, x.ndim, 'feature_axis')
   )
-  check_some_axes(axes, x.shape)
+  if axis_name is None:
+    check_some_axes(axes, x.shape)
   args = check_arguments(
     x, scale, bias, features, epsilon, where, dtype, implementation
   )
@@ -153,6 +156,32 @@ def normalize(
   stats = centred(x, axes, args.where, center)
   stats = pool(stats, axis_name, axis_index_groups)
   return affine(x, stats, args, center)
+
+
+def products_saveable(primitive: Any, *_: Any, **params: Any) -> bool:
+  """A policy for `jax.checkpoint`: keep products and statistics, no more.
+
+  What is kept for the backward are the results of matrix products and
+  convolutions and the statistics of norms; the output of a norm, and of the
+  activation after it, is computed again from the norm's input. Wrap what
+  belongs together, the norm, the activation and the layer that takes them: a
+  block, or the whole loss.
+
+  Returns:
+    Whether JAX may keep what the primitive gives.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, normkit as nk
+    >>> def block(x, kernel):
+    ...   return x + jax.nn.gelu(nk.layer_norm(x)) @ kernel
+    >>> lean = jax.checkpoint(block, policy=nk.products_saveable)
+    >>> x, kernel = jnp.ones((4, 8)), jnp.ones((8, 8))
+    >>> grads = jax.grad(lambda *a: lean(*a).sum(), (0, 1))(x, kernel)
+    >>> grads[1].shape
+    (8, 8)
+  """
+  products = 'dot_general', 'conv_general_dilated'
+  return primitive.name in products or params.get('name') == STATISTICS
 
 
 class Arguments(NamedTuple):
@@ -202,6 +231,7 @@ def check_feature(
   shape: tuple[int, ...],
   feature_axes: tuple[int, ...],
   name: str,
+  of: str = 'x',
 ) -> Array | None:
   """Returns `value`, one number a feature, in a form that broadcasts to x."""
   if value is None:
@@ -213,11 +243,11 @@ def check_feature(
   if value.ndim != len(shape):
     raise ValueError(
       f'{name} of shape {value.shape} fits neither the feature axes '
-      f'{feature_axes} of x, of shape {features}, nor the rank of x, of shape '
-      f'{shape}. Give one number a feature, or an array of rank {len(shape)} '
-      'that broadcasts to x.'
+      f'{feature_axes} of {of}, of shape {features}, nor the rank of {of}, of '
+      f'shape {shape}. Give one number a feature, or an array of rank '
+      f'{len(shape)} that broadcasts to {of}.'
     )
-  _types.check_broadcast(value.shape, shape, name)
+  _types.check_broadcast(value.shape, shape, name, of)
   return value
 
 
@@ -244,22 +274,75 @@ def affine(
 
 def _affine(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:
   x = x.astype(args.statistics_dtype)
-  factor = reciprocal_root(stats.var, args.epsilon)
-  if args.scale is not None:
-    factor = factor * args.scale
-  shift = args.bias
+  root = reciprocal_root(stats.var, args.epsilon)
+  factor, shift = _times(root, args.scale), None
+  if args.bias is not None:
+    shift = _times(jnp.ones_like(root), args.bias)
   distance = x
   if center:
     distance = x - stats.pivot
-    shift = -stats.offset * factor
-    if args.bias is not None:
-      shift = shift + args.bias
+    shift = _plus(_times(-stats.offset * root, args.scale), shift)
   if args.where is None:
     return _plus(distance * factor, shift).astype(args.dtype)
   stray = ~args.where & ~jnp.isfinite(x)
   y = jnp.where(stats.count > 0, jnp.where(stray, 0, distance) * factor, 0)
   y = jnp.where(stray & (stats.count > 0), x, _plus(y, shift))
   return y.astype(args.dtype)
+
+
+def _times(sets: Array, features: Array | None) -> Array:
+  """One number a set times one a feature; None counts as ones."""
+  if features is None:
+    return sets
+  plain = jnp.issubdtype(jnp.result_type(sets, features), jnp.floating)
+  sharded = _types.sharded_axes(sets) or _types.sharded_axes(features)
+  if plain and not sharded and _is_outer(sets.shape, features.shape):
+    return _outer(sets, features.astype(jnp.result_type(sets, features)))
+  return sets * features
+
+
+def _is_outer(rows: tuple[int, ...], columns: tuple[int, ...]) -> bool:
+  """Whether the product is that of a column and a row: layer and RMS norm."""
+  first, last = (
+    [a for a, size in enumerate(s) if size > 1] for s in (rows, columns)
+  )
+  return bool(first and last) and max(first) < min(last)
+
+
+@jax.custom_jvp
+def _outer(rows: Array, columns: Array) -> Array:
+  """An outer product, its derivatives' sums as products with vectors on CPUs.
+
+  There XLA writes out what it sums, and what it broadcasts to that: forward and
+  backward of layer norm, float32, 4096 x 768, move 20 n with sums and 18 n so,
+  and take .6 of the time.
+  """
+  return rows * columns
+
+
+def _outer_jvp(primals: Any, tangents: Any) -> tuple[Array, Any]:
+  product = functools.partial(
+    lax.platform_dependent, cpu=_outer_by_dot, default=jnp.multiply
+  )
+  pairs = (tangents[0], primals[1]), (primals[0], tangents[1])
+  terms = [
+    product(*pair)
+    for pair, tangent in zip(pairs, tangents, strict=True)
+    if not isinstance(tangent, SymbolicZero)
+  ]
+  y = _outer(*primals)
+  return y, sum(terms[1:], terms[0]) if terms else jnp.zeros_like(y)
+
+
+_outer.defjvp(_outer_jvp, symbolic_zeros=True)
+
+
+def _outer_by_dot(rows: Array, columns: Array) -> Array:
+  shape = jnp.broadcast_shapes(rows.shape, columns.shape)
+  product = jnp.matmul(
+    rows.reshape(-1, 1), columns.reshape(1, -1), precision='highest'
+  )
+  return product.reshape(shape)
 
 
 def _plus(y: Array, shift: Array | None) -> Array:
@@ -353,13 +436,13 @@ def _use_bias(options: Options) -> bool:
   return isinstance(options, CenteredOptions) and options.use_bias
 
 
-def check_not_width(epsilon: Any) -> None:
-  """Raises for what is a width in PyTorch and an epsilon in Flax."""
+def check_not_width(epsilon: Any, width: str) -> None:
+  """Raises for a width in the place of epsilon; `width` tells its own."""
   if _types.is_integer(epsilon) and epsilon >= 1:
     raise ValueError(
-      f'epsilon={epsilon} looks like a number of features, which is the first '
-      'argument in PyTorch; here modules find it out by themselves. Leave it '
-      'out, or give an epsilon such as 1e-6.'
+      f'epsilon={epsilon} is added to the variance, but looks like a number of '
+      f'features. {width} Leave epsilon out, or give {float(epsilon)} if you '
+      'mean it.'
     )
 
 

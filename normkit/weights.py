@@ -97,13 +97,13 @@ def weight_norm(
   """
   weight = _types.check_input(weight, 'weight')
   features = _features(feature_axes, weight.ndim)
-  scale = norm.check_feature(scale, weight.shape, features, 'scale')
+  scale = norm.check_feature(scale, weight.shape, features, 'scale', 'weight')
   epsilon = _types.check_epsilon(epsilon)
-  dtype = _types.check_output_dtype(dtype, weight.dtype)
+  dtype = _types.check_output_dtype(dtype, weight.dtype, 'weight')
   v = weight.astype(_types.statistics_dtype(weight.dtype))
   w = _unit(v, epsilon, _types.other_axes(features, v.ndim))
   if scale is not None:
-    _types.check_output_dtype(dtype, scale.dtype)
+    _types.check_output_dtype(dtype, scale.dtype, 'scale')
     w = w * scale
   return w.astype(dtype)
 
@@ -171,8 +171,8 @@ def spectral_norm(
   _check_matrix(weight)
   u, sigma = _check_state(state, weight.shape[-1])
   n_steps, epsilon = _check_steps(n_steps), _types.check_epsilon(epsilon)
-  update = _check_update(update)
-  dtype = _types.check_output_dtype(dtype, weight.dtype)
+  update = _types.check_flag(update, 'update')
+  dtype = _types.check_output_dtype(dtype, weight.dtype, 'weight')
   wide = jnp.promote_types(_types.statistics_dtype(weight.dtype), u.dtype)
   w = weight.astype(wide)
   new_u, new_sigma = _power_iteration(w, u.astype(wide), n_steps, epsilon)
@@ -480,11 +480,8 @@ def _map(
   """Maps the chosen weights, with what `others` hold beside; None elsewhere."""
 
   def mapped(path: Any, is_chosen: bool, *leaves: Any) -> Any:
-    try:
+    with _types.note_path(_name(path)):
       return function(*leaves) if is_chosen else None
-    except (TypeError, ValueError) as error:
-      error.add_note(f'The path of this weight is {_name(path)!r}.')
-      raise
 
   return jax.tree.map_with_path(mapped, chosen, weights, *others)
 
@@ -569,17 +566,6 @@ def _check_steps(n_steps: Any) -> int:
       'step. To leave a weight as it is, do not normalize it.'
     )
   return int(n_steps)
-
-
-def _check_update(update: Any) -> bool:
-  """Returns the static flag `update`."""
-  if not isinstance(update, (bool, np.bool_)):
-    raise TypeError(
-      f'update must be True or False, got {type(update).__name__}: '
-      f'{update!r:.60}. It chooses the program, so it is static: under jit, '
-      'close over it or list it in static_argnames.'
-    )
-  return bool(update)
 
 
 def _check_where(where: Any) -> Where | None:

@@ -1,8 +1,14 @@
-"""Eight host devices, no silent rank promotion, the same examples each run."""
+"""Eight host devices, no silent rank promotion, the same examples each run.
+
+`JAX_PLATFORMS` chooses another platform than the CPU.
+"""
+
+import os
 
 import hypothesis
 import jax
 
+jax.config.update('jax_platforms', os.environ.get('JAX_PLATFORMS') or 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 hypothesis.settings.register_profile(

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import normkit as nk
@@ -242,6 +243,22 @@ def test_one_value_over_all_devices():
   y, new = nk.batch_norm(x, state, train=True, where=mask)
   assert not y[0].any()
   assert new.count == 1
+
+
+def test_one_place_over_all_devices():
+  """One element on each of several devices is a set; alone it is none."""
+  x = jnp.sin(jnp.arange(72.0)).reshape(X.shape)
+  pooled = jax.vmap(
+    lambda x: nk.instance_norm(x, axis_name='b'), axis_name='b'
+  )(x)
+  whole = nk.instance_norm(x.transpose(1, 0, 2)).transpose(1, 0, 2)
+  np.testing.assert_allclose(pooled, whole, rtol=1e-5)
+  x = jnp.array([1.0, 3.0])
+  pooled = jax.vmap(
+    lambda x: nk.normalize(x, axis=(), epsilon=0.0, axis_name='b'),
+    axis_name='b',
+  )(x)
+  assert pooled.tolist() == [-1, 1]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,13 @@ import pytest
 import normkit as nk
 
 ROOT = pathlib.Path(nk.__file__).parent
-MODULES = 'normkit', 'normkit.testing', 'normkit.linen', 'normkit.weights'
+MODULES = (
+  'normkit',
+  'normkit.testing',
+  'normkit.linen',
+  'normkit.nnx',
+  'normkit.weights',
+)
 # One way only: a module may import from the rows below its own.
 LAYERS = (
   ('tools', 'testing'),

@@ -136,6 +136,50 @@ def test_without_the_option_a_bad_step_shows():
   assert state.count.tolist() == [1, 1]
 
 
+def test_evaluation_in_float64_by_float32_statistics():
+  """The statistics are widened before anything is computed."""
+  with jax.enable_x64(True):
+    x = jnp.asarray(steps()[0][0])
+    mean = np.linspace(0.1, 0.9, 5, dtype=np.float32)
+    state = nk.BatchNormState(mean, mean + 1, np.zeros(5, np.int32))
+    y, after = nk.batch_norm(x, state, train=False)
+    want = (np.float64(x) - mean) / np.sqrt(np.float64(mean + 1) + 1e-5)
+    np.testing.assert_allclose(y, want, rtol=1e-14)
+  assert y.dtype == np.float64
+  chex.assert_trees_all_equal(after, state)
+
+
+def test_evaluation_of_complex_x_by_a_real_mean():
+  """As of a network whose real part alone was kept; training must not."""
+  x = jnp.asarray(steps()[0][0] + 1j, jnp.complex64)
+  state = nk.BatchNormState(jnp.full(5, 2.0), jnp.ones(5), jnp.zeros(5, int))
+  y, after = nk.batch_norm(x, state, train=False, epsilon=0.0)
+  np.testing.assert_allclose(y, np.asarray(x) - 2, rtol=1e-6)
+  chex.assert_trees_all_equal(after, state)
+
+
+def test_half_precision_state_is_moved_in_float32():
+  """Rounded once, when it is stored."""
+  x = jnp.asarray(steps()[0][0], jnp.float32)
+  old = jnp.full(5, 3.14, jnp.bfloat16)
+  state = nk.BatchNormState(old, old, jnp.zeros(5, jnp.int32))
+  _, new = nk.batch_norm(x, state, train=True, momentum=0.9)
+  want = 0.9 * old.astype(jnp.float32) + 0.1 * nk.moments(x, 0).mean
+  assert new.mean.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(new.mean, want.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize('shape', [(4, 0, 3), (0, 2, 3)])
+def test_virtual_batches_of_nothing(shape):
+  """Where it is let: nothing comes out, and nothing is learnt from it."""
+  bn = nk.BatchNorm(virtual_batch_size=2, check_batch=False)
+  x = jnp.ones(shape)
+  params, state = bn.init(x)
+  y, after = bn.apply(params, state, x, train=True)
+  assert y.shape == shape
+  chex.assert_trees_all_equal(after, state)
+
+
 def test_evaluation_uses_the_running_statistics_alone():
   x = jnp.asarray(steps()[0][0], jnp.float32)
   bn = nk.BatchNorm(epsilon=0.0)

@@ -122,7 +122,7 @@ def batch_norm(
 
   Raises:
     TypeError: if x is not floating-point or complex, `train` not a bool,
-      `where` not boolean, or the state real for complex x.
+      `where` not boolean, or in training the state real for complex x.
     ValueError: if an axis is out of range or given twice, a shape does not fit,
       momentum lies outside [0, 1], epsilon is negative, debias is asked for
       without a momentum below 1, `virtual_batch_size` does not divide the
@@ -155,8 +155,9 @@ def batch_norm(
   momentum = check_average(momentum, debias)
   check_state(state, x, features)
   if not _types.check_train(train):
-    stats = running(state, x.ndim, features)
+    stats = running(state, x, features)
     return norm.affine(x, stats, args), state
+  check_holds_mean(state, x)
   ghosts = count_ghosts(x.shape, reduced, virtual_batch_size)
   pooling = axis_name, axis_index_groups
   if check_batch:
@@ -188,7 +189,8 @@ def ghost_norm(
 
   def split(a: Array) -> Array:
     parts = min(ghosts, a.shape[first])
-    return a.reshape(*a.shape[:first], parts, -1, *a.shape[first + 1 :])
+    size = a.shape[first] // parts
+    return a.reshape(*a.shape[:first], parts, size, *a.shape[first + 1 :])
 
   arrays = {'scale': args.scale, 'bias': args.bias, 'where': args.where}
   args = args._replace(**jax.tree.map(split, arrays))
@@ -202,27 +204,33 @@ def ghost_norm(
 def count_ghosts(
   shape: tuple[int, ...], reduced: tuple[int, ...], size: int | None
 ) -> int | None:
-  """How many virtual batches there are, or None where they are not used."""
+  """How many virtual batches there are, or None: not used, or no examples."""
   if size is None:
     return None
   if not _types.is_integer(size):
     raise TypeError(f'virtual_batch_size must be an integer, got {size!r}.')
   batch = shape[reduced[0]] if reduced else 0
-  if size < 1 or batch == 0 or batch % size:
+  if size < 1 or not reduced or batch % size:
     raise ValueError(
       f'virtual_batch_size={size} does not divide the batch of {batch}, the '
       f'first reduced axis of x of shape {shape}. Give a divisor of {batch}.'
     )
-  return batch // size
+  return batch // size or None
 
 
 def running(
-  state: BatchNormState, ndim: int, features: tuple[int, ...]
+  state: BatchNormState, x: Array, features: tuple[int, ...]
 ) -> Centred:
-  """The running statistics in the form that the affine map takes."""
-  mean, var = (
-    lax.expand_dims(s, _types.other_axes(features, ndim)) for s in state[:2]
-  )
+  """The running statistics as the affine map takes them, widened for x."""
+  dtype = _types.statistics_dtype(x.dtype)
+
+  def form(values: Array, dtype: DType) -> Array:
+    values = jnp.asarray(values)
+    wide = values.astype(jnp.promote_types(values.dtype, dtype))
+    return lax.expand_dims(wide, _types.other_axes(features, x.ndim))
+
+  mean = form(state.mean, dtype)
+  var = form(state.var, _types.real_dtype(dtype))
   return Centred(mean, jnp.zeros_like(mean), var, jnp.ones_like(var))
 
 
@@ -247,8 +255,9 @@ def update(
   keep, share = shares(count.astype(new_var.dtype), momentum, debias)
 
   def average(old: Array, new: Array) -> Array:
-    kept = jnp.where(keep > 0, keep * old, 0)  # whatever old is, at keep = 0
-    return jnp.where(held, kept + share * new, old).astype(old.dtype)
+    wide = old.astype(jnp.promote_types(old.dtype, new.dtype))
+    kept = jnp.where(keep > 0, keep * wide, 0)  # whatever old is, at keep = 0
+    return jnp.where(held, kept + share * new, wide).astype(old.dtype)
 
   return BatchNormState(
     average(state.mean, new_mean),
@@ -298,6 +307,10 @@ def check_state(state: Any, x: Array, features: tuple[int, ...]) -> None:
         f'{features} of x, of shape {x.shape}, have shape {shape}. Take the '
         'state from init with an input of this shape.'
       )
+
+
+def check_holds_mean(state: BatchNormState, x: Array) -> None:
+  """Raises if the state is real and the mean of x complex."""
   if jnp.iscomplexobj(x) and not jnp.iscomplexobj(state[0]):
     raise TypeError(
       f'state.mean of dtype {state[0].dtype} cannot hold the mean of x of '

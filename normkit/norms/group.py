@@ -92,6 +92,44 @@ def group_norm(
   return norm.affine(x, stats, args)
 
 
+def groups_of(
+  channels: int, num_groups: int | None, group_size: int | None
+) -> tuple[int, int]:
+  """Returns how many groups there are and how large, one of which is given."""
+  if (num_groups is None) == (group_size is None):
+    raise ValueError(
+      f'give either num_groups or group_size, got num_groups={num_groups} and '
+      f'group_size={group_size}. Set the other to None.'
+    )
+  if num_groups is not None:
+    name, given = 'num_groups', num_groups
+  elif group_size is not None:
+    name, given = 'group_size', group_size
+  if not _types.is_integer(given) or given < 1 or channels % given:
+    raise ValueError(
+      f'{name}={given} does not divide the {channels} channels. Give a divisor '
+      f'of {channels}.'
+    )
+  other = channels // given
+  return (given, other) if group_size is None else (other, given)
+
+
+def batch_axes(reduction_axes: Axes | None, ndim: int) -> tuple[int, ...]:
+  """Returns the axes that are not reduced, of an input with channels last.
+
+  None reduces all but the first, and the channels.
+  """
+  name, given = 'reduction_axes', reduction_axes
+  if given is None:
+    given = *range(1, ndim - 1), -1
+  axes = _types.check_axes(given, ndim, name, repeats=True)
+  if ndim - 1 not in axes:
+    raise ValueError(
+      f'{name}={reduction_axes} must hold the last axis, the channels. Add -1.'
+    )
+  return _types.other_axes(axes, ndim)
+
+
 def check_groups(
   shape: tuple[int, ...], channels: tuple[int, ...], num_groups: int
 ) -> int:

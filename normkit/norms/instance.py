@@ -89,6 +89,17 @@ def instance_norm(
   )
 
 
+def check_feature_axes(feature_axes: Axes, ndim: int) -> tuple[int, ...]:
+  """Returns the channels' axes; raises if the first, the batch, is one."""
+  axes = _types.check_axes(feature_axes, ndim, 'feature_axes', repeats=True)
+  if 0 in axes:
+    raise ValueError(
+      f'feature_axes={feature_axes} must not hold the first axis of x, the '
+      'batch. Give the axes of the channels.'
+    )
+  return axes
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InstanceNorm(norm.CenteredOptions):
   """Instance normalization as a transform; see `instance_norm`.

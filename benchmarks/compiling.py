@@ -1,0 +1,128 @@
+"""What a norm costs before it runs: import, trace, compile, program size."""
+
+import argparse
+from collections.abc import Callable
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax
+from rich.progress import track
+
+from benchmarks import layers, report, traffic
+
+SHAPES = layers.shapes((256, 512), (8, 16, 16, 64))
+IMPORTS = (
+  'import jax',
+  'import jax, normkit',
+  'import flax.linen',
+  ('import normkit.linen'),
+)
+
+
+def import_seconds(statement: str) -> float:
+  """Seconds that an import takes in a fresh interpreter."""
+  code = f'import time; t = time.perf_counter(); {statement}; '
+  code += 'print(time.perf_counter() - t)'
+  out = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, check=True, text=True
+  )
+  return float(out.stdout)
+
+
+def table_of_imports(runs: int) -> list[list[str]]:
+  """Medians, the statements taken in turn."""
+  times: dict[str, list[float]] = {statement: [] for statement in IMPORTS}
+  for _ in track(range(runs), 'imports'):
+    for statement, found in times.items():
+      found.append(import_seconds(statement))
+  base = statistics.median(times[IMPORTS[0]])
+  return [
+    [
+      f'`{s}`',
+      f'{statistics.median(t):.2f}',
+      f'{statistics.median(t) / base:.2f}',
+    ]
+    for s, t in times.items()
+  ]
+
+
+def timed(function: Callable[[], Any]) -> tuple[float, Any]:
+  start = time.perf_counter()
+  result = function()
+  return time.perf_counter() - start, result
+
+
+def measure(library: str, norm: str) -> dict[str, float]:
+  """A training step of one norm: milliseconds, instructions, traces."""
+  layer = layers.make(library, norm, SHAPES[norm], 'float32')
+  step, given = layers.programs(layer)['step']
+  traces = 0
+
+  def counted(*args):
+    nonlocal traces
+    traces += 1
+    return step(*args)
+
+  jitted = jax.jit(counted)
+  trace, lowered = timed(lambda: jitted.lower(*given))
+  compiling, compiled = timed(lowered.compile)
+  jitted.lower(*given)  # the same shapes again
+  computations, _ = traffic.parse(compiled.as_text())
+  return {
+    'trace': 1e3 * trace,
+    'compile': 1e3 * compiling,
+    'instructions': sum(map(len, computations.values())),
+    'traces': traces,
+  }
+
+
+def table_of_norms(runs: int) -> list[list[str]]:
+  """normkit's medians before Flax's; the first of each trace is left out."""
+  rows = []
+  for norm in track(layers.NORMS, 'norms'):
+    cells = {}
+    for library in layers.LIBRARIES:
+      found = []
+      for _ in range(runs + 1):
+        jax.clear_caches()
+        found.append(measure(library, norm))
+      cells[library] = {
+        name: statistics.median(f[name] for f in found[1:]) for name in found[0]
+      }
+    ours, theirs = cells['normkit'], cells['flax']
+    rows.append([norm, *(f'{ours[n]:.0f} / {theirs[n]:.0f}' for n in ours)])
+  return rows
+
+
+def run(args: argparse.Namespace) -> int:
+  tables = (
+    ('imports', ('statement', 'seconds', 'over jax'), table_of_imports),
+    (
+      'compile',
+      (
+        'normkit / flax',
+        'trace, ms',
+        'compile, ms',
+        'instructions',
+        'traces of two calls',
+      ),
+      table_of_norms,
+    ),
+  )
+  for name, header, make in tables:
+    rows = make(args.runs)
+    report.show(name, header, rows)
+    for path in args.update:
+      report.quote(path, name, report.markdown(header, rows))
+  return 0
+
+
+def add_command(commands: Any) -> None:
+  parser = commands.add_parser('compile', help=__doc__.splitlines()[0])
+  parser.add_argument('--runs', type=int, default=5)
+  parser.add_argument('--update', type=pathlib.Path, nargs='*', default=[])
+  parser.set_defaults(run=run)

@@ -1,0 +1,205 @@
+"""Bytes that compiled programs move and keep: no clock, so no noise.
+
+On CPU programs always; on those for H200 and TPU where their compilers are
+installed (`pip install -e '.[targets]'`, as in CI), without the devices.
+"""
+
+import functools
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import layers, models, targets, traffic
+from benchmarks.bytes import SHAPES, measure
+import normkit as nk
+
+DEVICES = [
+  pytest.param(
+    target,
+    marks=pytest.mark.skipif(
+      not targets.is_installed(target),
+      reason=f'no compiler for {target}: pip install -e ".[targets]"; '
+      'tests/test_memory.py holds what is kept without it',
+    ),
+  )
+  for target in ('h200', 'v5e', 'v6e')
+]
+
+PROGRAM = """HloModule jit_f
+
+%fused (p0: f32[64,256], p1: f32[256]) -> f32[8,256] {
+  %p0 = f32[64,256]{1,0} parameter(0)
+  %p1 = f32[256]{0} parameter(1)
+  %slice.1 = f32[8,256]{1,0} slice(%p0), slice={[0:64:8], [0:256]}
+  %b = f32[8,256]{1,0} broadcast(%p1), dimensions={1}
+  ROOT %add.1 = f32[8,256]{1,0} add(%slice.1, %b)
+}
+
+%body (s: (s32[], f32[8,256])) -> (s32[], f32[8,256]) {
+  %s = (s32[], f32[8,256]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %v = f32[8,256]{1,0} get-tuple-element(%s), index=1
+  %neg = f32[8,256]{1,0} negate(%v)
+  ROOT %t = (s32[], f32[8,256]{1,0}) tuple(%i, %neg)
+}
+
+%condition (s.1: (s32[], f32[8,256])) -> pred[] {
+  %s.1 = (s32[], f32[8,256]{1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%s.1), index=0
+  %bound = s32[] constant(5)
+  ROOT %lt = pred[] compare(%i.1, %bound), direction=LT
+}
+
+ENTRY %main (x: f32[64,256], y: f32[256]) -> f32[8,256] {
+  %x = f32[64,256]{1,0} parameter(0)
+  %y = f32[256]{0} parameter(1)
+  LINES
+}
+"""
+BLOCK = 8 * 256 * 4
+LINES = {
+  'a slice counts as the slice': (
+    'ROOT %f = f32[8,256]{1,0} fusion(%x, %y), kind=kLoop, calls=%fused',
+    2 * BLOCK + 256 * 4,
+  ),
+  'sectors of the fastest axis': (
+    'ROOT %f = f32[64,16]{1,0} slice(%x), slice={[0:64], [0:256:16]}',
+    64 * 16 * (32 + 4),
+  ),
+  'on chip': (
+    'ROOT %c = f32[64,256]{1,0:T(8,128)S(1)} copy(%x)',
+    64 * 256 * 4,
+  ),
+  'tiles are filled up': (
+    'ROOT %s = bf16[3,100]{1,0:T(8,128)(2,1)} custom-call(), '
+    'custom_call_target="f"',
+    8 * 128 * 2,
+  ),
+  'loops count their trips': (
+    '%i0 = s32[] constant(0)\n  %v0 = f32[8,256]{1,0} constant({...})\n  '
+    '%t0 = (s32[], f32[8,256]{1,0}) tuple(%i0, %v0)\n  '
+    'ROOT %w = (s32[], f32[8,256]{1,0}) while(%t0), condition=%condition, '
+    'body=%body',
+    5 * 2 * BLOCK,
+  ),
+  'an update in place': (
+    '%new = f32[8,256]{1,0} constant({...})\n  %z = s32[] constant(0)\n  '
+    'ROOT %u = f32[64,256]{1,0} dynamic-update-slice(%x, %new, %z, %z)',
+    2 * BLOCK,
+  ),
+  'prefetches': (
+    '%st = ((f32[64,256]{1,0}), f32[8,256]{1,0:S(1)}, s32[]{:S(2)}) '
+    'slice-start(%x), slice={[0:8], [0:256]}\n  '
+    'ROOT %d = f32[8,256]{1,0:S(1)} slice-done(%st)',
+    BLOCK,
+  ),
+}
+
+
+@pytest.mark.parametrize(('lines', 'moved'), LINES.values(), ids=LINES)
+def test_counter(lines, moved):
+  assert traffic.measure(PROGRAM.replace('LINES', lines)).bytes == moved
+
+
+def test_counter_refuses_what_is_no_program():
+  with pytest.raises(ValueError, match='ENTRY'):
+    traffic.measure('module @jit_f { }')
+
+
+def test_a_loop_without_bound_is_refused():
+  lines = LINES['loops count their trips'][0]
+  text = PROGRAM.replace('LINES', lines).replace('constant(5)', 'parameter(1)')
+  with pytest.raises(ValueError, match='how often'):
+    traffic.measure(text)
+
+
+def test_counter_on_a_real_program():
+  x = jax.ShapeDtypeStruct((64, 256), jnp.float32)
+  found = measure('cpu', lambda x: lax.scan(step, x, None, length=3)[0], (x,))
+  n = 64 * 256 * 4
+  assert 3 * 2 * n <= found.bytes <= 4.1 * 2 * n  # and a copy of x
+
+
+def step(x, _):
+  return jnp.sin(x), None
+
+
+# Passes over x: forward, backward, and both in one program. Flax's, compiled
+# alike, stand in README.md.
+ROW, IMAGE = (2.05, 5.2, 7.3), (3.1, 5.2, 7.2)
+LIMITS = {
+  ('h200', norm): ROW if norm in layers.ROWS else IMAGE for norm in layers.NORMS
+} | {(tpu, norm): IMAGE for tpu in ('v5e', 'v6e') for norm in layers.NORMS}
+
+
+@pytest.mark.parametrize('dtype', layers.DTYPES)
+@pytest.mark.parametrize('norm', layers.NORMS)
+@pytest.mark.parametrize('target', DEVICES)
+def test_passes(target, norm, dtype):
+  layer = layers.make('normkit', norm, SHAPES[norm], dtype)
+  programs = layers.programs(layer)
+  names = 'forward', 'backward', 'step'
+  for name, limit in zip(names, LIMITS[target, norm], strict=True):
+    found = measure(target, *programs[name])
+    assert found.bytes / layer.bytes <= limit, name
+    assert found.temporaries <= 0.1 * layer.bytes, name
+
+
+@pytest.mark.parametrize('target', ['cpu', *DEVICES])
+@pytest.mark.parametrize('norm', layers.NORMS)
+def test_kept_by_the_compiled_forward(norm, target):
+  """Besides y: x itself and the statistics, in the program's own results."""
+  layer = layers.make('normkit', norm, SHAPES[norm], 'bfloat16')
+  compiled = targets.compile_for(
+    target, layers.pullback(layer), layer.params, layer.x
+  )
+  results = compiled.memory_analysis().output_size_in_bytes
+  assert results <= 2.1 * layer.bytes
+
+
+LAYERS, TOKENS, WIDTH = 12, 8192, 2048
+UNIT = LAYERS * TOKENS * WIDTH * 2
+
+
+@functools.cache
+def temporaries(target, library, norm, policy):
+  step = models.transformer_step(
+    library, norm, TOKENS, WIDTH, LAYERS, policy=policy
+  )
+  return measure(target, *step).temporaries
+
+
+@pytest.mark.parametrize('norm', layers.ROWS)
+@pytest.mark.parametrize('target', DEVICES[:2])
+@pytest.mark.parametrize(
+  ('policy', 'limit'),
+  [(None, 1.2), (nk.products_saveable, 0.2)],
+  ids=['default', 'products_saveable'],
+)
+def test_scan(target, norm, policy, limit):
+  """What the norms of transformer blocks add to the temporaries of a step."""
+  without = temporaries(target, 'none', '', policy)
+  found = temporaries(target, 'normkit', norm, policy)
+  assert (found - without) / UNIT <= limit
+
+
+@pytest.mark.parametrize('norm', layers.ROWS)
+def test_scan_keeps(norm):
+  """The same on the level of JAX: what the loop hands to its backward."""
+
+  def kept(library, policy):
+    gradient, given = models.transformer_step(
+      library, norm, TOKENS, WIDTH, LAYERS, policy=policy
+    )
+    jaxpr = jax.make_jaxpr(gradient)(*given)
+    loops = [e for e in jaxpr.eqns if e.primitive is lax.scan_p]
+    return sum(
+      v.aval.size * v.aval.dtype.itemsize
+      for v in loops[0].outvars
+      if v.aval.shape[:1] == (LAYERS,)
+    )
+
+  for policy, limit in (None, 2.1), (nk.products_saveable, 0.1):
+    assert kept('normkit', policy) - kept('none', policy) <= limit * UNIT
