@@ -159,6 +159,20 @@ def table_of_layers(rows: list[dict[str, Any]]) -> list[list[str]]:
   ]
 
 
+def plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
+  """The backward, and what is kept for it."""
+  series: dict[str, list[float]] = {}
+  for row in rows:
+    for name in 'backward', 'kept':
+      series.setdefault(f'{row["library"]}: {name}', []).append(row[name])
+  labels = [
+    ' '.join(row[k] for k in ('target', 'norm', 'dtype'))
+    for row in rows
+    if row['library'] == 'normkit'
+  ]
+  report.bars(path, labels, series, 'passes over the input', None)
+
+
 LAYER_HEADER = (
   'normkit / flax, in n',
   'forward',
@@ -203,6 +217,8 @@ def run(args: argparse.Namespace) -> int:
     args.json.write_text(
       json.dumps({'norms': norms, 'models': whole}, indent=1)
     )
+  if args.plot:
+    plot(norms, args.plot)
   tables = (
     ('bytes', LAYER_HEADER, table_of_layers(norms)),
     ('models', MODEL_HEADER, table_of_models(whole)),
@@ -232,5 +248,6 @@ def add_command(commands: Any) -> None:
   )
   parser.add_argument('--models-only', action='store_true')
   parser.add_argument('--json', type=pathlib.Path)
+  parser.add_argument('--plot', type=pathlib.Path)
   parser.add_argument('--update', type=pathlib.Path, nargs='*', default=[])
   parser.set_defaults(run=run)

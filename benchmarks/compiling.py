@@ -98,6 +98,19 @@ def table_of_norms(runs: int) -> list[list[str]]:
   return rows
 
 
+def plot(rows: list[list[str]], path: pathlib.Path) -> None:
+  """Trace and compile together."""
+  series: dict[str, list[float]] = {name: [] for name in layers.LIBRARIES}
+  for row in rows:
+    pairs = [cell.split(' / ') for cell in row[1:3]]
+    for values, found in zip(
+      series.values(), zip(*pairs, strict=True), strict=True
+    ):
+      values.append(sum(map(float, found)))
+  title = 'milliseconds to trace and compile a training step'
+  report.bars(path, [row[0] for row in rows], series, title)
+
+
 def run(args: argparse.Namespace) -> int:
   tables = (
     ('imports', ('statement', 'seconds', 'over jax'), table_of_imports),
@@ -116,6 +129,8 @@ def run(args: argparse.Namespace) -> int:
   for name, header, make in tables:
     rows = make(args.runs)
     report.show(name, header, rows)
+    if args.plot and name == 'compile':
+      plot(rows, args.plot)
     for path in args.update:
       report.quote(path, name, report.markdown(header, rows))
   return 0
@@ -124,5 +139,6 @@ def run(args: argparse.Namespace) -> int:
 def add_command(commands: Any) -> None:
   parser = commands.add_parser('compile', help=__doc__.splitlines()[0])
   parser.add_argument('--runs', type=int, default=5)
+  parser.add_argument('--plot', type=pathlib.Path)
   parser.add_argument('--update', type=pathlib.Path, nargs='*', default=[])
   parser.set_defaults(run=run)

@@ -26,6 +26,36 @@ def markdown(header: Sequence[str], rows: Rows) -> str:
   return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
 
+def bars(
+  path: pathlib.Path,
+  labels: Sequence[str],
+  series: dict[str, Sequence[float]],
+  title: str,
+  line: float | None = None,
+) -> None:
+  """Draws a group of bars for each label, one bar a series."""
+  import matplotlib as mpl
+
+  mpl.use('Agg')
+  from matplotlib import pyplot as plt
+
+  figure, axes = plt.subplots(figsize=(9, 0.4 * len(labels) + 1.2))
+  height = 0.8 / len(series)
+  for index, (name, values) in enumerate(series.items()):
+    shift = height * (index - len(series) / 2 + 0.5)
+    places = [place + shift for place in range(len(labels))]
+    axes.barh(places, values, height, label=name)
+  axes.set_yticks(range(len(labels)), labels, fontsize=8)
+  axes.invert_yaxis()
+  if line is not None:
+    axes.axvline(line, color='black', linewidth=0.8)
+  axes.set_xlabel(title)
+  axes.legend(fontsize=8)
+  figure.tight_layout()
+  figure.savefig(path, dpi=110)
+  plt.close(figure)
+
+
 def quote(path: pathlib.Path, name: str, text: str) -> None:
   """Puts a text between the marks `<!-- NAME -->` and `<!-- /NAME -->`."""
   document, found = re.subn(

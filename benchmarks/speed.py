@@ -145,8 +145,12 @@ def of_equinox(norm: str) -> Function | None:
     return None
 
   def apply(x, scale, bias):
-    module = getattr(eqx.nn, norm)(x.shape[-1], eps=EPSILON)
-    module = eqx.tree_at(lambda m: (m.weight, m.bias), module, (scale, bias))
+    if norm == 'RMSNorm':
+      module = eqx.nn.RMSNorm(x.shape[-1], eps=EPSILON, use_bias=False)
+      module = eqx.tree_at(lambda m: m.weight, module, scale)
+    else:
+      module = eqx.nn.LayerNorm(x.shape[-1], eps=EPSILON)
+      module = eqx.tree_at(lambda m: (m.weight, m.bias), module, (scale, bias))
     return jax.vmap(module)(x)
 
   return apply
@@ -271,8 +275,10 @@ def settle_memory() -> None:
   """Keeps freed memory, so that page faults do not drown what is timed."""
   if platform.system() == 'Linux':
     library = ctypes.CDLL(None)
-    for option, value in (-1, 2**31 - 1), (-3, 2**30):  # trim, mmap threshold
-      library.mallopt(option, value)
+    trim_threshold, mmap_max = -1, -4  # numbers of glibc's malloc.h
+    for option, value in (trim_threshold, 2**31 - 1), (mmap_max, 0):
+      if not library.mallopt(option, value):
+        print('memory is not kept: page faults are timed too')
 
 
 def measure(
@@ -346,37 +352,20 @@ def table(
   return header, lines
 
 
-def plot(rows: list[dict[str, Any]], path: pathlib.Path, title: str) -> None:
-  """A bar for each library and case, forward and backward together."""
-  import matplotlib
-
-  matplotlib.use('Agg')
-  from matplotlib import pyplot as plt
-
-  steps = [r for r in rows if r['program'] == 'step']
-  cases = list(
-    dict.fromkeys((r['norm'], r['shape'], r['dtype']) for r in steps)
-  )
-  libraries = list(dict.fromkeys(r['library'] for r in steps))
-  figure, axes = plt.subplots(figsize=(9, 0.42 * len(cases) + 1.5))
-  height = 0.8 / len(libraries)
-  for index, library in enumerate(libraries):
-    found = {
-      (r['norm'], r['shape'], r['dtype']): r['ratio']
-      for r in steps
-      if r['library'] == library
-    }
-    places = [
-      c + height * (index - len(libraries) / 2 + 0.5) for c in range(len(cases))
-    ]
-    axes.barh(places, [found.get(c, 0) for c in cases], height, label=library)
-  axes.set_yticks(range(len(cases)), [' '.join(c) for c in cases], fontsize=8)
-  axes.axvline(1, color='black', linewidth=0.8)
-  axes.set_xlabel(f'time over flax, forward and backward ({title})')
-  axes.invert_yaxis()
-  axes.legend(fontsize=8)
-  figure.tight_layout()
-  figure.savefig(path, dpi=120)
+def plot(rows: list[dict[str, Any]], path: pathlib.Path, device: str) -> None:
+  """Forward and backward together, over Flax."""
+  ratios: dict[str, dict[str, float]] = {}
+  for r in rows:
+    if r['program'] == 'step':
+      label = f'{r["norm"]} {r["shape"]} {r["dtype"]}'
+      ratios.setdefault(r['library'], {})[label] = r['ratio']
+  labels = list(ratios.pop('flax'))
+  series = {
+    name: [found.get(label, 0.0) for label in labels]
+    for name, found in ratios.items()
+  }
+  title = f'time over flax, forward and backward ({device})'
+  report.bars(path, labels, series, title, 1)
 
 
 def run(args: argparse.Namespace) -> int:

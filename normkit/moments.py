@@ -252,7 +252,7 @@ def _one_pass(
 ) -> tuple[Array, Array, Array]:
   """About the mean of a sample: both sums come from one read of x."""
   sample = _sample(x, axes).astype(dtype)
-  pivot = _rounded(jnp.mean(sample, axes, keepdims=True))
+  pivot = _fixed(jnp.mean(sample, axes, keepdims=True))
   return _about(pivot, x, count, axes)
 
 
@@ -264,7 +264,7 @@ def _two_pass(
   where: Array | None = None,
 ) -> tuple[Array, Array, Array]:
   """About the mean, whose rounding error the offset holds."""
-  pivot = _rounded(_mean(_valid(x.astype(dtype), where), axes, count))
+  pivot = _fixed(_mean(_valid(x.astype(dtype), where), axes, count))
   return _about(pivot, x, count, axes, where)
 
 
@@ -276,17 +276,16 @@ def _about_zero(
   return _about(jnp.zeros(shape, dtype), x, count, axes)
 
 
-def _rounded(pivot: Array) -> Array:
-  """The pivot with a bit less, so that it is one number wherever it is used.
+def _fixed(pivot: Array) -> Array:
+  """The pivot as one number, wherever it is used.
 
-  Compilers compute it again beside each use, as a factor of a fused
-  multiply-add with its product unrounded in one place and rounded in another.
-  Rounding to the dtype's own precision would be dropped as doing nothing.
+  Compilers compute it again beside each use, where its last product becomes
+  part of a fused multiply-add: unrounded there, and rounded elsewhere. A
+  comparison in between, which no finite number fails, keeps it out.
   """
   if jnp.iscomplexobj(pivot):
-    return lax.complex(_rounded(pivot.real), _rounded(pivot.imag))
-  info = jnp.finfo(pivot.dtype)
-  return lax.reduce_precision(pivot, info.nexp, info.nmant - 1)
+    return lax.complex(_fixed(pivot.real), _fixed(pivot.imag))
+  return jnp.maximum(pivot, jnp.finfo(pivot.dtype).min)
 
 
 def _about(
@@ -362,7 +361,7 @@ def merge(parts: Centred, axis: int) -> Centred:
   def mean(values: Array) -> Array:
     return jnp.sum(weight * held(values), axis, keepdims=True)
 
-  pivot = _rounded(lax.stop_gradient(mean(parts.pivot)))
+  pivot = _fixed(lax.stop_gradient(mean(parts.pivot)))
   delta = (parts.pivot - pivot) + parts.offset
   offset = mean(delta)
   var = mean(parts.var) + mean(square(held(delta - offset)))

@@ -273,15 +273,85 @@ def affine(
 
 
 def _affine(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:
+  """The affine map, in one form to evaluate and in others to differentiate.
+
+  Compilers fuse the first with the statistics: layer norm of 4096 x 768 on a
+  CPU is one kernel instead of seven, and takes .4 of the time. The others have
+  the better derivatives.
+  """
+  arrays = x, stats, args.scale, args.bias, args.where
+  leaves, tree = jax.tree.flatten(arrays)
+
+  def form(function: Callable[..., Array], *leaves: Array) -> Array:
+    x, stats, scale, bias, where = jax.tree.unflatten(tree, leaves)
+    options = args._replace(scale=scale, bias=bias, where=where)
+    return function(x, stats, options, center)
+
+  evaluate = jax.custom_jvp(functools.partial(form, _by_steps))
+
+  def derive(primals: Any, tangents: Any) -> tuple[Array, Any]:
+    moved = [not isinstance(t, SymbolicZero) for t in tangents]
+    given = [t for t, m in zip(tangents, moved, strict=True) if m]
+
+    def tangent(
+      function: Callable[..., Array], primals: Any, given: Any
+    ) -> Array:
+      def of_moved(*values: Array) -> Array:
+        source = iter(values)
+        pairs = zip(moved, primals, strict=True)
+        return form(function, *(next(source) if m else p for m, p in pairs))
+
+      values = [p for p, m in zip(primals, moved, strict=True) if m]
+      dy: Array = jax.jvp(of_moved, values, given)[1]
+      return dy
+
+    by_factors = functools.partial(tangent, _by_factors)
+    if not given:
+      dy = jnp.zeros_like(evaluate(*primals))
+    elif _is_outer(stats, args):
+      by_outer = functools.partial(tangent, _by_outer)
+      dy = lax.platform_dependent(
+        primals, given, cpu=by_outer, default=by_factors
+      )
+    else:
+      dy = by_factors(primals, given)
+    return evaluate(*primals), dy
+
+  evaluate.defjvp(derive, symbolic_zeros=True)
+  y: Array = evaluate(*leaves)
+  return y
+
+
+def _by_steps(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:
+  distance = x.astype(args.statistics_dtype)
+  if center:
+    distance = (distance - stats.pivot) - stats.offset
+  stray: Any = False
+  if args.where is not None:
+    stray = ~args.where & ~jnp.isfinite(x)
+    distance = jnp.where(stray, 0, distance)
+  y = distance * reciprocal_root(stats.var, args.epsilon)
+  if args.scale is not None:
+    y = y * args.scale
+  if args.where is not None:
+    y = jnp.where(stats.count > 0, y, 0)
+  y = _plus(y, args.bias)
+  if args.where is not None:
+    y = jnp.where(stray & (stats.count > 0), x, y)
+  return y.astype(args.dtype)
+
+
+def _by_factors(
+  x: Array, stats: Centred, args: Arguments, center: bool
+) -> Array:
   x = x.astype(args.statistics_dtype)
-  root = reciprocal_root(stats.var, args.epsilon)
-  factor, shift = _times(root, args.scale), None
-  if args.bias is not None:
-    shift = _times(jnp.ones_like(root), args.bias)
-  distance = x
+  factor = reciprocal_root(stats.var, args.epsilon)
+  if args.scale is not None:
+    factor = factor * args.scale
+  distance, shift = x, args.bias
   if center:
     distance = x - stats.pivot
-    shift = _plus(_times(-stats.offset * root, args.scale), shift)
+    shift = _plus(-stats.offset * factor, args.bias)
   if args.where is None:
     return _plus(distance * factor, shift).astype(args.dtype)
   stray = ~args.where & ~jnp.isfinite(x)
@@ -290,54 +360,71 @@ def _affine(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:
   return y.astype(args.dtype)
 
 
-def _times(sets: Array, features: Array | None) -> Array:
-  """One number a set times one a feature; None counts as ones."""
-  if features is None:
-    return sets
-  plain = jnp.issubdtype(jnp.result_type(sets, features), jnp.floating)
-  sharded = _types.sharded_axes(sets) or _types.sharded_axes(features)
-  if plain and not sharded and _is_outer(sets.shape, features.shape):
-    return _outer(sets, features.astype(jnp.result_type(sets, features)))
-  return sets * features
-
-
-def _is_outer(rows: tuple[int, ...], columns: tuple[int, ...]) -> bool:
-  """Whether the product is that of a column and a row: layer and RMS norm."""
-  first, last = (
-    [a for a, size in enumerate(s) if size > 1] for s in (rows, columns)
+def _is_outer(stats: Centred, args: Arguments) -> bool:
+  """Whether there is one number a row and one a column: layer and RMS norm."""
+  params = [p for p in (args.scale, args.bias) if p is not None]
+  arrays = [stats.var, *params]
+  if args.where is not None or any(map(_types.sharded_axes, arrays)):
+    return False
+  if not all(jnp.issubdtype(a.dtype, jnp.floating) for a in arrays):
+    return False
+  rows, *columns = (
+    [axis for axis, size in enumerate(a.shape) if size > 1] for a in arrays
   )
-  return bool(first and last) and max(first) < min(last)
+  return bool(rows and columns) and all(
+    c and max(rows) < min(c) for c in columns
+  )
+
+
+def _by_outer(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:
+  """For CPUs, where XLA writes out what it sums, and broadcasts to that.
+
+  Forward and backward of layer norm, float32, 4096 x 768, take .7 of the time
+  of `_by_factors`.
+  """
+  x = x.astype(args.statistics_dtype)
+  root = reciprocal_root(stats.var, args.epsilon)
+  if center:
+    y = (x - stats.pivot) * _outer(root, args.scale)
+    # Minus inside, or -dy is written out.
+    y = y + _outer(-stats.offset * root, args.scale)
+  else:
+    y = x * _outer(root, args.scale)
+  if args.bias is not None:
+    y = y + _outer(jnp.ones_like(root), args.bias)
+  return y.astype(args.dtype)
+
+
+def _outer(rows: Array, columns: Array | None) -> Array:
+  if columns is None:
+    return rows
+  return _outer_product(rows, columns.astype(rows.dtype))
 
 
 @jax.custom_jvp
-def _outer(rows: Array, columns: Array) -> Array:
-  """An outer product, its derivatives' sums as products with vectors on CPUs.
-
-  There XLA writes out what it sums, and what it broadcasts to that: forward and
-  backward of layer norm, float32, 4096 x 768, move 20 n with sums and 18 n so,
-  and take .6 of the time.
-  """
+def _outer_product(rows: Array, columns: Array) -> Array:
+  """A product whose derivatives are summed by products with vectors."""
   return rows * columns
 
 
-def _outer_jvp(primals: Any, tangents: Any) -> tuple[Array, Any]:
-  product = functools.partial(
-    lax.platform_dependent, cpu=_outer_by_dot, default=jnp.multiply
-  )
-  pairs = (tangents[0], primals[1]), (primals[0], tangents[1])
+def _outer_product_jvp(primals: Any, tangents: Any) -> tuple[Array, Any]:
+  (rows, columns), y = primals, _outer_product(*primals)
   terms = [
-    product(*pair)
-    for pair, tangent in zip(pairs, tangents, strict=True)
+    _by_dot(*pair)
+    for tangent, pair in zip(
+      tangents,
+      ((tangents[0], columns), (rows, tangents[1])),
+      strict=True,
+    )
     if not isinstance(tangent, SymbolicZero)
   ]
-  y = _outer(*primals)
   return y, sum(terms[1:], terms[0]) if terms else jnp.zeros_like(y)
 
 
-_outer.defjvp(_outer_jvp, symbolic_zeros=True)
+_outer_product.defjvp(_outer_product_jvp, symbolic_zeros=True)
 
 
-def _outer_by_dot(rows: Array, columns: Array) -> Array:
+def _by_dot(rows: Array, columns: Array) -> Array:
   shape = jnp.broadcast_shapes(rows.shape, columns.shape)
   product = jnp.matmul(
     rows.reshape(-1, 1), columns.reshape(1, -1), precision='highest'

@@ -76,7 +76,7 @@ def wanted(x, dy, where, of=REFERENCE, axis=-1):
 def check(got, want):
   y, state, dx = got
   np.testing.assert_allclose(y, want[0], atol=2e-5)
-  np.testing.assert_allclose(state.mean, want[1].mean, rtol=1e-6)
+  np.testing.assert_allclose(state.mean, want[1].mean, rtol=1e-6, atol=1e-7)
   np.testing.assert_allclose(state.var, want[1].var, rtol=1e-5)
   np.testing.assert_array_equal(state.count, want[1].count)
   np.testing.assert_allclose(dx, want[2], atol=2e-5)

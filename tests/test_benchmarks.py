@@ -1,0 +1,85 @@
+"""The benchmarks run, and what they time is the same work in every library."""
+
+import importlib.util
+import types
+
+import numpy as np
+import pytest
+
+from benchmarks import compiling, speed
+
+SHAPE = 4, 6, 6, 64
+LIBRARIES = [
+  pytest.param(
+    name,
+    marks=pytest.mark.skipif(
+      not importlib.util.find_spec(name.split()[0]),
+      reason=f'{name} is not installed: pip install -e ".[benchmarks]"; flax '
+      'and normkit are held to the same reference',
+    ),
+  )
+  for name in speed.LIBRARIES
+]
+AXES = {
+  'LayerNorm': (-1,),
+  'RMSNorm': (-1,),
+  'BatchNorm': (0, 1, 2),
+  'InstanceNorm': (1, 2),
+}
+
+
+def wanted(norm, arrays):
+  x = arrays.x.astype(np.float64)
+  axes = AXES.get(norm)
+  if axes is None:  # groups of neighbouring channels
+    x = x.reshape(*x.shape[:-1], speed.GROUPS, -1)
+    axes = 1, 2, 4
+  mean = 0 if norm == 'RMSNorm' else x.mean(axes, keepdims=True)
+  var = np.square(x - mean).mean(axes, keepdims=True)
+  y = ((x - mean) / np.sqrt(var + speed.EPSILON)).reshape(arrays.x.shape)
+  return y * arrays.scale + (0 if norm == 'RMSNorm' else arrays.bias)
+
+
+@pytest.mark.parametrize('norm', speed.CPU_SHAPES)
+@pytest.mark.parametrize('library', LIBRARIES)
+def test_the_same_work(library, norm):
+  function = speed.LIBRARIES[library](norm)
+  if function is None:
+    assert library in ('equinox', 'tokamax')
+    return
+  shape = (24, 64) if norm in ('LayerNorm', 'RMSNorm') else SHAPE
+  arrays = speed.draw(shape, 'float32')
+  make = speed.torch_calls if library == 'torch' else speed.jax_calls
+  calls = make(function, arrays)
+  y = np.asarray(calls['forward']())
+  np.testing.assert_allclose(y, wanted(norm, arrays), atol=1e-4)
+  again, gradients = calls['step']()
+  again = np.asarray(again.detach() if library == 'torch' else again)
+  np.testing.assert_allclose(again, y, atol=1e-5)
+  dx = np.asarray(gradients[0], np.float64)
+  dy, step = arrays.dy.astype(np.float64), 1e-5
+  above, below = (
+    wanted(norm, arrays._replace(x=arrays.x + s * dy)) for s in (step, -step)
+  )
+  change = np.sum(dy * (above - below)) / (2 * step)
+  np.testing.assert_allclose(np.sum(dx * dy), change, rtol=1e-4)
+
+
+def test_timing_and_its_table(tmp_path):
+  rows = speed.measure('LayerNorm', (8, 16), 'float32', ['normkit', 'flax'], 0)
+  assert {row['program'] for row in rows} == {'forward', 'step'}
+  header, lines = speed.table(rows, ['normkit', 'flax'], bandwidth=1e9)
+  assert len(header) == len(lines[0]) == 4
+  speed.plot(rows, tmp_path / 'plot.png', 'cpu')
+  assert (tmp_path / 'plot.png').stat().st_size > 1000
+
+
+def test_gpu_without_one_says_so(capsys):
+  assert speed.run(types.SimpleNamespace(device='gpu')) == 1
+  assert 'no GPU' in capsys.readouterr().out
+
+
+def test_compile_table():
+  found = compiling.measure('normkit', 'LayerNorm')
+  assert found['traces'] == 1
+  assert found['instructions'] > 10
