@@ -18,7 +18,7 @@ from rich.progress import track
 
 from benchmarks import peers, report
 from normkit import norm
-from normkit.moments import Centred, _two_pass, centred
+from normkit.moments import Centred, _one_pass, _two_pass
 
 RATIOS = 0, 1e2, 1e3, 1e4, 1e5
 SCALES = 1e-15, 1.0, 1e15
@@ -35,14 +35,16 @@ class Errors(NamedTuple):
   y: float
 
 
-def rows_on_gpu(x: jax.Array, axis: int) -> Centred:
-  """The form of rows on a GPU, and of masked input, run here."""
+def about_the_mean(x: jax.Array, axis: int) -> Centred:
+  """The form of short rows, but on TPU, and of masked input."""
   count = jnp.full((1, 1), x.shape[axis], x.dtype)
   return Centred(*_two_pass(x, count, (axis,), x.dtype), count)
 
 
-def default(x: jax.Array, axis: int) -> Centred:
-  return centred(x, (axis % x.ndim,))
+def about_a_sample(x: jax.Array, axis: int) -> Centred:
+  """The form of all else."""
+  count = jnp.full((1, 1), x.shape[axis], x.dtype)
+  return Centred(*_one_pass(x, count, (axis % x.ndim,), x.dtype), count)
 
 
 def textbook(x: jax.Array, axis: int) -> Centred:
@@ -53,8 +55,8 @@ def textbook(x: jax.Array, axis: int) -> Centred:
 
 FORMS: dict[str, Callable[..., Centred]] = {
   'float32 two-pass': textbook,
-  'normkit': default,
-  'normkit, rows on GPU, masks': rows_on_gpu,
+  'normkit, about a sample': about_a_sample,
+  'normkit, about the mean': about_the_mean,
 }
 
 

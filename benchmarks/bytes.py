@@ -102,6 +102,12 @@ MODELS = {
 }
 
 
+def needs_cudnn(target: str, name: str) -> bool:
+  """Whether a program needs what is not installed to be compiled."""
+  has_convolutions = (target, name) == ('h200', 'ResNet-50')
+  return has_convolutions and not targets.has('nvidia.cudnn')
+
+
 def run_models(chosen: list[str], names: list[str]) -> list[dict[str, Any]]:
   cases = [
     (target, name, policy, library, norm)
@@ -114,6 +120,9 @@ def run_models(chosen: list[str], names: list[str]) -> list[dict[str, Any]]:
     )
   ]
   rows, without = [], {}
+  if no_cudnn := [c for c in cases if needs_cudnn(*c[:2])]:
+    print(f'{len(no_cudnn)} programs need cuDNN: pip install nvidia-cudnn-cu13')
+    cases = [c for c in cases if c not in no_cudnn]
   for target, name, policy, library, norm in track(cases, 'models'):
     model = MODELS[name]
     step = model.step(library, norm, POLICIES[policy])
@@ -210,14 +219,14 @@ def table_of_models(rows: list[dict[str, Any]]) -> list[list[str]]:
 def run(args: argparse.Namespace) -> int:
   jax.config.update('jax_platforms', 'cpu')
   chosen = [t for t in targets.installed() if t in args.target]
-  norms = run_layers(chosen, args.dtype) if not args.models_only else []
+  norms = [] if args.models_only else run_layers(chosen, args.dtype)
   devices = [t for t in chosen if t != 'cpu']
   whole = run_models(devices, args.models)
   if args.json:
     args.json.write_text(
       json.dumps({'norms': norms, 'models': whole}, indent=1)
     )
-  if args.plot:
+  if args.plot and norms:
     plot(norms, args.plot)
   tables = (
     ('bytes', LAYER_HEADER, table_of_layers(norms)),
@@ -234,7 +243,10 @@ def run(args: argparse.Namespace) -> int:
 def add_command(commands: Any) -> None:
   parser = commands.add_parser('bytes', help=__doc__.splitlines()[0])
   parser.add_argument(
-    '--target', nargs='*', choices=targets.TARGETS, default=targets.TARGETS
+    '--target',
+    nargs='*',
+    choices=targets.TARGETS,
+    default=targets.TARGETS[1:],
   )
   parser.add_argument(
     '--dtype', nargs='*', choices=layers.DTYPES, default=layers.DTYPES

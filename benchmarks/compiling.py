@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+import json
 import pathlib
 import statistics
 import subprocess
@@ -19,7 +20,7 @@ IMPORTS = (
   'import jax',
   'import jax, normkit',
   'import flax.linen',
-  ('import normkit.linen'),
+  'import normkit.linen',
 )
 
 
@@ -81,7 +82,7 @@ def measure(library: str, norm: str) -> dict[str, float]:
 
 
 def table_of_norms(runs: int) -> list[list[str]]:
-  """normkit's medians before Flax's; the first of each trace is left out."""
+  """normkit's medians before Flax's; the first run is left out."""
   rows = []
   for norm in track(layers.NORMS, 'norms'):
     cells = {}
@@ -121,24 +122,28 @@ def run(args: argparse.Namespace) -> int:
         'trace, ms',
         'compile, ms',
         'instructions',
-        'traces of two calls',
+        'traces of two lowerings',
       ),
       table_of_norms,
     ),
   )
+  found = {}
   for name, header, make in tables:
-    rows = make(args.runs)
+    found[name] = rows = make(args.runs)
     report.show(name, header, rows)
     if args.plot and name == 'compile':
       plot(rows, args.plot)
     for path in args.update:
       report.quote(path, name, report.markdown(header, rows))
+  if args.json:
+    args.json.write_text(json.dumps(found, indent=1))
   return 0
 
 
 def add_command(commands: Any) -> None:
   parser = commands.add_parser('compile', help=__doc__.splitlines()[0])
   parser.add_argument('--runs', type=int, default=5)
+  parser.add_argument('--json', type=pathlib.Path)
   parser.add_argument('--plot', type=pathlib.Path)
   parser.add_argument('--update', type=pathlib.Path, nargs='*', default=[])
   parser.set_defaults(run=run)

@@ -1,8 +1,8 @@
 """Time of each norm beside its peers, forward and with the backward.
 
 Every library runs the same work on the same arrays, one call of each in turn,
-many times over in one process; what is reported is a median over Flax's median
-in the same run, with the middle half of the single ratios. On a GPU or TPU the
+many times over in one process; what is reported is the median of the ratios to
+Flax's call in the same round, with the middle half of them. On a GPU or TPU the
 least time that the memory allows stands beside, from a copy that is timed too.
 """
 
@@ -42,14 +42,8 @@ GPU_SHAPES = {
   'GroupNorm': [(256, 56, 56, 128)],
   'InstanceNorm': [(256, 56, 56, 128)],
 }
-# Passes over the input that no form can do without.
-LEAST = {
-  'LayerNorm': (2, 5),
-  'RMSNorm': (2, 5),
-  'BatchNorm': (3, 8),
-  'GroupNorm': (2, 5),
-  'InstanceNorm': (2, 5),
-}
+# Passes over the input that no form can do without, forward and step.
+LEAST = dict.fromkeys(CPU_SHAPES, (2, 4)) | {'BatchNorm': (3, 6)}
 Function = Callable[..., Any]
 
 
@@ -300,7 +294,7 @@ def measure(
     times = interleave({n: c[program] for n, c in calls.items()}, seconds)
     for name, found in times.items():
       ratios = found / times['flax']
-      low, high = np.quantile(ratios, (0.25, 0.75))
+      low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
       rows.append(
         {
           'norm': norm,
@@ -309,7 +303,7 @@ def measure(
           'program': program,
           'library': name,
           'milliseconds': float(np.median(found) * 1e3),
-          'ratio': float(np.median(found) / np.median(times['flax'])),
+          'ratio': float(middle),
           'low': float(low),
           'high': float(high),
           'n': arrays.x.nbytes,
@@ -370,6 +364,8 @@ def plot(rows: list[dict[str, Any]], path: pathlib.Path, device: str) -> None:
 
 def run(args: argparse.Namespace) -> int:
   settle_memory()
+  if args.device == 'cpu':
+    jax.config.update('jax_platforms', 'cpu')
   device = jax.devices()[0]
   on_cpu = device.platform == 'cpu'
   if args.device == 'gpu' and on_cpu:

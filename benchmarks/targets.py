@@ -33,13 +33,17 @@ ENVIRONMENT = {
 GPU_OPTIONS = {'xla_gpu_autotune_level': 0}
 
 
-def is_installed(target: str) -> bool:
-  """Whether the compiler for the target is here."""
-  module = MODULES.get(target)
+def has(module: str) -> bool:
+  """Whether a module is installed."""
   try:
-    return module is None or importlib.util.find_spec(module) is not None
+    return importlib.util.find_spec(module) is not None
   except ModuleNotFoundError:  # its parent package is not there either
     return False
+
+
+def is_installed(target: str) -> bool:
+  """Whether the compiler for the target is here."""
+  return target not in MODULES or has(MODULES[target])
 
 
 def installed() -> list[str]:

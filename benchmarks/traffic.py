@@ -211,9 +211,11 @@ def one(
     trips = count_trips(computations, instruction)
     return inner(instruction.attribute('body')).times(trips)
   if kind == 'conditional':
-    names = re.search(r'branch_computations=\{(.*?)\}', instruction.rest)
-    branches = re.findall(r'[\w.\-]+', names[1]) if names else []
-    return max(map(inner, branches))
+    many = re.search(r'branch_computations=\{(.*?)\}', instruction.rest)
+    names = re.findall(r'[\w.\-]+', many[1]) if many else []
+    two = 'true_computation', 'false_computation'
+    names = names or [instruction.attribute(name) for name in two]
+    return max(map(inner, names))
   if kind == 'call':
     return inner(instruction.attribute('to_apply'))
   if kind == 'async-start':

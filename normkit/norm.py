@@ -259,7 +259,8 @@ def affine(
   A set without elements gives zeros, then the bias. Where the mask is False, a
   value that is not finite comes out as it went in and has no other effect.
 
-  What is kept for the backward is x in its own dtype and what is small.
+  What is kept for the backward is x in its own dtype, the statistics and what
+  the caller gave: parameters and mask.
   """
 
   def run(x: Array, stats: Centred, scale: Any, bias: Any, where: Any) -> Array:
@@ -281,6 +282,7 @@ def _of_rows(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:
   the better derivatives.
   """
   leaves, tree = jax.tree.flatten((x, stats, args.scale, args.bias))
+  args = args._replace(scale=None, bias=None)  # they are among the leaves
 
   def run(form: Callable[..., Array], *leaves: Array) -> Array:
     x, stats, scale, bias = jax.tree.unflatten(tree, leaves)

@@ -1,5 +1,6 @@
 """What is kept for the backward: the input in its own dtype, and no more."""
 
+import cases
 import jax
 import jax.numpy as jnp
 import pytest
@@ -39,6 +40,18 @@ def test_one_input_is_kept(name, dtype, masked):
   size = x.size * x.dtype.itemsize
   # The statistics are the rest: a few numbers for each set.
   assert size <= kept(apply, params, x) <= 1.1 * size
+
+
+@pytest.mark.parametrize('case', cases.CASES, ids=lambda case: case.name)
+def test_no_tracer_leaks(case):
+  x = jnp.ones(case.shape)
+  params, state = case.transform.init(x)
+
+  def loss(params, x):
+    return case.transform.apply(params, state, x, train=True)[0].sum()
+
+  with jax.checking_leaks():
+    jax.jit(jax.grad(loss, (0, 1))).lower(params, x)
 
 
 def test_the_test_can_fail():

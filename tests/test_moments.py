@@ -173,6 +173,21 @@ def test_half_precision_loses_only_its_rounding(dtype, mean):
   np.testing.assert_allclose(stats.var, var, rtol=1e-6)
 
 
+@pytest.mark.parametrize('given', ['bfloat16', 'float32', 'float64'])
+@pytest.mark.parametrize('wanted', ['float32', 'float64'])
+def test_dtype_of_statistics(given, wanted):
+  """Narrower than x, too, and with a derivative."""
+  with jax.enable_x64(True):
+    x = jnp.asarray(normal((8, 64), 3.0), given)
+
+    def var(x):
+      return nk.moments(x, -1, dtype=wanted).var.sum()
+
+    stats, dx = nk.moments(x, -1, dtype=wanted), jax.grad(var)(x)
+    assert {s.dtype for s in stats} == {jnp.dtype(wanted)}
+    assert dx.dtype == x.dtype
+
+
 @pytest.mark.parametrize('axis', [0, -1, (0, 2), (-1, 0), (0, 1, 2)])
 @pytest.mark.parametrize('keepdims', [False, True])
 def test_shapes(axis, keepdims):
