@@ -8,7 +8,6 @@ is left unexplained.
 """
 
 import argparse
-import collections
 from collections.abc import Callable
 import concurrent.futures
 import dataclasses
@@ -22,9 +21,18 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
 
-from benchmarks import expected, report
+from benchmarks import expected, report, wrappers
 from benchmarks.draws import AXIS_NAME, NORMS, Case, draw
-from benchmarks.rules import RULES, Leaf, close, tolerance
+from benchmarks.rules import (
+  RULES,
+  SAME_ERROR,
+  Count,
+  Leaf,
+  Verdict,
+  close,
+  tally,
+  tolerance,
+)
 import normkit.linen
 import normkit.nnx
 
@@ -42,7 +50,6 @@ ACCIDENTS = (
   ArithmeticError,
   AssertionError,
 )
-SAME_ERROR = 'the same error'
 Outcome = dict[str, Any] | Exception
 
 
@@ -121,13 +128,6 @@ FAMILIES = {
     Family('nnx', nnx, normkit.nnx, nnx_init, nnx_apply),
   )
 }
-
-
-class Verdict(NamedTuple):
-  """The rules that a use needed, and what none explains."""
-
-  rules: set[str]
-  problems: list[str]
 
 
 def compare(case: Case, ours: Any = None) -> Verdict:
@@ -371,30 +371,18 @@ def judge_leaf(case: Case, leaf: Leaf, verdict: Verdict) -> None:
       verdict.problems.append(f'{leaf.stage}: {leaf.name}: {one}, {name} {two}')
 
 
-class Count(NamedTuple):
-  """How many uses of a module were compared, and how they came out."""
-
-  compared: int
-  equal: int
-  raised: int
-  rules: collections.Counter[str]
-  unexplained: list[str]
-
-
 def measure(family: str, norm: str, count: int, seed: int) -> Count:
   """Compares so many uses of one norm."""
-  equal = raised = 0
-  rules, unexplained = collections.Counter[str](), []
-  for index in range(count):
-    verdict = compare(draw(family, norm, seed, index))
-    rules.update(verdict.rules)
-    equal += not verdict.rules and not verdict.problems
-    raised += verdict.rules == {SAME_ERROR} and not verdict.problems
-    if verdict.problems:
-      problems = '\n  '.join(verdict.problems)
-      name = f'draw({family!r}, {norm!r}, {seed}, {index})'
-      unexplained.append(f'{name}\n  {problems}')
-  return Count(count, equal, raised, rules, unexplained)
+  if norm in wrappers.NORMS:
+    return wrappers.measure(family, norm, count, seed)
+  return tally(
+    {
+      f'draw({family!r}, {norm!r}, {seed}, {index})': compare(
+        draw(family, norm, seed, index)
+      )
+      for index in range(count)
+    }
+  )
 
 
 def tables(counts: dict[tuple[str, str], Count]) -> list[list[list[str]]]:
@@ -404,17 +392,18 @@ def tables(counts: dict[tuple[str, str], Count]) -> list[list[list[str]]]:
     explained = c.compared - c.equal - c.raised - len(c.unexplained)
     numbers = c.compared, c.equal, c.raised, explained, len(c.unexplained)
     modules.append([f'{family}.{norm}', *map(str, numbers)])
-  for rule in RULES:
+  for rule in (*(rule.name for rule in RULES), *wrappers.RULES):
     needed = [
-      sum(c.rules[rule.name] for (f, _), c in counts.items() if f == family)
+      sum(c.rules[rule] for (f, _), c in counts.items() if f == family)
       for family in FAMILIES
     ]
-    rules.append([rule.name, *map(str, needed)])
+    rules.append([rule, *map(str, needed)])
   return [modules, rules]
 
 
 def run(args: argparse.Namespace) -> int:
-  chosen = [(family, norm) for family in args.family for norm in NORMS]
+  every = *NORMS, *wrappers.NORMS
+  chosen = [(family, norm) for family in args.family for norm in every]
   counts = {
     names: measure(*names, args.count, args.seed)
     for names in track(chosen, 'comparing')

@@ -5,6 +5,7 @@ the float64 reference all the same. A rule of errors claims a call in which only
 one of the two raises, or each another class.
 """
 
+import collections
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from benchmarks.expected import (
 # What roundings a sum of a few hundred terms may take, and what those of
 # E[x^2] - E[x]^2 may: they are magnified once in the variance and once after.
 ROUNDINGS, LOST = 40, 400
+SAME_ERROR = 'the same error'
 NAMES = (
   'axis',
   'reduction_axes',
@@ -44,6 +46,37 @@ class Leaf(NamedTuple):
   theirs: np.ndarray
   ours: np.ndarray
   fact: Fact
+
+
+class Verdict(NamedTuple):
+  """The rules that a use needed, and what none explains."""
+
+  rules: set[str]
+  problems: list[str]
+
+
+class Count(NamedTuple):
+  """How many uses of a module were compared, and how they came out."""
+
+  compared: int
+  equal: int
+  raised: int
+  rules: collections.Counter[str]
+  unexplained: list[str]
+
+
+def tally(verdicts: dict[str, Verdict]) -> Count:
+  """Counts the verdicts on uses, which are told by their names."""
+  equal = raised = 0
+  rules, unexplained = collections.Counter[str](), []
+  for name, verdict in verdicts.items():
+    rules.update(verdict.rules)
+    equal += not verdict.rules and not verdict.problems
+    raised += verdict.rules == {SAME_ERROR} and not verdict.problems
+    if verdict.problems:
+      problems = '\n  '.join(verdict.problems)
+      unexplained.append(f'{name}\n  {problems}')
+  return Count(len(verdicts), equal, raised, rules, unexplained)
 
 
 class Rule(NamedTuple):

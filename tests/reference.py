@@ -225,3 +225,25 @@ def others(axes, ndim):
 def wide(x):
   """An array as float64 or complex128."""
   return np.asarray(x, np.complex128 if np.iscomplexobj(x) else np.float64)
+
+
+def weight_norm_reference(v, g=1.0, feature_axes=-1, epsilon=1e-12):
+  """Salimans and Kingma 2016, equation 2."""
+  axes = [] if feature_axes is None else np.atleast_1d(feature_axes)
+  others = tuple(set(range(v.ndim)) - {a % v.ndim for a in axes})
+  length = np.sqrt(
+    np.sum(np.abs(wide(v)) ** 2, axis=others, keepdims=True) + epsilon
+  )
+  return wide(v) / length * (np.expand_dims(g, others) if np.ndim(g) else g)
+
+
+def spectral_norm_reference(w, u, n_steps=1, epsilon=1e-12):
+  """Miyato and others 2018, algorithm 1: y, u, v and sigma."""
+  matrix, u = wide(w).reshape(-1, w.shape[-1]), wide(u)[0]
+  for _ in range(n_steps):
+    v = matrix @ u
+    v = v / np.sqrt(np.sum(v**2) + epsilon)
+    u = v @ matrix
+    u = u / np.sqrt(np.sum(u**2) + epsilon)
+  sigma = v @ matrix @ u
+  return wide(w) / sigma, u[None], v[:, None], sigma

@@ -17,13 +17,14 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from test_weights import spectral_norm_reference, weight_norm_reference
+from reference import spectral_norm_reference, weight_norm_reference
 
+from benchmarks import dropin, wrappers
 from normkit import linen as kl, nnx as kn
 
 KEY = jax.random.key(0)
-NORMS = 'WeightNorm', 'SpectralNorm'
-USES = 4
+NORMS = wrappers.NORMS
+USES = 4  # of each module; `python -m benchmarks dropin` compares more
 PACKAGES = (nnx, kn), (kn, nnx), (kn, kn)
 HALF = jnp.bfloat16
 
@@ -45,83 +46,46 @@ def close(actual, desired, tolerance=2e-5):
   chex.assert_trees_all_close(*wide, rtol=tolerance, atol=tolerance)
 
 
-def choose(rng, *values):
-  return values[rng.integers(len(values))]
+@pytest.mark.parametrize('norm', NORMS)
+@pytest.mark.parametrize('family', wrappers.PACKAGES)
+def test_random_uses(family, norm):
+  count = dropin.measure(family, norm, USES, seed=2)
+  assert not count.unexplained, '\n'.join(count.unexplained)
+  assert count.compared > count.raised
 
 
-def draw(norm, seed):
-  """Random options of both families, and the dtype of the layer's weights."""
-  rng = np.random.default_rng(seed)
+@pytest.mark.parametrize('norm', NORMS)
+@pytest.mark.parametrize('family', wrappers.PACKAGES)
+def test_the_comparison_can_fail(family, norm, monkeypatch):
+  """Another epsilon than the one given is neither Flax's nor the reference."""
+  run, theirs, ours = wrappers.PACKAGES[family]
+
+  class Wrong:
+    pass
+
+  def wrong(*args, **options):
+    return getattr(ours, norm)(*args, **options | {'epsilon': 0.5})
+
+  setattr(Wrong, norm, staticmethod(wrong))
+  monkeypatch.setitem(wrappers.PACKAGES, family, (run, theirs, Wrong))
   own = {
-    'WeightNorm': {
-      'feature_axes': choose(rng, -1, 0, None, (0, -1), (-1, -1)),
-      'use_scale': choose(rng, True, True, False),
-    },
-    'SpectralNorm': {'n_steps': choose(rng, 0, 1, 3)},
+    'WeightNorm': {'feature_axes': -1, 'use_scale': True},
+    'SpectralNorm': {'n_steps': 1},
   }[norm]
-  options = own | {
-    'epsilon': choose(rng, 1e-12, 1e-3, 0.0),
-    'dtype': choose(rng, None, None, jnp.float32, HALF),
-    'param_dtype': choose(rng, jnp.float32, jnp.float32, HALF),
-  }
-  kind = choose(rng, 'dense', 'conv')
-  return options, kind, choose(rng, jnp.float32, jnp.float32, HALF)
-
-
-def tolerance_of(options, weight_dtype):
-  halves = options['dtype'], options['param_dtype'], weight_dtype
-  return 0.03 if HALF in halves else 2e-5
+  options = own | {'epsilon': 1e-3, 'dtype': None, 'param_dtype': jnp.float32}
+  use = wrappers.Use(
+    family, norm, options, 'dense', jnp.float32, update=True, zeros=False
+  )
+  told = ' '.join(wrappers.compare(use).problems)
+  assert ', Flax ' in told
+  assert 'reference' in told
 
 
 # linen
 
 
-def linen_layer(kind, dtype):
-  if kind == 'dense':
-    return nn.Dense(5, param_dtype=dtype)
-  return nn.Conv(5, (3,), param_dtype=dtype)
-
-
 def flags(norm, update=True):
   return {'update_stats': update} if norm == 'SpectralNorm' else {}
-
-
-def run_linen(module, variables, x, **options):
-  """The output, the updates, the gradients of the parameters and of x."""
-  stats = {k: v for k, v in variables.items() if k != 'params'}
-
-  def loss(params, x):
-    y, updates = module.apply(
-      {'params': params, **stats}, x, mutable=['batch_stats'], **options
-    )
-    weights = normal(*y.shape, seed=2)
-    return jnp.sum(y.astype(jnp.float32) * weights), (y, updates)
-
-  run = jax.value_and_grad(loss, (0, 1), has_aux=True)
-  (_, (y, updates)), gradients = run(variables['params'], x)
-  return y, updates, gradients
-
-
-@pytest.mark.parametrize('norm', NORMS)
-@pytest.mark.parametrize('seed', range(USES))
-def test_linen_as_flax(norm, seed):
-  options, kind, dtype = draw(norm, seed)
-  x = X if kind == 'dense' else normal(2, 7, 6)
-  if norm == 'WeightNorm' and seed % 3 == 0:
-    options['scale_init'] = nn.initializers.normal()
-  given = flags(norm, seed % 2 == 0)
-  tolerance = tolerance_of(options, dtype)
-  results, variables = [], None
-  for package in nn, kl:
-    module = getattr(package, norm)(linen_layer(kind, dtype), **options)
-    y, made = module.init_with_output(KEY, x, **given)
-    variables = made if variables is None else variables
-    got = run_linen(module, variables, x, **given)
-    results.append(((y, made), got))
-  (flax_made, flax_ran), (made, ran) = results
-  close(made, flax_made, tolerance)
-  close(ran, flax_ran, tolerance)
-  assert ran[0].dtype == flax_ran[0].dtype
 
 
 @pytest.mark.parametrize('norm', NORMS)
@@ -432,41 +396,6 @@ def arrays(state):
   """The arrays of a state by their paths."""
   flat = nnx.to_flat_state(bare_arrays(state))
   return {'/'.join(map(str, path)): value for path, value in flat}
-
-
-def run_nnx(module, x):
-  def loss(module, x):
-    y = module(x)
-    weights = normal(*y.shape, seed=2)
-    return jnp.sum(y.astype(jnp.float32) * weights), y
-
-  run = nnx.value_and_grad(loss, has_aux=True)
-  (_, y), gradients = run(module, x)
-  return y, {k: v for k, v in arrays(gradients).items() if 'scales' not in k}
-
-
-@pytest.mark.filterwarnings('ignore:scatter inputs:FutureWarning')  # Flax's
-@pytest.mark.parametrize('norm', NORMS)
-@pytest.mark.parametrize('seed', range(USES))
-def test_nnx_as_flax(norm, seed):
-  options, kind, dtype = draw(norm, seed)
-  x = X if kind == 'dense' else normal(2, 7, 6)
-  flax, ours, flax_rngs, rngs = pair(norm, kind, dtype, **options)
-  close(arrays(nnx.state(ours)), arrays(nnx.state(flax)))
-  assert rngs.default.count[...] == flax_rngs.default.count[...]
-  tolerance = tolerance_of(options, dtype)
-  before = arrays(nnx.state(ours))
-  (y, grads), (flax_y, flax_grads) = run_nnx(ours, x), run_nnx(flax, x)
-  close(y, flax_y, tolerance)
-  assert y.dtype == flax_y.dtype
-  close(grads, flax_grads, tolerance)
-  after, flax_after = arrays(nnx.state(ours)), arrays(nnx.state(flax))
-  for name, value in after.items():
-    assert value.dtype == before[name].dtype
-    if name.startswith('batch_stats'):
-      close(value, flax_after[name], tolerance)
-    else:  # where Flax's are overwritten
-      np.testing.assert_array_equal(value, before[name])
 
 
 @pytest.mark.filterwarnings('ignore:scatter inputs:FutureWarning')  # Flax's
