@@ -291,28 +291,25 @@ def _of_rows(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:
   evaluate = jax.custom_jvp(functools.partial(run, _by_steps))
 
   def derive(primals: Any, tangents: Any) -> tuple[Array, Any]:
-    moved = [not isinstance(t, SymbolicZero) for t in tangents]
-    given = [t for t, m in zip(tangents, moved, strict=True) if m]
+    moved = [
+      i for i, t in enumerate(tangents) if not isinstance(t, SymbolicZero)
+    ]
 
-    def tangent(form: Callable[..., Array], primals: Any, given: Any) -> Any:
+    def along(form: Callable[..., Array], primals: Any, given: Any) -> Any:
       def of_moved(*values: Array) -> Array:
-        source = iter(values)
-        pairs = zip(moved, primals, strict=True)
-        return run(form, *(next(source) if m else p for m, p in pairs))
+        new = dict(zip(moved, values, strict=True))
+        return run(form, *(new.get(i, p) for i, p in enumerate(primals)))
 
-      values = [p for p, m in zip(primals, moved, strict=True) if m]
-      return jax.jvp(of_moved, values, given)[1]
+      return jax.jvp(of_moved, [primals[i] for i in moved], given)[1]
 
     y = evaluate(*primals)
-    if not given:
+    if not moved:
       return y, jnp.zeros_like(y)
-    forms = {'cpu': _by_outer, 'default': _by_factors}
     return y, lax.platform_dependent(
       primals,
-      given,
-      **{
-        name: functools.partial(tangent, form) for name, form in forms.items()
-      },
+      [tangents[i] for i in moved],
+      cpu=functools.partial(along, _by_outer),
+      default=functools.partial(along, _by_factors),
     )
 
   evaluate.defjvp(derive, symbolic_zeros=True)
