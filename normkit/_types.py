@@ -233,11 +233,6 @@ def check_momentum(momentum: Any) -> float | None:
   return value
 
 
-def check_train(train: Any) -> bool:
-  """Returns the static flag `train`."""
-  return check_flag(train, 'train')
-
-
 def check_flag(flag: Any, name: str) -> bool:
   """Returns a static flag."""
   if not isinstance(flag, (bool, np.bool_)):

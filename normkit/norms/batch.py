@@ -154,7 +154,7 @@ def batch_norm(
   )
   momentum = check_average(momentum, debias)
   check_state(state, x, features)
-  if not _types.check_train(train):
+  if not _types.check_flag(train, 'train'):
     stats = running(state, x, features)
     return norm.affine(x, stats, args), state
   check_holds_mean(state, x)
