@@ -8,7 +8,6 @@ The second puts the output's error beside the peers'.
 import argparse
 from collections.abc import Callable
 import itertools
-import pathlib
 from typing import Any, NamedTuple
 
 import jax
@@ -173,14 +172,13 @@ def run(args: argparse.Namespace) -> int:
   ratios = [f'{r:g}' for r in RATIOS]
   peer_header = ['mean / std', *ratios]
   rows = peer_rows()
-  report.show('error of the output, in its std', peer_header, rows)
+  title = 'error of the output, in its std'
+  report.publish('accuracy', title, peer_header, rows, args.update)
   header = ['form', 'mean / std', 'var', 'bound', 'y', 'bound', 'holds']
   promises, kept = promise_rows(measure(args.quick))
-  report.show('worst errors, and the bounds they keep', header, promises)
-  for path in args.update:
-    report.quote(path, 'accuracy', report.markdown(peer_header, rows))
-    if '<!-- promises -->' in path.read_text():
-      report.quote(path, 'promises', report.markdown(header, promises))
+  title = 'worst errors, and the bounds they keep'
+  full = [p for p in args.update if '<!-- promises -->' in p.read_text()]
+  report.publish('promises', title, header, promises, full)
   print('every bound holds' if kept else 'A BOUND IS BROKEN')
   return 0 if kept else 1
 
@@ -190,11 +188,5 @@ def add_command(commands: Any) -> None:
   parser.add_argument(
     '--quick', action='store_true', help='leave out the largest batches'
   )
-  parser.add_argument(
-    '--update',
-    type=pathlib.Path,
-    nargs='*',
-    default=[],
-    help='documents whose tables to replace',
-  )
+  report.add_update(parser)
   parser.set_defaults(run=run)

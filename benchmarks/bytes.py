@@ -234,9 +234,7 @@ def run(args: argparse.Namespace) -> int:
   )
   for name, header, rows in tables:
     if rows:
-      report.show(name, header, rows)
-      for path in args.update:
-        report.quote(path, name, report.markdown(header, rows))
+      report.publish(name, name, header, rows, args.update)
   return 0
 
 
@@ -261,5 +259,5 @@ def add_command(commands: Any) -> None:
   parser.add_argument('--models-only', action='store_true')
   parser.add_argument('--json', type=pathlib.Path)
   parser.add_argument('--plot', type=pathlib.Path)
-  parser.add_argument('--update', type=pathlib.Path, nargs='*', default=[])
+  report.add_update(parser)
   parser.set_defaults(run=run)

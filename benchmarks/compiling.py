@@ -130,11 +130,9 @@ def run(args: argparse.Namespace) -> int:
   found = {}
   for name, header, make in tables:
     found[name] = rows = make(args.runs)
-    report.show(name, header, rows)
+    report.publish(name, name, header, rows, args.update)
     if args.plot and name == 'compile':
       plot(rows, args.plot)
-    for path in args.update:
-      report.quote(path, name, report.markdown(header, rows))
   if args.json:
     args.json.write_text(json.dumps(found, indent=1))
   return 0
@@ -145,5 +143,5 @@ def add_command(commands: Any) -> None:
   parser.add_argument('--runs', type=int, default=5)
   parser.add_argument('--json', type=pathlib.Path)
   parser.add_argument('--plot', type=pathlib.Path)
-  parser.add_argument('--update', type=pathlib.Path, nargs='*', default=[])
+  report.add_update(parser)
   parser.set_defaults(run=run)

@@ -11,7 +11,6 @@ import argparse
 from collections.abc import Callable
 import concurrent.futures
 import dataclasses
-import pathlib
 from typing import Any, NamedTuple
 import warnings
 
@@ -417,9 +416,7 @@ def run(args: argparse.Namespace) -> int:
   for name, (title, header, rows) in zip(
     ('dropin', 'rules'), both, strict=True
   ):
-    report.show(title, header, rows)
-    for path in args.update:
-      report.quote(path, name, report.markdown(header, rows))
+    report.publish(name, title, header, rows, args.update)
   unexplained = [text for c in counts.values() for text in c.unexplained]
   print('\n'.join(unexplained) or 'nothing is unexplained')
   return 1 if unexplained else 0
@@ -434,11 +431,5 @@ def add_command(commands: Any) -> None:
   parser.add_argument(
     '--family', nargs='*', choices=FAMILIES, default=list(FAMILIES)
   )
-  parser.add_argument(
-    '--update',
-    type=pathlib.Path,
-    nargs='*',
-    default=[],
-    help='documents whose tables to replace',
-  )
+  report.add_update(parser)
   parser.set_defaults(run=run)

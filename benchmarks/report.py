@@ -1,6 +1,7 @@
 """Tables: on the terminal, and in the documents that quote them."""
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Iterable, Sequence
 import pathlib
 import re
 
@@ -24,6 +25,30 @@ def markdown(header: Sequence[str], rows: Rows) -> str:
   """The same table in Markdown."""
   lines = [header, ['---'] + ['---:'] * (len(header) - 1), *rows]
   return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+
+
+def publish(
+  name: str,
+  title: str,
+  header: Sequence[str],
+  rows: Rows,
+  documents: Iterable[pathlib.Path],
+) -> None:
+  """Prints a table, and puts it between the marks `name` of the documents."""
+  show(title, header, rows)
+  for path in documents:
+    quote(path, name, markdown(header, rows))
+
+
+def add_update(parser: argparse.ArgumentParser) -> None:
+  """The option that names the documents."""
+  parser.add_argument(
+    '--update',
+    type=pathlib.Path,
+    nargs='*',
+    default=[],
+    help='documents whose tables to replace',
+  )
 
 
 def bars(

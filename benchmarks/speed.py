@@ -385,13 +385,12 @@ def run(args: argparse.Namespace) -> int:
     rows += measure(*case, libraries, args.seconds)
   bandwidth = None if on_cpu else copy_bandwidth()
   header, lines = table(rows, libraries, bandwidth)
-  report.show(f'{device.device_kind}, jax {jax.__version__}', header, lines)
+  title = f'{device.device_kind}, jax {jax.__version__}'
+  report.publish(args.device, title, header, lines, args.update)
   if args.json:
     args.json.write_text(json.dumps(rows, indent=1))
   if args.plot:
     plot(rows, args.plot, device.device_kind)
-  for path in args.update:
-    report.quote(path, args.device, report.markdown(header, lines))
   return 0
 
 
@@ -405,5 +404,5 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument('--json', type=pathlib.Path)
     parser.add_argument('--plot', type=pathlib.Path)
-    parser.add_argument('--update', type=pathlib.Path, nargs='*', default=[])
+    report.add_update(parser)
     parser.set_defaults(run=run, device=device)
