@@ -16,7 +16,7 @@ import numpy as np
 from rich.progress import track
 
 from benchmarks import peers, report
-from normkit import norm
+from normkit.affine import Arguments, affine
 from normkit.moments import Centred, _one_pass, _two_pass
 
 RATIOS = 0, 1e2, 1e3, 1e4, 1e5
@@ -85,12 +85,12 @@ def errors(form: Callable[..., Centred], x: np.ndarray, axis: int) -> Errors:
   """The errors of one form of the statistics, and of the output by them."""
   epsilon = 1e-6 * float(np.var(x.astype(np.float64), axis).max())
   var, y = reference(x, axis, epsilon)
-  arguments = norm.Arguments(None, None, epsilon, None, x.dtype, x.dtype)
+  arguments = Arguments(None, None, epsilon, None, x.dtype, x.dtype)
 
   @jax.jit
   def run(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     stats = form(x, axis)
-    return stats.var, norm.affine(x, stats, arguments)
+    return stats.var, affine(x, stats, arguments)
 
   got_var, got_y = (np.asarray(a, np.float64) for a in run(jnp.asarray(x)))
   return Errors(worst(got_var / var - 1), worst(got_y - y))
@@ -144,10 +144,10 @@ def peer_rows() -> list[list[str]]:
   """The output's error beside the peers', mean over deviation by column."""
   norms: dict[str, tuple[Any, Any]] = {
     name: tuple(
-      lambda x, epsilon, form=form, axis=axis: norm.affine(
+      lambda x, epsilon, form=form, axis=axis: affine(
         jnp.asarray(x),
         form(jnp.asarray(x), axis),
-        norm.Arguments(None, None, epsilon, None, x.dtype, x.dtype),
+        Arguments(None, None, epsilon, None, x.dtype, x.dtype),
       )
       for axis in (-1, 0)
     )

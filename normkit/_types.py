@@ -275,15 +275,19 @@ def note_path(path: str) -> Iterator[None]:
 
 
 def check_implementation(implementation: Implementation | None) -> None:
-  """Raises unless the implementation asked for can run."""
+  """Raises unless there is an implementation of the name."""
   names = get_args(Implementation)
   if implementation is not None and implementation not in names:
     raise ValueError(
       f'implementation must be None or one of {names}, got {implementation!r}.'
     )
+
+
+def refuse_kernel(implementation: Implementation | None, why: str) -> None:
+  """Raises if a kernel is asked for where there is none."""
   if implementation not in (None, 'xla'):
     raise NotImplementedError(
-      f'implementation={implementation!r} has no kernel for this norm yet. '
+      f'implementation={implementation!r} has no kernel for this: {why}. '
       "Use None or 'xla'."
     )
 

@@ -133,7 +133,14 @@ def squeeze(result: Moments, axes: tuple[int, ...]) -> Moments:
 
 # What a policy of `jax.checkpoint` knows the statistics by.
 STATISTICS = 'normkit.statistics'
-_named = functools.partial(checkpoint_name, name=STATISTICS)
+
+
+def named(values: Any) -> Any:
+  """Statistics by the name that such a policy knows."""
+  return jax.tree.map(
+    functools.partial(checkpoint_name, name=STATISTICS), values
+  )
+
 
 # The pivot of the one-pass form is the mean of a sample: one element in so
 # many, and at least so many. Whatever the data, it lies within the square root
@@ -146,25 +153,30 @@ SAMPLE_STRIDE, SAMPLE_SIZE = 32, 16
 SHORT_ROW = 16_384
 
 
-@functools.partial(jax.jit, static_argnames=('axes', 'center', 'dtype'))
+@functools.partial(
+  jax.jit, static_argnames=('axes', 'center', 'dtype', 'output_alone')
+)
 def centred(
   x: Array,
   axes: tuple[int, ...],
   where: Array | None = None,
   center: bool = True,
   dtype: DType | None = None,
+  output_alone: bool = True,
 ) -> Centred:
   """Moments over `axes`, kept with size one, in float32 or wider.
 
-  With `center=False` the mean is taken as zero, as in RMS norm.
+  With `center=False` the mean is taken as zero, as in RMS norm. `output_alone`
+  says that they are used for the norm's output and not returned themselves.
   """
   dtype = _types.statistics_dtype(x.dtype if dtype is None else dtype)
   count = counts(x, axes, where, _types.real_dtype(dtype))
   if not center:
-    var = _named(_mean_square(x, where, count, axes, dtype))
+    var = named(_mean_square(x, where, count, axes, dtype))
     zero = jnp.zeros_like(var, dtype)
     return Centred(zero, zero, var, count)
-  pivot, offset, var = _local(x, where, count, axes, dtype)
+  stats = _local(x, where, count, axes, dtype, output_alone)
+  pivot, offset, var = stats
   return Centred(lax.stop_gradient(pivot), offset, var, count)
 
 
@@ -227,24 +239,32 @@ def _local_jvp(
   primals: Any,
   tangents: Any,
 ) -> tuple[Any, Any]:
-  """dE[x] = E[dx] and dVar[x] = 2 E[(x - E[x]) dx]; the pivot is held."""
+  """The statistics, and how they change with x; the pivot is held."""
   del output_alone
   x, where, count = primals
-  stats = _local(x, where, count, axes, dtype, False)
-  pivot, offset, var = map(_named, stats)
-
-  def tangent(
-    x: Array, pivot: Array, offset: Array, dx: Array
-  ) -> tuple[Array, Array]:
-    dx = _valid(dx.astype(dtype), where)
-    d = _valid((x.astype(dtype) - pivot) - offset, where)
-    dvar = 2 * _mean((d.conj() * dx).real, axes, count)
-    return _mean(dx, axes, count), dvar
-
-  # Checkpointed, so that x is kept for the backward, and not d beside it.
-  tangent = jax.checkpoint(tangent, prevent_cse=False)
-  doffset, dvar = tangent(x, pivot, offset, tangents[0])
+  pivot, offset, var = named(_local(x, where, count, axes, dtype, False))
+  stats = Centred(pivot, offset, var, count)
+  doffset, dvar = changes(x, stats, tangents[0], axes, where)
   return (pivot, offset, var), (jnp.zeros_like(pivot), doffset, dvar)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(3,))
+def changes(
+  x: Array,
+  stats: Centred,
+  dx: Array,
+  axes: tuple[int, ...],
+  where: Array | None = None,
+) -> tuple[Array, Array]:
+  """dE[x] = E[dx] and dVar[x] = 2 E[(x - E[x]) dx].
+
+  Checkpointed, so that x is kept for the backward, and not x - E[x] beside it.
+  """
+  dtype = stats.pivot.dtype
+  dx = _valid(dx.astype(dtype), where)
+  d = _valid((x.astype(dtype) - stats.pivot) - stats.offset, where)
+  dvar = 2 * _mean((d.conj() * dx).real, axes, stats.count)
+  return _mean(dx, axes, stats.count), dvar
 
 
 def _one_pass(

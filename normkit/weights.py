@@ -20,6 +20,7 @@ import numpy as np
 
 from normkit import _types, norm
 from normkit._types import Array, ArrayLike, Axes, DType
+from normkit.affine import reciprocal_root
 from normkit.moments import square
 from normkit.norm import EmptyState, NormParams
 
@@ -217,7 +218,7 @@ def _unit(
 ) -> Array:
   """x over its length along the axes; None means all."""
   squared = jnp.sum(square(x), axes, keepdims=True)
-  return x * norm.reciprocal_root(squared, epsilon)
+  return x * reciprocal_root(squared, epsilon)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

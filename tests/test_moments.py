@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import normkit as nk
-from normkit import norm
+from normkit.affine import Arguments, affine
 from normkit.moments import (
   Centred,
   _about_zero,
@@ -61,9 +61,9 @@ def errors(form, x, axis):
   """Relative error of the variance, and of the output in its std."""
   mean, var, _ = exact(x, axis)
   epsilon = 1e-6 * float(var.max())
-  options = norm.Arguments(None, None, epsilon, None, x.dtype, x.dtype)
+  options = Arguments(None, None, epsilon, None, x.dtype, x.dtype)
   stats = form(jnp.asarray(x), axis)
-  y = np.asarray(norm.affine(jnp.asarray(x), stats, options), np.float64)
+  y = np.asarray(affine(jnp.asarray(x), stats, options), np.float64)
   wanted = (x.astype(np.float64) - mean) / np.sqrt(var + epsilon)
   return np.abs(np.asarray(stats.var) / var - 1).max(), np.abs(y - wanted).max()
 

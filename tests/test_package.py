@@ -24,7 +24,11 @@ LAYERS = (
   ('linen', 'nnx'),
   ('norms', 'weights'),
   ('norm',),
+  ('rows',),
+  ('affine',),
   ('moments',),
+  ('kernels.dispatch', 'kernels.triton', 'kernels.mosaic_tpu'),
+  ('kernels.cases', 'kernels.rows'),
   ('kernels',),
   ('_types',),
 )
@@ -52,10 +56,13 @@ def imported(path):
           yield alias.name.removeprefix('normkit.')
 
 
+def depth(name):
+  return DEPTH[name] if name in DEPTH else DEPTH[name.split('.')[0]]
+
+
 def above(name, other):
   """Whether `name` may import `other`."""
-  one, two = name.split('.')[0], other.split('.')[0]
-  return DEPTH[one] < DEPTH[two]
+  return depth(name) < depth(other)
 
 
 @pytest.mark.parametrize(('path', 'name'), list(modules()))

@@ -18,6 +18,7 @@ from normkit._types import (
   Groups,
   Implementation,
 )
+from normkit.affine import Arguments, affine
 from normkit.moments import (
   Centred,
   Moments,
@@ -152,11 +153,12 @@ def batch_norm(
   args = norm.check_arguments(
     x, scale, bias, features, epsilon, where, dtype, implementation
   )
+  _types.refuse_kernel(implementation, 'XLA reads x no more often')
   momentum = check_average(momentum, debias)
   check_state(state, x, features)
   if not _types.check_flag(train, 'train'):
     stats = running(state, x, features)
-    return norm.affine(x, stats, args), state
+    return affine(x, stats, args), state
   check_holds_mean(state, x)
   ghosts = count_ghosts(x.shape, reduced, virtual_batch_size)
   pooling = axis_name, axis_index_groups
@@ -164,7 +166,7 @@ def batch_norm(
     check_several(x.shape, reduced, *pooling, ghosts)
   if ghosts is None:
     stats = pool(centred(x, reduced, args.where), *pooling)
-    y = norm.affine(x, stats, args)
+    y = affine(x, stats, args)
   else:
     y, stats = ghost_norm(x, args, reduced, ghosts)
     stats = pool(stats, *pooling)
@@ -180,7 +182,7 @@ def batch_norm(
 
 def ghost_norm(
   x: Array,
-  args: norm.Arguments,
+  args: Arguments,
   reduced: tuple[int, ...],
   ghosts: int,
 ) -> tuple[Array, Centred]:
@@ -197,7 +199,7 @@ def ghost_norm(
   axes = tuple(a + 1 for a in reduced)
   batches = split(x)
   parts = centred(batches, axes, args.where)
-  y = norm.affine(batches, parts, args).reshape(x.shape)
+  y = affine(batches, parts, args).reshape(x.shape)
   return y, Centred(*(m.squeeze(first) for m in merge(parts, first)))
 
 

@@ -16,6 +16,7 @@ from normkit._types import (
   Groups,
   Implementation,
 )
+from normkit.affine import affine
 from normkit.moments import Centred, centred, merge, pool
 from normkit.norm import EmptyState, NormParams
 
@@ -83,13 +84,14 @@ def group_norm(
   args = norm.check_arguments(
     x, scale, bias, channels, epsilon, where, dtype, implementation
   )
+  _types.refuse_kernel(implementation, 'XLA reads x no more often')
   channel = check_groups(x.shape, channels, num_groups)
   _types.check_not_empty(x.shape, spatial + channels)
   stats = centred(x, spatial, args.where)
   stats = merge_channels(stats, channel, num_groups)
   stats = pool(stats, axis_name, axis_index_groups)
   stats = Centred(*(spread(s, channel, x.shape[channel]) for s in stats))
-  return norm.affine(x, stats, args)
+  return affine(x, stats, args)
 
 
 def groups_of(

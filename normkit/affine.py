@@ -1,0 +1,205 @@
+"""The affine map of every norm, from x and its moments to the output."""
+
+from collections.abc import Callable
+import functools
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+import jax.numpy as jnp
+
+from normkit import _types
+from normkit._types import Array, DType
+from normkit.moments import Centred
+
+
+class Arguments(NamedTuple):
+  """The checked arguments that all norms share."""
+
+  scale: Array | None
+  bias: Array | None
+  epsilon: float
+  where: Array | None
+  dtype: DType
+  statistics_dtype: DType
+
+
+def affine(
+  x: Array, stats: Centred, args: Arguments, center: bool = True
+) -> Array:
+  """(x - mean) / sqrt(var + epsilon) * scale + bias, in `args.dtype`.
+
+  A set without elements gives zeros, then the bias. Where the mask is False, a
+  value that is not finite comes out as it went in and has no other effect.
+
+  What is kept for the backward is x in its own dtype, the statistics and what
+  the caller gave: parameters and mask.
+  """
+
+  def run(x: Array, stats: Centred, scale: Any, bias: Any, where: Any) -> Array:
+    options = args._replace(scale=scale, bias=bias, where=where)
+    form = _of_rows if _is_outer(stats, options) else _by_factors
+    return form(x, stats, options, center)
+
+  y: Array = jax.checkpoint(run, prevent_cse=False)(
+    x, stats, args.scale, args.bias, args.where
+  )
+  return y
+
+
+def _of_rows(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:
+  """Layer and RMS norm: one form to evaluate, others to differentiate.
+
+  Compilers fuse the first with the statistics: layer norm of 4096 x 768 on a
+  CPU is one kernel instead of seven, and takes .4 of the time. The others have
+  the better derivatives.
+  """
+  leaves, tree = jax.tree.flatten((x, stats, args.scale, args.bias))
+  args = args._replace(scale=None, bias=None)  # they are among the leaves
+
+  def run(form: Callable[..., Array], *leaves: Array) -> Array:
+    x, stats, scale, bias = jax.tree.unflatten(tree, leaves)
+    return form(x, stats, args._replace(scale=scale, bias=bias), center)
+
+  evaluate = jax.custom_jvp(functools.partial(run, _by_steps))
+
+  def derive(primals: Any, tangents: Any) -> tuple[Array, Any]:
+    moved = [
+      i for i, t in enumerate(tangents) if not isinstance(t, SymbolicZero)
+    ]
+
+    def along(form: Callable[..., Array], primals: Any, given: Any) -> Any:
+      def of_moved(*values: Array) -> Array:
+        new = dict(zip(moved, values, strict=True))
+        return run(form, *(new.get(i, p) for i, p in enumerate(primals)))
+
+      return jax.jvp(of_moved, [primals[i] for i in moved], given)[1]
+
+    y = evaluate(*primals)
+    if not moved:
+      return y, jnp.zeros_like(y)
+    return y, lax.platform_dependent(
+      primals,
+      [tangents[i] for i in moved],
+      cpu=functools.partial(along, _by_outer),
+      default=functools.partial(along, _by_factors),
+    )
+
+  evaluate.defjvp(derive, symbolic_zeros=True)
+  y: Array = evaluate(*leaves)
+  return y
+
+
+def _by_steps(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:
+  y = x.astype(args.statistics_dtype)
+  if center:
+    y = (y - stats.pivot) - stats.offset
+  y = y * reciprocal_root(stats.var, args.epsilon)
+  if args.scale is not None:
+    y = y * args.scale
+  return _plus(y, args.bias).astype(args.dtype)
+
+
+def _by_factors(
+  x: Array, stats: Centred, args: Arguments, center: bool
+) -> Array:
+  x = x.astype(args.statistics_dtype)
+  factor = reciprocal_root(stats.var, args.epsilon)
+  if args.scale is not None:
+    factor = factor * args.scale
+  distance, shift = x, args.bias
+  if center:
+    distance = x - stats.pivot
+    shift = _plus(-stats.offset * factor, args.bias)
+  if args.where is None:
+    return _plus(distance * factor, shift).astype(args.dtype)
+  stray = ~args.where & ~jnp.isfinite(x)
+  y = jnp.where(stats.count > 0, jnp.where(stray, 0, distance) * factor, 0)
+  y = jnp.where(stray & (stats.count > 0), x, _plus(y, shift))
+  return y.astype(args.dtype)
+
+
+def _is_outer(stats: Centred, args: Arguments) -> bool:
+  """Whether there is one number a row and one a column: layer and RMS norm."""
+  params = [p for p in (args.scale, args.bias) if p is not None]
+  arrays = [stats.var, *params]
+  if args.where is not None or any(map(_types.sharded_axes, arrays)):
+    return False
+  if not all(jnp.issubdtype(a.dtype, jnp.floating) for a in arrays):
+    return False
+  rows, *columns = (
+    [axis for axis, size in enumerate(a.shape) if size > 1] for a in arrays
+  )
+  return bool(rows and columns) and all(
+    c and max(rows) < min(c) for c in columns
+  )
+
+
+def _by_outer(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:
+  """For CPUs, where XLA writes out what it sums, and broadcasts to that.
+
+  Forward and backward of layer norm, float32, 4096 x 768, take .7 of the time
+  of `_by_factors`.
+  """
+  x = x.astype(args.statistics_dtype)
+  root = reciprocal_root(stats.var, args.epsilon)
+  if center:
+    y = (x - stats.pivot) * _outer(root, args.scale)
+    # Minus inside, or -dy is written out.
+    y = y + _outer(-stats.offset * root, args.scale)
+  else:
+    y = x * _outer(root, args.scale)
+  if args.bias is not None:
+    y = y + _outer(jnp.ones_like(root), args.bias)
+  return y.astype(args.dtype)
+
+
+def _outer(rows: Array, columns: Array | None) -> Array:
+  if columns is None:
+    return rows
+  return _outer_product(rows, columns.astype(rows.dtype))
+
+
+@jax.custom_jvp
+def _outer_product(rows: Array, columns: Array) -> Array:
+  """A product whose derivatives are summed by products with vectors."""
+  return rows * columns
+
+
+def _outer_product_jvp(primals: Any, tangents: Any) -> tuple[Array, Any]:
+  (rows, columns), y = primals, _outer_product(*primals)
+  terms = [
+    _by_dot(*pair)
+    for tangent, pair in zip(
+      tangents,
+      ((tangents[0], columns), (rows, tangents[1])),
+      strict=True,
+    )
+    if not isinstance(tangent, SymbolicZero)
+  ]
+  return y, sum(terms[1:], terms[0]) if terms else jnp.zeros_like(y)
+
+
+_outer_product.defjvp(_outer_product_jvp, symbolic_zeros=True)
+
+
+def _by_dot(rows: Array, columns: Array) -> Array:
+  shape = jnp.broadcast_shapes(rows.shape, columns.shape)
+  product = jnp.matmul(
+    rows.reshape(-1, 1), columns.reshape(1, -1), precision='highest'
+  )
+  return product.reshape(shape)
+
+
+def _plus(y: Array, shift: Array | None) -> Array:
+  return y if shift is None else y + shift
+
+
+def reciprocal_root(var: Array, epsilon: float) -> Array:
+  """1 / sqrt(var + epsilon), and 0 where that would divide by zero."""
+  total = var + jnp.asarray(epsilon, var.dtype)
+  if epsilon >= jnp.finfo(var.dtype).tiny:
+    return lax.rsqrt(total)
+  positive = total > 0
+  return jnp.where(positive, lax.rsqrt(jnp.where(positive, total, 1)), 0)

@@ -1,0 +1,1 @@
+"""Forms of a norm that are written for one kind of device."""

@@ -1,0 +1,241 @@
+"""One function in several forms: which one runs is known when it is lowered.
+
+A function has a plain form, in `jax.numpy`, and may have kernels for some
+platforms. The plain form says what it computes and what its derivatives are;
+a kernel takes its place in the program of its platform, and only where that
+program is one device's: XLA cannot split a kernel among several and would
+gather its input. Under `shard_map` and `pmap` the program is one device's.
+
+This is a primitive of JAX, since nothing else of its choices is made so late,
+and since a linear function with a transpose of its own can then be batched
+and differentiated again.
+"""
+
+from collections.abc import Callable, Mapping
+import itertools
+from typing import Any
+
+import jax
+from jax.extend import core
+from jax.interpreters import ad, batching, mlir
+
+from normkit._types import Array, Implementation
+
+Function = Callable[..., Any]
+Kernels = Mapping[Implementation, Function]
+PLATFORMS: dict[Implementation, str] = {'triton': 'cuda', 'mosaic_tpu': 'tpu'}
+
+# For tests: the kernel that runs, interpreted, where the platform is a CPU.
+interpreted: Implementation | None = None
+
+choice_p = core.Primitive('normkit_choice')
+choice_p.multiple_results = True
+
+
+def choose(
+  plain: Function,
+  kernels: Kernels,
+  *arguments: Any,
+  required: Implementation | None = None,
+) -> Any:
+  """Runs a function in the form that suits the platform.
+
+  Args:
+    plain: a function of trees of arrays; also what is differentiated.
+    kernels: the same for some implementations, by their names. They take the
+      keyword `interpret`.
+    *arguments: what the function takes.
+    required: the implementation that must run, or None to choose.
+
+  Returns:
+    What the function returns.
+
+  Raises:
+    NotImplementedError: when the program is lowered, if what is required
+      cannot run there.
+  """
+  return _bind(plain, kernels, None, arguments, (), required)
+
+
+def choose_linear(
+  plain: Function, transpose: Function, residuals: Any, linear: Any
+) -> Any:
+  """Runs a function that is linear in an argument, its transpose given.
+
+  Args:
+    plain: `(residuals, linear)` to a tree of arrays.
+    transpose: `(residuals, cotangents)` to a tree like `linear`.
+    residuals: what the function is not linear in.
+    linear: what it is linear in.
+
+  Returns:
+    What the function returns.
+  """
+  return _bind(plain, {}, transpose, (residuals,), (linear,))
+
+
+def _bind(
+  plain: Function,
+  kernels: Kernels,
+  transpose: Function | None,
+  residuals: tuple[Any, ...],
+  linear: tuple[Any, ...],
+  required: Implementation | None = None,
+) -> Any:
+  """The primitive takes leaves, and its functions leaves to leaves."""
+  leaves, tree = jax.tree.flatten((*residuals, *linear))
+  count = len(jax.tree.leaves(residuals))
+
+  closed, shapes = jax.make_jaxpr(plain, return_shape=True)(*residuals, *linear)
+  results = jax.tree.structure(shapes)
+  cotangents = jax.tree.structure((*residuals, shapes))
+  found = choice_p.bind(
+    *leaves,
+    plain=closed,
+    kernels=tuple((n, _flat(k, tree)) for n, k in kernels.items()),
+    transpose=transpose and _flat(transpose, cotangents),
+    linear=len(leaves) - count,
+    required=required,
+    interpreted=interpreted if kernels else None,
+  )
+  return jax.tree.unflatten(results, found)
+
+
+def _flat(run: Function, tree: Any) -> Function:
+  """The function on leaves, which makes a list of leaves."""
+
+  def flat(*leaves: Array, **options: Any) -> list[Array]:
+    return jax.tree.leaves(run(*jax.tree.unflatten(tree, leaves), **options))
+
+  return flat
+
+
+def _impl(*arguments: Array, **params: Any) -> list[Array]:
+  run = jax.jit(lambda *a: choice_p.bind(*a, **params))
+  found: list[Array] = run(*arguments)
+  return found
+
+
+choice_p.def_impl(_impl)
+
+
+def _abstract_eval(*_: Any, plain: Any, **__: Any) -> Any:
+  return plain.out_avals
+
+
+choice_p.def_abstract_eval(_abstract_eval)
+
+
+def _lowering(platform: str | None) -> Callable[..., Any]:
+  def lower(ctx: Any, *arguments: Any, plain: Any, **params: Any) -> Any:
+    run = _form(platform, _is_one_device(ctx), **params)
+    run = run or core.jaxpr_as_fun(plain)
+    return mlir.lower_fun(run, multiple_results=True)(ctx, *arguments)
+
+  return lower
+
+
+def _form(
+  platform: str | None,
+  is_one_device: bool,
+  *,
+  kernels: tuple[tuple[Implementation, Function], ...],
+  required: Implementation | None,
+  interpreted: Implementation | None,
+  **_: Any,
+) -> Function | None:
+  """The kernel that runs on the platform, or None for the plain form."""
+  for name, kernel in kernels:
+    if name == interpreted:
+      return lambda *a, kernel=kernel: kernel(*a, interpret=True)
+    if PLATFORMS[name] == platform and is_one_device:
+      return lambda *a, kernel=kernel: kernel(*a, interpret=False)
+  if required is None:
+    return None
+  if PLATFORMS[required] != platform:
+    raise NotImplementedError(
+      f'implementation={required!r} runs on {PLATFORMS[required]} and this '
+      f'program is lowered for {platform or "another platform"}. Use None or '
+      "'xla'."
+    )
+  raise NotImplementedError(
+    f'implementation={required!r} in a program over several devices that XLA '
+    'partitions: the kernel would have its input gathered. Call it under '
+    "jax.shard_map, use a mesh with explicit axes, or use None or 'xla'."
+  )
+
+
+def _is_one_device(ctx: Any) -> bool:
+  """Whether the program is lowered for one device, or one at a time."""
+  context = ctx.module_context.axis_context
+  if (manual := getattr(context, 'manual_axes', None)) is not None:
+    sizes = dict(context.mesh.shape)
+    return all(sizes[name] == 1 for name in set(sizes) - set(manual))
+  return getattr(context, 'num_devices', 1) in (None, 1)
+
+
+mlir.register_lowering(choice_p, _lowering(None))
+for _platform in PLATFORMS.values():
+  mlir.register_lowering(choice_p, _lowering(_platform), platform=_platform)
+
+
+def _jvp(primals: Any, tangents: Any, **params: Any) -> Any:
+  """A linear function stays one; all else is differentiated as it is plain."""
+  found = choice_p.bind(*primals, **params)
+  given = [ad.instantiate_zeros(t) for t in tangents]
+  count = len(primals) - params['linear']
+  if params['linear'] and all(type(t) is ad.Zero for t in tangents[:count]):
+    return found, choice_p.bind(*primals[:count], *given[count:], **params)
+  run = core.jaxpr_as_fun(params['plain'])
+  return found, jax.jvp(run, tuple(primals), tuple(given))[1]
+
+
+def _transpose(cotangents: Any, *arguments: Any, **params: Any) -> Any:
+  count = len(arguments) - params['linear']
+  given = [ad.instantiate_zeros(c) for c in cotangents]
+  found = params['transpose'](*arguments[:count], *given)
+  unknown = map(ad.is_undefined_primal, arguments[count:])
+  return [None] * count + [
+    c if u else None for c, u in zip(found, unknown, strict=True)
+  ]
+
+
+def _batch(arguments: Any, axes: Any, **params: Any) -> Any:
+  """Each form under `vmap`; whatever is linear gets the new axis."""
+  count = len(arguments) - params['linear']
+  residuals, linear = arguments[:count], arguments[count:]
+  sizes = (
+    a.shape[d] for a, d in zip(arguments, axes, strict=True) if d is not None
+  )
+  size = next(sizes)
+  linear = [
+    batching.bdim_at_front(a, d, size)
+    for a, d in zip(linear, axes[count:], strict=True)
+  ]
+  fixed = tuple(None if d is None else d for d in axes[:count])
+  plain, transpose = core.jaxpr_as_fun(params['plain']), params['transpose']
+  results = len(params['plain'].out_avals)
+
+  def batched(run: Function, others: int) -> Function:
+    return lambda *a, **options: jax.vmap(
+      lambda *b: run(*b, **options), (*fixed, *[0] * others)
+    )(*a)
+
+  leaves = _bind(
+    _on_lists(batched(plain, len(linear))),
+    {n: _on_lists(batched(k, len(linear))) for n, k in params['kernels']},
+    transpose and _on_lists(batched(transpose, results)),
+    (list(residuals),),
+    (list(linear),),
+    params['required'],
+  )
+  return leaves, [0] * results
+
+
+def _on_lists(run: Function) -> Function:
+  return lambda *lists, **options: run(*itertools.chain(*lists), **options)
+
+
+ad.primitive_jvps[choice_p] = _jvp
+ad.primitive_transposes[choice_p] = _transpose
+batching.primitive_batchers[choice_p] = _batch
