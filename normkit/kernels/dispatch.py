@@ -128,9 +128,16 @@ choice_p.def_abstract_eval(_abstract_eval)
 
 def _lowering(platform: str | None) -> Callable[..., Any]:
   def lower(ctx: Any, *arguments: Any, plain: Any, **params: Any) -> Any:
-    run = _form(platform, _is_one_device(ctx), **params)
-    run = run or core.jaxpr_as_fun(plain)
-    return mlir.lower_fun(run, multiple_results=True)(ctx, *arguments)
+    kernel = _form(platform, _is_one_device(ctx), **params)
+    if kernel is None:
+      run = mlir.lower_fun(core.jaxpr_as_fun(plain), multiple_results=True)
+      return run(ctx, *arguments)
+    # A kernel knows nothing of what varies over which devices.
+    local = ctx.replace(
+      avals_in=[jax.core.ShapedArray(a.shape, a.dtype) for a in ctx.avals_in],
+      avals_out=[jax.core.ShapedArray(a.shape, a.dtype) for a in ctx.avals_out],
+    )
+    return mlir.lower_fun(kernel, multiple_results=True)(local, *arguments)
 
   return lower
 

@@ -38,9 +38,9 @@ def forward(
   """
   assert not with_statistics
   x = given['x']
-  results = {'y': jax.ShapeDtypeStruct(x.shape, spec.dtype)}
+  results = {'y': rows.result(x, x.shape, spec.dtype)}
   if 'residual' in given:
-    results['total'] = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    results['total'] = rows.result(x, x.shape, x.dtype)
   return _call(_forward, given, results, spec, 'parallel', interpret)
 
 
@@ -50,8 +50,8 @@ def backward(
 ) -> Arrays:
   """Gradients of the norm; see `normkit.kernels.triton.backward`."""
   x = given['x']
-  total = jax.ShapeDtypeStruct(x.shape[-1:], jnp.float32)
-  results = {'dx': jax.ShapeDtypeStruct(x.shape, x.dtype)}
+  total = rows.result(x, x.shape[-1:], jnp.float32)
+  results = {'dx': rows.result(x, x.shape, x.dtype)}
   results |= {name: total for name in wanted if name != 'dx'}
   return _call(_backward, given, results, spec, 'arbitrary', interpret)
 
@@ -83,7 +83,7 @@ def _call(
   found = pl.pallas_call(
     kernel,
     out_shape=tuple(
-      jax.ShapeDtypeStruct(matrix(a), a.dtype) for a in results.values()
+      rows.result(given['x'], matrix(a), a.dtype) for a in results.values()
     ),
     grid=tuple(pl.cdiv(n, b) for n, b in zip(shape[:2], block, strict=True)),
     in_specs=[spec_of(a) for a in given.values()],

@@ -5,7 +5,7 @@ A tile is some rows of x in float32, on chip, the normalized axis last.
 
 from collections.abc import Callable
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -41,6 +41,11 @@ class Parameters(NamedTuple):
 def statistics(spec: Spec) -> tuple[str, ...]:
   """What `standardize` gives last."""
   return ('pivot', 'offset', 'var') if spec.center else ('var',)
+
+
+def result(x: Array, shape: tuple[int, ...], dtype: DType) -> Any:
+  """What a kernel returns, varying over devices as x does."""
+  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).mat)
 
 
 def reciprocal_root(var: Array, epsilon: float) -> Array:

@@ -56,11 +56,11 @@ def forward(
     results['total'] = x.dtype
   count, size = x.size // x.shape[-1], x.shape[-1]
   shapes = {
-    name: jax.ShapeDtypeStruct((count, size), dtype)
+    name: rows.result(x, (count, size), dtype)
     for name, dtype in results.items()
   }
   if with_statistics:
-    row = jax.ShapeDtypeStruct((count,), jnp.float32)
+    row = rows.result(x, (count,), jnp.float32)
     shapes |= dict.fromkeys(rows.statistics(spec), row)
   body = _forward if size <= WIDTH else _forward_in_pieces
   found = _call(body, FORWARD, given, shapes, spec, interpret)
@@ -90,8 +90,8 @@ def backward(
   x = given['x']
   count, size = x.size // x.shape[-1], x.shape[-1]
   programs = min(BACKWARD, pl.cdiv(count, _tile(size)[0]))
-  partial = jax.ShapeDtypeStruct((programs, size), jnp.float32)
-  shapes = {'dx': jax.ShapeDtypeStruct((count, size), x.dtype)}
+  partial = rows.result(x, (programs, size), jnp.float32)
+  shapes = {'dx': rows.result(x, (count, size), x.dtype)}
   shapes |= {name: partial for name in wanted if name != 'dx'}
   found = _call(_backward, programs, given, shapes, spec, interpret)
   sums = {n: a.sum(0) for n, a in found.items() if n != 'dx'}
