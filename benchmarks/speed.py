@@ -12,6 +12,7 @@ import ctypes
 import functools
 import importlib.util
 import json
+import os
 import pathlib
 import platform
 import time
@@ -36,8 +37,13 @@ CPU_SHAPES = {
   'InstanceNorm': [(16, 64, 64, 32)],
 }
 GPU_SHAPES = {
-  'LayerNorm': [(16_384, 8192), (32_768, 1024)],
-  'RMSNorm': [(16_384, 8192), (32_768, 1024)],
+  'LayerNorm': [
+    (524_288, 256),
+    (131_072, 1024),
+    (16_384, 8192),
+    (2048, 65_536),
+  ],
+  'RMSNorm': [(524_288, 256), (131_072, 1024), (16_384, 8192), (2048, 65_536)],
   'BatchNorm': [(256, 56, 56, 128), (256, 14, 14, 1024)],
   'GroupNorm': [(256, 56, 56, 128)],
   'InstanceNorm': [(256, 56, 56, 128)],
@@ -67,25 +73,33 @@ def draw(shape: tuple[int, ...], dtype: str) -> Arrays:
 # Each gives `(x, scale, bias) -> y` of a norm, or None where it has none.
 
 
-def of_normkit(norm: str) -> Function | None:
+def of_normkit(norm: str, implementation: str | None = None) -> Function | None:
+  options = {'epsilon': EPSILON, 'implementation': implementation}
+
   def batch(x, scale, bias):
     zeros = jnp.zeros(x.shape[-1])
     state = nk.BatchNormState(zeros, zeros + 1, zeros.astype(int))
-    return nk.batch_norm(x, state, scale, bias, train=True, epsilon=EPSILON)[0]
+    return nk.batch_norm(x, state, scale, bias, train=True, **options)[0]
 
   def rms(x, scale, bias):
     del bias
-    return nk.rms_norm(x, scale, epsilon=EPSILON)
+    return nk.rms_norm(x, scale, **options)
 
   return {
-    'LayerNorm': functools.partial(nk.layer_norm, epsilon=EPSILON),
+    'LayerNorm': functools.partial(nk.layer_norm, **options),
     'RMSNorm': rms,
     'BatchNorm': batch,
-    'GroupNorm': functools.partial(
-      nk.group_norm, num_groups=GROUPS, epsilon=EPSILON
-    ),
-    'InstanceNorm': functools.partial(nk.instance_norm, epsilon=EPSILON),
+    'GroupNorm': functools.partial(nk.group_norm, num_groups=GROUPS, **options),
+    'InstanceNorm': functools.partial(nk.instance_norm, **options),
   }[norm]
+
+
+def of_kernel(norm: str) -> Function | None:
+  """Normkit's kernels, by name, where a norm has any."""
+  names = {'gpu': 'triton', 'tpu': 'mosaic_tpu'}
+  if norm not in ('LayerNorm', 'RMSNorm'):
+    return None
+  return of_normkit(norm, names[jax.default_backend()])
 
 
 def of_flax(norm: str, fast: bool = True) -> Function:
@@ -169,7 +183,8 @@ def of_tokamax(norm: str) -> Function | None:
   return apply
 
 
-def of_torch(norm: str) -> Function:
+def of_torch(norm: str, compiled: bool = False) -> Function:
+  import torch
   from torch.nn import functional as f
 
   def apply(x, scale, bias):
@@ -186,7 +201,7 @@ def of_torch(norm: str) -> Function:
       y = f.instance_norm(x, None, None, scale, bias, True, 0.1, EPSILON)
     return y.movedim(1, -1)
 
-  return apply
+  return torch.compile(apply) if compiled else apply
 
 
 LIBRARIES: dict[str, Callable[[str], Function | None]] = {
@@ -198,6 +213,12 @@ LIBRARIES: dict[str, Callable[[str], Function | None]] = {
   'torch': of_torch,
   'tokamax': of_tokamax,
 }
+# What is told apart where there are kernels.
+DEVICE_LIBRARIES = LIBRARIES | {
+  'normkit xla': functools.partial(of_normkit, implementation='xla'),
+  'normkit kernel': of_kernel,
+  'torch compiled': functools.partial(of_torch, compiled=True),
+}
 
 
 def installed(names: list[str]) -> list[str]:
@@ -205,6 +226,15 @@ def installed(names: list[str]) -> list[str]:
   if missing := [n for n in names if n not in found]:
     print(f'not installed and left out: {", ".join(missing)}')
   return found
+
+
+def torch_sees_it() -> bool:
+  """Whether torch, where it is installed, has the GPU too."""
+  if importlib.util.find_spec('torch') is None:
+    return False
+  import torch
+
+  return torch.cuda.is_available()
 
 
 def jax_calls(function: Function, arrays: Arrays) -> dict[str, Function]:
@@ -231,18 +261,25 @@ def torch_calls(function: Function, arrays: Arrays) -> dict[str, Function]:
   import torch
 
   dtype = torch.bfloat16 if arrays.x.dtype == jnp.bfloat16 else torch.float32
+  device = 'cpu' if jax.default_backend() == 'cpu' else 'cuda'
   x, scale, bias, dy = (
-    torch.from_numpy(np.asarray(a, np.float32)).to(dtype) for a in arrays
+    torch.from_numpy(np.asarray(a, np.float32)).to(device, dtype)
+    for a in arrays
   )
+
+  def wait(value):
+    if device == 'cuda':
+      torch.cuda.synchronize()
+    return value
 
   def forward():
     with torch.no_grad():
-      return function(x, scale, bias)
+      return wait(function(x, scale, bias))
 
   def step():
     given = [a.detach().requires_grad_() for a in (x, scale, bias)]
     y = function(*given)
-    return y, torch.autograd.grad(y, given, dy, allow_unused=True)
+    return wait((y, torch.autograd.grad(y, given, dy, allow_unused=True)))
 
   return {'forward': forward, 'step': step}
 
@@ -286,8 +323,8 @@ def measure(
   arrays = draw(shape, dtype)
   calls = {}
   for name in libraries:
-    if function := LIBRARIES[name](norm):
-      make = torch_calls if name == 'torch' else jax_calls
+    if function := DEVICE_LIBRARIES[name](norm):
+      make = torch_calls if name.startswith('torch') else jax_calls
       calls[name] = make(function, arrays)
   rows = []
   for program in 'forward', 'step':
@@ -364,6 +401,9 @@ def plot(rows: list[dict[str, Any]], path: pathlib.Path, device: str) -> None:
 
 def run(args: argparse.Namespace) -> int:
   settle_memory()
+  os.environ.setdefault(
+    'XLA_PYTHON_CLIENT_PREALLOCATE', 'false'
+  )  # torch's half
   if args.device == 'cpu':
     jax.config.update('jax_platforms', 'cpu')
   device = jax.devices()[0]
@@ -372,8 +412,9 @@ def run(args: argparse.Namespace) -> int:
     print('no GPU or TPU here: nothing to time. `bytes` compiles for them.')
     return 1
   shapes = CPU_SHAPES if on_cpu else GPU_SHAPES
-  names = [n for n in LIBRARIES if on_cpu or n != 'torch']
-  libraries = installed(names)
+  libraries = installed(list(LIBRARIES if on_cpu else DEVICE_LIBRARIES))
+  if not on_cpu and not torch_sees_it():
+    libraries = [n for n in libraries if not n.startswith('torch')]
   cases = [
     (norm, shape, dtype)
     for norm in args.norms

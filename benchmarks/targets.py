@@ -1,4 +1,4 @@
-"""Compilers for CPU, H200 and TPU, the last three of devices that are not here.
+"""Compilers for CPU, GPUs and TPUs, which need not be here.
 
 The programs are those that the devices would run: XLA's own compilers, told
 which chip they compile for. What the extra `targets` installs is needed, and
@@ -16,12 +16,17 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-# XLA's description of the chip, from its sources (Apache-2.0):
-# xla/backends/gpu/target_config/specs/h200.txtpb.
-H200 = pathlib.Path(__file__).with_name('h200.txtpb')
+# XLA's descriptions of the chips, from its sources (Apache-2.0):
+# xla/backends/gpu/target_config/specs/, h200.txtpb and a100_sxm_80.txtpb.
+GPUS = {
+  name: pathlib.Path(__file__).with_name(f'{name}.txtpb')
+  for name in ('h200', 'a100')
+}
 TPUS = {'v5e': 'v5e:2x2', 'v6e': 'v6e:2x2'}
 TARGETS = 'cpu', 'h200', *TPUS
-MODULES = {'h200': 'jax_plugins.xla_cuda13', 'v5e': 'libtpu', 'v6e': 'libtpu'}
+MODULES = dict.fromkeys(GPUS, 'jax_plugins.xla_cuda13') | dict.fromkeys(
+  TPUS, 'libtpu'
+)
 # libtpu asks for the machine's metadata unless told; no timing of candidates
 # without the device, and no memory of other programs.
 ENVIRONMENT = {
@@ -54,11 +59,25 @@ def installed() -> list[str]:
   return [t for t in TARGETS if t not in missing]
 
 
-@functools.cache
 def device(target: str) -> Any:
   """The device to compile for."""
+  return devices(target)[0]
+
+
+def ptxas() -> pathlib.Path | None:
+  """NVIDIA's assembler, which says what a kernel spills, if it is here."""
+  found = importlib.util.find_spec('nvidia')
+  for folder in found.submodule_search_locations if found else []:
+    for path in pathlib.Path(folder).glob('*/bin/ptxas'):
+      return path
+  return None
+
+
+@functools.cache
+def devices(target: str, count: int = 1) -> list[Any]:
+  """So many devices to compile for; a TPU's are always four."""
   if target == 'cpu':
-    return jax.devices('cpu')[0]
+    return jax.devices('cpu')[:count]
   os.environ.update(ENVIRONMENT)
   if target in TPUS:
     topology = topologies.get_topology_desc(
@@ -67,15 +86,18 @@ def device(target: str) -> Any:
   else:
     topology = topologies.get_topology_desc(
       platform='cuda',
-      topology_name='h200',
-      topology='1x1x1',
-      target_config=H200.read_text(),
+      topology_name=target,
+      topology=f'1x1x{count}',
+      target_config=GPUS[target].read_text(),
     )
-  return topology.devices[0]
+  return list(topology.devices)
 
 
 def compile_for(
-  target: str, function: Callable[..., Any], *arguments: Any
+  target: str,
+  function: Callable[..., Any],
+  *arguments: Any,
+  options: dict[str, Any] | None = None,
 ) -> jax.stages.Compiled:
   """Compiles a function of arrays; their shapes and dtypes will do."""
   place = SingleDeviceSharding(device(target))
@@ -83,6 +105,6 @@ def compile_for(
   def placed(a: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place)
 
-  options = GPU_OPTIONS if target == 'h200' else None
+  options = (GPU_OPTIONS if target in GPUS else {}) | (options or {})
   lowered = jax.jit(function).lower(*jax.tree.map(placed, arguments))
   return lowered.compile(options)

@@ -19,8 +19,8 @@ from normkit.norm import (
 from normkit.norms.batch import BatchNorm, BatchNormState, batch_norm
 from normkit.norms.group import GroupNorm, group_norm
 from normkit.norms.instance import InstanceNorm, instance_norm
-from normkit.norms.layer import LayerNorm, layer_norm
-from normkit.norms.rms import RMSNorm, rms_norm
+from normkit.norms.layer import LayerNorm, add_layer_norm, layer_norm
+from normkit.norms.rms import RMSNorm, add_rms_norm, rms_norm
 
 __version__ = metadata.version('normkit')
 
@@ -35,6 +35,8 @@ __all__ = [
   'Norm',
   'NormParams',
   'RMSNorm',
+  'add_layer_norm',
+  'add_rms_norm',
   'batch_norm',
   'group_norm',
   'instance_norm',

@@ -298,6 +298,15 @@ def sharded_axes(x: Array) -> tuple[int, ...]:
   return tuple(a for a, names in enumerate(spec) if names is not None)
 
 
+def vary(a: Array, like: Array) -> Array:
+  """`a`, varying over the devices that `like` varies over, as in `shard_map`.
+
+  Its gradient is then summed over them.
+  """
+  missing = jax.typeof(like).mat.varying - jax.typeof(a).mat.varying
+  return jax.lax.pcast(a, tuple(missing), to='varying') if missing else a
+
+
 def unshard(x: Array, axis: int) -> Array:
   """Gathers an axis that the type of x says is sharded."""
   sharding = jax.typeof(x).sharding

@@ -293,7 +293,7 @@ def _about_zero(
 ) -> tuple[Array, Array, Array]:
   """The textbook's E[x^2] - E[x]^2."""
   shape = [1 if a in axes else size for a, size in enumerate(x.shape)]
-  return _about(jnp.zeros(shape, dtype), x, count, axes)
+  return _about(_types.vary(jnp.zeros(shape, dtype), x), x, count, axes)
 
 
 def _fixed(pivot: Array) -> Array:

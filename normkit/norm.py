@@ -119,7 +119,8 @@ def normalize(
     axis_name: names of mapped axes over which statistics are pooled.
     axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
     dtype: dtype of the result; None keeps x's.
-    implementation: 'xla', or None to choose.
+    implementation: 'triton' on NVIDIA GPUs or 'mosaic_tpu', kernels for the
+      last axis alone without mask and pooling; 'xla'; or None to choose.
 
   Returns:
     An array of the shape of x.
@@ -129,7 +130,8 @@ def normalize(
       epsilon not a number.
     ValueError: if an axis is out of range or given twice, nothing is reduced,
       a shape does not fit, or epsilon is negative or not finite.
-    NotImplementedError: if `implementation` names a kernel that is not there.
+    NotImplementedError: if `implementation` names a kernel that does not take
+      this, or not on the platform (when the program is lowered).
 
   References:
     Ba, Kiros and Hinton, "Layer Normalization" (2016), equation 3.
@@ -156,11 +158,57 @@ def normalize(
     is_pooled = axis_name is not None or axis_index_groups is not None
     why = rows.refusal(x, args, axes, is_pooled)
     if why is None:
-      return rows.normalize_rows(x, args, center, implementation)
+      return rows.normalize_rows(x, args, center, implementation)[0]
     _types.refuse_kernel(implementation, why)
   stats = centred(x, axes, args.where, center)
   stats = pool(stats, axis_name, axis_index_groups)
   return affine(x, stats, args, center)
+
+
+def add_normalize(
+  x: ArrayLike,
+  residual: ArrayLike,
+  scale: ArrayLike | None,
+  bias: ArrayLike | None,
+  *,
+  center: bool,
+  epsilon: float,
+  activation: Callable[[Array], Array] | None,
+  dtype: DType | None,
+  implementation: Implementation | None,
+) -> tuple[Array, Array]:
+  """Normalizes x + residual over the last axis; see `add_layer_norm`."""
+  x = _types.check_input(x)
+  residual = _types.check_input(residual, 'residual')
+  if (residual.shape, residual.dtype) != (x.shape, x.dtype):
+    raise ValueError(
+      f'residual is {residual.dtype}{list(residual.shape)} and x is '
+      f'{x.dtype}{list(x.shape)}: they are added, and must be alike. Broadcast '
+      'or cast one of them first.'
+    )
+  if activation is not None and not callable(activation):
+    raise TypeError(
+      f'activation must be a function of an array or None, got {activation!r}.'
+    )
+  axes = _types.check_axes(-1, x.ndim)
+  args = check_arguments(
+    x, scale, bias, axes, epsilon, None, dtype, implementation
+  )
+  _types.check_not_empty(x.shape, axes)
+  if implementation != 'xla':
+    why = rows.refusal(x, args, axes, False)
+    if why is None:
+      return rows.normalize_rows(
+        x, args, center, implementation, residual, activation
+      )
+    _types.refuse_kernel(implementation, why)
+  total = x + residual
+  stats = centred(total, axes, None, center)
+  if activation is None:
+    return affine(total, stats, args, center), total
+  wide = args._replace(dtype=args.statistics_dtype)
+  y = activation(affine(total, stats, wide, center))
+  return y.astype(args.dtype), total
 
 
 def products_saveable(primitive: Any, *_: Any, **params: Any) -> bool:

@@ -4,12 +4,12 @@ What is kept for the backward is x and the parameters: the kernels of the
 backward find the statistics again while they have a row on chip.
 """
 
+from collections.abc import Callable
 import functools
 import importlib
 from typing import Any
 
 import jax
-from jax import lax
 from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -59,19 +59,22 @@ def normalize_rows(
   args: Arguments,
   center: bool,
   implementation: Implementation | None,
-) -> Array:
-  """The norm over the last axis of what `refusal` lets pass.
+  residual: Array | None = None,
+  activation: Callable[[Array], Array] | None = None,
+) -> tuple[Array, Array]:
+  """The norm over the last axis of what `refusal` lets pass, and its input.
 
-  The forward is XLA's, which fuses it with what stands around it, unless an
-  implementation is named; the backward is a kernel's where there is one.
+  Unless an implementation is named, the forward is XLA's, which fuses it with
+  what stands around it; in training it is a kernel's where those are chosen.
   """
-  spec = Spec(args.epsilon, center, args.dtype)
-  given = {'x': x[None] if x.ndim == 1 else x}
+  spec = Spec(args.epsilon, center, args.dtype, activation)
+  given = {'x': x} if residual is None else {'x': x, 'residual': residual}
+  given = {n: a[None] if x.ndim == 1 else a for n, a in given.items()}
   for name, value in ('scale', args.scale), ('bias', args.bias):
     if value is not None:
       given[name] = value.reshape(-1)
-  y = _partitioned(given, spec, implementation)['y']
-  return y.reshape(x.shape)
+  found = _partitioned(given, spec, implementation)
+  return found['y'].reshape(x.shape), found.get('total', x).reshape(x.shape)
 
 
 def _partitioned(
@@ -133,7 +136,9 @@ def _differentiable(
     return results, _tangents(saved, moved, spec, implementation, results)
 
   run.defjvp(derive, symbolic_zeros=True)
-  results: Arrays = run(_varying(given))
+  # Under shard_map gradients of parameters are summed outside of the kernels.
+  given = {n: _types.vary(a, given['x']) for n, a in given.items()}
+  results: Arrays = run(given)
   return results
 
 
@@ -154,29 +159,36 @@ def _forward(
 def _training_forward(
   given: Arrays, spec: Spec, implementation: Implementation | None
 ) -> Arrays:
-  """The results and, where kernels are only chosen, the statistics.
+  """The results and, where XLA's form may run backward, the statistics.
 
-  Then XLA's form may run backward, which would have to read x for them. They
-  come apart from the results, so that a policy of `jax.checkpoint` may keep
-  them alone; of the two calls of a kernel XLA makes one.
+  They come apart from the results, so that a policy of `jax.checkpoint` may
+  keep them alone; of the two calls of a kernel XLA makes one.
   """
+  shape, dtype = given['x'].shape, given['x'].dtype
+  names = cases.chosen(shape, dtype)
   if implementation is not None:
-    return _forward(given, spec, implementation)
-  names = cases.chosen(given['x'].shape, given['x'].dtype)
-  wanted = statistics(spec)
-  stats = dispatch.choose(
+    if cases.has_backward(implementation, shape, dtype):
+      return _forward(given, spec, implementation)
+    names = (implementation,)
+
+  def by(wanted: tuple[str, ...]) -> dict[Implementation, Any]:
+    return {n: functools.partial(_kernel, n, spec, wanted, True) for n in names}
+
+  stats: Arrays = dispatch.choose(
     functools.partial(_plain_statistics, spec),
-    {n: functools.partial(_kernel, n, spec, wanted, True) for n in names},
+    by(statistics(spec)),
     given,
+    required=implementation,
   )
   stats = named(stats)
-  found: Arrays = dispatch.choose(
+  results: Arrays = dispatch.choose(
     functools.partial(_plain, spec),
-    {n: functools.partial(_kernel, n, spec, RESULTS, True) for n in names},
+    by(RESULTS),
     given,
     stats,
+    required=implementation,
   )
-  return {**found, **stats}
+  return {**results, **stats}
 
 
 def _kernel(
@@ -223,19 +235,6 @@ def _affine(x: Array, stats: Centred, given: Arrays, spec: Spec) -> Array:
   return y if spec.activation is None else spec.activation(y).astype(spec.dtype)
 
 
-def _varying(given: Arrays) -> Arrays:
-  """Parameters that vary over devices as x does, under `shard_map`.
-
-  Their gradients are then summed over the devices, outside of the kernels.
-  """
-  over = jax.typeof(given['x']).mat.varying
-  varying = {}
-  for name, a in given.items():
-    missing = over - jax.typeof(a).mat.varying
-    varying[name] = lax.pcast(a, tuple(missing), to='varying') if missing else a
-  return varying
-
-
 def _tangents(
   saved: Arrays,
   moved: Arrays,
@@ -246,9 +245,9 @@ def _tangents(
   """A linear map of what has moved, whose transpose a kernel may compute."""
   plain = functools.partial(_plain_tangents, spec=spec, results=tuple(results))
   shape, dtype = saved['x'].shape, saved['x'].dtype
-  names = cases.chosen(shape, dtype)
+  names, required = cases.chosen(shape, dtype), None
   if implementation and cases.has_backward(implementation, shape, dtype):
-    names = (implementation,)
+    names, required = (implementation,), implementation
   wanted = 'dx', *(f'd{n}' for n in moved if n != 'x')
 
   def plain_gradients(saved: Arrays, given: Arrays) -> Arrays:
@@ -266,7 +265,9 @@ def _tangents(
 
   def transpose(saved: Arrays, given: Arrays) -> Arrays:
     kernels = {name: functools.partial(by_kernel, name) for name in names}
-    found: Arrays = dispatch.choose(plain_gradients, kernels, saved, given)
+    found: Arrays = dispatch.choose(
+      plain_gradients, kernels, saved, given, required=required
+    )
     return found
 
   found: Arrays = dispatch.choose_linear(plain, transpose, saved, moved)

@@ -6,6 +6,7 @@ import chex
 import jax
 from jax import test_util
 import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec as P
 import numpy as np
 
 import normkit as nk
@@ -134,6 +135,32 @@ class ConformanceTest(chex.TestCase):
       apply = train(case)
       function = jax.jit(lambda p, x: apply(p, state, x, where)[0])
       test_util.check_grads(function, (params, x), order=2, modes=['rev'])
+
+  @rows(NORMS)
+  def test_bfloat16_under_shard_map(self, case):
+    """On each device by itself, what varies over devices being checked."""
+    params, state, _, _ = inputs(case)
+    xs = jnp.stack([draw(case.shape, jnp.bfloat16, seed=i) for i in range(8)])
+    apply = train(case)
+
+    def loss(params, x):
+      return (apply(params, state, x[0], None)[0] * x[0]).sum()[None]
+
+    def total(params, xs):
+      each = jax.shard_map(
+        loss,
+        mesh=jax.make_mesh((8,), ('d',), axis_types=(AxisType.Auto,)),
+        in_specs=(P(), P('d')),
+        out_specs=P('d'),
+      )(params, xs)
+      return each.astype(jnp.float32).sum()
+
+    def alone(params, xs):
+      losses = [loss(params, x[None])[0].astype(jnp.float32) for x in xs]
+      return sum(losses, jnp.float32(0))
+
+    found, desired = (jax.jit(jax.grad(f))(params, xs) for f in (total, alone))
+    assert_close(found, desired, 0.02)
 
   @rows(ROWS)
   def test_check_norm(self, case):

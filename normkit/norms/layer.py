@@ -1,5 +1,6 @@
 """Layer normalization (Ba, Kiros and Hinton 2016)."""
 
+from collections.abc import Callable
 import dataclasses
 
 import jax
@@ -49,7 +50,8 @@ def layer_norm(
     axis_name: names of mapped axes over which statistics are pooled.
     axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
     dtype: dtype of the result; None keeps x's.
-    implementation: 'xla', or None to choose.
+    implementation: 'triton' on NVIDIA GPUs, 'mosaic_tpu', 'xla', or None to
+      choose.
 
   Returns:
     An array of the shape of x.
@@ -79,6 +81,69 @@ def layer_norm(
   )
 
 
+def add_layer_norm(
+  x: ArrayLike,
+  residual: ArrayLike,
+  scale: ArrayLike | None = None,
+  bias: ArrayLike | None = None,
+  *,
+  epsilon: float = 1e-6,
+  activation: Callable[[Array], Array] | None = None,
+  dtype: DType | None = None,
+  implementation: Implementation | None = None,
+) -> tuple[Array, Array]:
+  """Layer normalization of a sum, and the sum, as transformers want both.
+
+    total = x + residual
+    y = activation(layer_norm(total, scale, bias))
+
+  A kernel reads x and the residual once for both, and in its backward adds the
+  gradient of the sum where it writes that of the norm.
+
+  Args:
+    x: array of any shape, float16, bfloat16, float32, float64 or complex.
+    residual: what is added to x, of its shape and dtype.
+    scale: of the shape of the last axis, or of x's rank and broadcasting
+      against it. None: one.
+    bias: shaped as `scale` is. None: zero.
+    epsilon: added to the variance, not negative.
+    activation: a function of an array, elementwise, hashable (a function of a
+      module, not one made anew at each call, which would be compiled anew); it
+      is given float32 or wider. None: none.
+    dtype: dtype of y; None keeps x's.
+    implementation: 'triton' on NVIDIA GPUs, 'mosaic_tpu', 'xla', or None to
+      choose.
+
+  Returns:
+    `(y, total)`, both of the shape of x.
+
+  Raises:
+    TypeError, ValueError, NotImplementedError: as `normalize` does, and if x
+      and the residual differ in shape or dtype.
+
+  References:
+    Ba, Kiros and Hinton, "Layer Normalization" (2016), equations 3 and 4.
+
+  Examples:
+    >>> import jax.numpy as jnp, normkit as nk
+    >>> x, residual = jnp.array([[1., 2.]]), jnp.array([[0., 1.]])
+    >>> y, total = nk.add_layer_norm(x, residual, epsilon=0.)
+    >>> y.tolist(), total.tolist()
+    ([[-1.0, 1.0]], [[1.0, 3.0]])
+  """
+  return norm.add_normalize(
+    x,
+    residual,
+    scale,
+    bias,
+    center=True,
+    epsilon=epsilon,
+    activation=activation,
+    dtype=dtype,
+    implementation=implementation,
+  )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerNorm(norm.CenteredOptions):
   """Layer normalization as a transform; see `layer_norm`.
@@ -94,7 +159,8 @@ class LayerNorm(norm.CenteredOptions):
     dtype: dtype of the result; None keeps x's.
     axis_name: names of mapped axes over which statistics are pooled.
     axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
-    implementation: 'xla', or None to choose.
+    implementation: 'triton' on NVIDIA GPUs, 'mosaic_tpu', 'xla', or None to
+      choose.
 
   Examples:
     >>> import jax.numpy as jnp, normkit as nk

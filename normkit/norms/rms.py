@@ -1,5 +1,6 @@
 """Root mean square layer normalization (Zhang and Sennrich 2019)."""
 
+from collections.abc import Callable
 import dataclasses
 
 import jax
@@ -47,7 +48,8 @@ def rms_norm(
     axis_name: names of mapped axes over which statistics are pooled.
     axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
     dtype: dtype of the result; None keeps x's.
-    implementation: 'xla', or None to choose.
+    implementation: 'triton' on NVIDIA GPUs, 'mosaic_tpu', 'xla', or None to
+      choose.
 
   Returns:
     An array of the shape of x.
@@ -78,6 +80,68 @@ def rms_norm(
   )
 
 
+def add_rms_norm(
+  x: ArrayLike,
+  residual: ArrayLike,
+  scale: ArrayLike | None = None,
+  *,
+  epsilon: float = 1e-6,
+  activation: Callable[[Array], Array] | None = None,
+  dtype: DType | None = None,
+  implementation: Implementation | None = None,
+) -> tuple[Array, Array]:
+  """RMS normalization of a sum, and the sum, as transformers want both.
+
+    total = x + residual
+    y = activation(rms_norm(total, scale))
+
+  A kernel reads x and the residual once for both, and in its backward adds the
+  gradient of the sum where it writes that of the norm.
+
+  Args:
+    x: array of any shape, float16, bfloat16, float32, float64 or complex.
+    residual: what is added to x, of its shape and dtype.
+    scale: of the shape of the last axis, or of x's rank and broadcasting
+      against it. None: one.
+    epsilon: added to the mean square, not negative.
+    activation: a function of an array, elementwise, hashable (a function of a
+      module, not one made anew at each call, which would be compiled anew); it
+      is given float32 or wider. None: none.
+    dtype: dtype of y; None keeps x's.
+    implementation: 'triton' on NVIDIA GPUs, 'mosaic_tpu', 'xla', or None to
+      choose.
+
+  Returns:
+    `(y, total)`, both of the shape of x.
+
+  Raises:
+    TypeError, ValueError, NotImplementedError: as `normalize` does, and if x
+      and the residual differ in shape or dtype.
+
+  References:
+    Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019),
+    equation 4.
+
+  Examples:
+    >>> import jax.numpy as jnp, normkit as nk
+    >>> x, residual = jnp.array([[1., 2.]]), jnp.array([[0., -1.]])
+    >>> y, total = nk.add_rms_norm(x, residual, epsilon=0.)
+    >>> y.tolist(), total.tolist()
+    ([[1.0, 1.0]], [[1.0, 1.0]])
+  """
+  return norm.add_normalize(
+    x,
+    residual,
+    scale,
+    None,
+    center=False,
+    epsilon=epsilon,
+    activation=activation,
+    dtype=dtype,
+    implementation=implementation,
+  )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RMSNorm(norm.Options):
   """RMS normalization as a transform; see `rms_norm`.
@@ -92,7 +156,8 @@ class RMSNorm(norm.Options):
     dtype: dtype of the result; None keeps x's.
     axis_name: names of mapped axes over which statistics are pooled.
     axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
-    implementation: 'xla', or None to choose.
+    implementation: 'triton' on NVIDIA GPUs, 'mosaic_tpu', 'xla', or None to
+      choose.
 
   Examples:
     >>> import jax.numpy as jnp, normkit as nk
