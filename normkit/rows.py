@@ -44,9 +44,8 @@ def refusal(
     'statistics are pooled over devices': is_pooled,
     'there is a mask': args.where is not None,
     f'dtype {x.dtype} to {args.dtype}': not {x.dtype, args.dtype} <= FLOATS,
-    'scale or bias is not a real number for each element of a row': any(
-      p.shape != one_row or not jnp.issubdtype(p.dtype, jnp.floating)
-      for p in parameters
+    'scale or bias is not a float of 32 bits for each element of a row': any(
+      p.shape != one_row or p.dtype not in FLOATS for p in parameters
     ),
     'rows or parameters are sharded': x.ndim - 1 in _types.sharded_axes(x)
     or any(map(_types.sharded_axes, parameters)),
@@ -86,9 +85,9 @@ def _partitioned(
   run = functools.partial(
     _differentiable, spec=spec, implementation=implementation
   )
-  if not _types.sharded_axes(x):
-    return dict(run(given))
   kind = jax.typeof(x).sharding
+  if kind.mesh.empty or not kind.mesh.are_all_axes_explicit:
+    return dict(run(given))
   specs = {n: kind.spec if a.ndim > 1 else P() for n, a in given.items()}
   sharded: Arrays = jax.shard_map(
     run, mesh=kind.mesh, in_specs=(specs,), out_specs=kind.spec

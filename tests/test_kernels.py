@@ -309,7 +309,7 @@ def test_transformed(name, named):
 REFUSED = {
   'mask': (dict(where=jnp.ones((2, 4), bool)), 'mask'),
   'axis': (dict(axis=0), 'not the last'),
-  'scale': (dict(scale=jnp.ones((2, 4))), 'one number|each element'),
+  'scale': (dict(scale=jnp.ones((2, 4))), 'each element'),
   'length': (dict(x=jnp.ones((1, 65_537))), '65,536'),
   'complex': (dict(x=jnp.ones((2, 4), jnp.complex64)), 'complex64'),
 }
@@ -446,6 +446,53 @@ def test_no_spills(tmp_path):
           command, capture_output=True, text=True, check=True
         ).stderr
         assert ' 0 bytes spill stores, 0 bytes spill loads' in said
+
+
+@pytest.mark.parametrize('wide', [False, True], ids=['', 'x64'])
+@pytest.mark.parametrize(
+  'shape',
+  [(1000, 1), (5, 7), (3, 2, 100), (10, 7, 2000), (65_536, 128)],
+  ids=str,
+)
+@pytest.mark.parametrize('target', DEVICES[:2])
+def test_odd_shapes_compile(target, shape, wide):
+  norm = norm_of(True, IMPLEMENTATIONS[target])
+  with jax.enable_x64(wide):
+    for function, given in programs(norm, shape, 'bfloat16').values():
+      text = targets.compile_for(target, function, *given).as_text()
+      assert 'normkit_' in text
+
+
+def test_no_rows(name):
+  x = jnp.ones((0, 4))
+  assert jax.grad(lambda x: nk.layer_norm(x).sum())(x).shape == x.shape
+  with pytest.raises(NotImplementedError, match='without elements'):
+    nk.layer_norm(x, implementation=name)
+
+
+def test_with_64_bits_enabled(name):
+  with jax.enable_x64(True):
+    x, scale = draw((5, 40)), draw(40, seed=1)
+    norm = functools.partial(nk.rms_norm, implementation=name)
+    y, pull = jax.vjp(norm, x, scale)
+    chex.assert_type([y, *pull(y)], jnp.float32)
+    assert_right(y, Rows(x, scale, 0.0, False).y, 1e-5)
+
+
+@pytest.mark.parametrize('moved', [0, 1, 2])
+def test_one_gradient_of_a_sum(name, moved):
+  """Of x, the residual or the scale alone."""
+  given = [draw((5, 40), seed=i) for i in range(2)] + [draw(40, seed=2)]
+  dy, dtotal = (draw((5, 40), seed=i) for i in (3, 4))
+
+  def loss(value):
+    now = [*given[:moved], value, *given[moved + 1 :]]
+    y, total = nk.add_rms_norm(*now, implementation=name)
+    return (y * dy + total * dtotal).sum()
+
+  dx, dscale, _ = Rows(given[0] + given[1], given[2], 0.0, False).gradients(dy)
+  desired = (dx + dtotal, dx + dtotal, dscale)[moved]
+  assert_right(jax.grad(loss)(given[moved]), desired, 1e-5)
 
 
 @pytest.mark.skipif(

@@ -1,19 +1,18 @@
 """Which inputs the kernels take, and for which they are chosen.
 
-Chosen by bytes, in passes over x, of programs compiled for H200, v5e and v6e
-(`python -m benchmarks kernels`):
+Chosen by bytes of whole blocks compiled for H200 and v5e, in passes over x, by
+XLA / by kernel (layer norm, bfloat16; `python -m benchmarks kernels`):
 
-| | XLA | kernel |
+| | H200 | v5e |
 | --- | ---: | ---: |
-| backward, rows up to 8,192 | 5.0 | 3.0 to 3.3 |
-| backward, longer rows, H200 | 5.0 | 5.0 at best, not written |
-| backward, longer rows, TPU | 5.0 | 3.0 |
-| backward, TPU, rows not a multiple of 128 or odd numbers of them | 5.0 | 9.1 |
-| forward, alone | 2.0 H200, 3.0 TPU | 2.0 |
-| forward, an activation after it, H200 | 2.0 | 4.0 |
+| norm, gelu: forward | 2.0 / 4.0 | 3.0 / 2.0 |
+| norm, gelu: in training | 11.6 / 9.6 | 6.5 / 7.5 |
+| matmul, norm, matmul: in training | 22.6 / 18.6 | 13.3 / 17.5 |
+| pre-norm: in training | 27.6 / 26.6 | 17.0 / 20.0 |
+| post-norm: in training | 32.6 / 29.6 | 21.5 / 16.5 |
 
-So `None` takes the kernels' backward, and XLA's forward, which joins what
-stands around it.
+So `None` takes the kernels in training on NVIDIA GPUs, and XLA's form, which
+joins what stands around it, forward and on TPUs.
 """
 
 import math
@@ -30,6 +29,8 @@ def refusal(
   implementation: Implementation, shape: tuple[int, ...], dtype: DType
 ) -> str | None:
   """Why the kernel does not take an input, or None."""
+  if 0 in shape:
+    return 'arrays without elements'
   if shape[-1] > LONGEST:
     return f'rows of more than {LONGEST:,} elements'
   if implementation == 'triton' and math.prod(shape) >= 2**31:

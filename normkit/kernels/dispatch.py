@@ -132,12 +132,13 @@ def _lowering(platform: str | None) -> Callable[..., Any]:
     if kernel is None:
       run = mlir.lower_fun(core.jaxpr_as_fun(plain), multiple_results=True)
       return run(ctx, *arguments)
-    # A kernel knows nothing of what varies over which devices.
+    # A kernel knows nothing of what varies over which devices, nor of 64 bits.
     local = ctx.replace(
       avals_in=[jax.core.ShapedArray(a.shape, a.dtype) for a in ctx.avals_in],
       avals_out=[jax.core.ShapedArray(a.shape, a.dtype) for a in ctx.avals_out],
     )
-    return mlir.lower_fun(kernel, multiple_results=True)(local, *arguments)
+    with jax.enable_x64(False):
+      return mlir.lower_fun(kernel, multiple_results=True)(local, *arguments)
 
   return lower
 
@@ -219,7 +220,7 @@ def _batch(arguments: Any, axes: Any, **params: Any) -> Any:
     batching.bdim_at_front(a, d, size)
     for a, d in zip(linear, axes[count:], strict=True)
   ]
-  fixed = tuple(None if d is None else d for d in axes[:count])
+  fixed = tuple(axes[:count])
   plain, transpose = core.jaxpr_as_fun(params['plain']), params['transpose']
   results = len(params['plain'].out_avals)
 

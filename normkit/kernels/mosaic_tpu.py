@@ -17,7 +17,8 @@ from normkit._types import Array
 from normkit.kernels import rows
 from normkit.kernels.rows import Spec
 
-BLOCK = 2**18  # elements of x at once: 1 MiB in float32
+LANES = 128
+BLOCK = 2**18  # elements of x at once, lanes filled up: 1 MiB in float32
 MEMORY = 96 * 2**20  # of the 128 MiB on chip
 Arrays = dict[str, Any]
 
@@ -114,7 +115,7 @@ def _blocked(x: Array) -> tuple[int, int, int]:
 def _block(shape: tuple[int, int, int]) -> tuple[int, int]:
   """How many of the outer and of the inner rows at once."""
   outer, inner, size = shape
-  count = max(BLOCK // size, 8)
+  count = max(BLOCK // (pl.cdiv(size, LANES) * LANES), 8)
   if inner > count:
     return 1, max(count // 32 * 32, 8)
   return min(max(count // inner, 1), outer), inner

@@ -220,7 +220,7 @@ def _backward(refs: Arrays, count: int, size: int, spec: Spec) -> None:
     terms = {'dscale': g * xhat, 'dbias': g}
     return tuple(t + terms[n].sum(0) for n, t in zip(sums, totals, strict=True))
 
-  totals = tuple(jnp.zeros(width) for _ in sums)
+  totals = tuple(jnp.zeros(width, jnp.float32) for _ in sums)
   totals = _for_each_tile(count, height, tile, totals)
   at = pl.program_id(0), columns
   for name, total in zip(sums, totals, strict=True):
