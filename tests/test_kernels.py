@@ -534,8 +534,26 @@ def test_sharded_rows_stay(target):
   assert 'normkit_backward' not in auto
   for text in explicit, auto:
     assert 'all-gather' not in text
-  with pytest.raises(NotImplementedError, match='gathered'):
+  with pytest.raises(NotImplementedError, match='gather'):
     sharded_text(target, AxisType.Auto, name)
+
+
+def test_old_gpus_run_xla(monkeypatch):
+  """What Triton does not know, a GPU of 2018, say, is left to XLA."""
+  monkeypatch.setattr(dispatch, '_oldest_gpu', lambda: 7.5)
+  x = jax.ShapeDtypeStruct((64, 256), jnp.bfloat16)
+
+  def lowered(implementation):
+    norm = functools.partial(nk.layer_norm, implementation=implementation)
+    step = jax.jit(lambda x: jax.vjp(norm, x)[1](x))
+    return step.trace(x).lower(lowering_platforms=('cuda',)).as_text()
+
+  assert 'triton' not in lowered(None)
+  with pytest.raises(NotImplementedError, match='capability 8'):
+    lowered('triton')
+  monkeypatch.setattr(dispatch, '_oldest_gpu', lambda: 8.0)
+  jax.clear_caches()
+  assert 'triton' in lowered(None)
 
 
 @pytest.mark.parametrize('name', NAMES)

@@ -12,7 +12,9 @@ and differentiated again.
 """
 
 from collections.abc import Callable, Mapping
+import functools
 import itertools
+import math
 from typing import Any
 
 import jax
@@ -23,6 +25,7 @@ from normkit._types import Array, Implementation
 
 Function = Callable[..., Any]
 Kernels = Mapping[Implementation, Function]
+TRITON_CAPABILITY = 8.0
 PLATFORMS: dict[Implementation, str] = {'triton': 'cuda', 'mosaic_tpu': 'tpu'}
 
 # For tests: the kernel that runs, interpreted, where the platform is a CPU.
@@ -128,7 +131,7 @@ choice_p.def_abstract_eval(_abstract_eval)
 
 def _lowering(platform: str | None) -> Callable[..., Any]:
   def lower(ctx: Any, *arguments: Any, plain: Any, **params: Any) -> Any:
-    kernel = _form(platform, _is_one_device(ctx), **params)
+    kernel = _form(platform, _obstacle(platform, ctx), **params)
     if kernel is None:
       run = mlir.lower_fun(core.jaxpr_as_fun(plain), multiple_results=True)
       return run(ctx, *arguments)
@@ -145,7 +148,7 @@ def _lowering(platform: str | None) -> Callable[..., Any]:
 
 def _form(
   platform: str | None,
-  is_one_device: bool,
+  obstacle: str | None,
   *,
   kernels: tuple[tuple[Implementation, Function], ...],
   required: Implementation | None,
@@ -156,7 +159,7 @@ def _form(
   for name, kernel in kernels:
     if name == interpreted:
       return lambda *a, kernel=kernel: kernel(*a, interpret=True)
-    if PLATFORMS[name] == platform and is_one_device:
+    if PLATFORMS[name] == platform and obstacle is None:
       return lambda *a, kernel=kernel: kernel(*a, interpret=False)
   if required is None:
     return None
@@ -167,10 +170,32 @@ def _form(
       "'xla'."
     )
   raise NotImplementedError(
-    f'implementation={required!r} in a program over several devices that XLA '
-    'partitions: the kernel would have its input gathered. Call it under '
-    "jax.shard_map, use a mesh with explicit axes, or use None or 'xla'."
+    f'implementation={required!r} cannot run here: {obstacle}, or use None or '
+    "'xla'."
   )
+
+
+def _obstacle(platform: str | None, ctx: Any) -> str | None:
+  """What keeps kernels out of a program, and how to mend it."""
+  if not _is_one_device(ctx):
+    return (
+      'XLA partitions the program over several devices, and would gather the '
+      "kernel's input. Call it under jax.shard_map, use a mesh with explicit "
+      'axes'
+    )
+  if platform == 'cuda' and _oldest_gpu() < TRITON_CAPABILITY:
+    return 'Triton needs GPUs of compute capability 8.0. Use newer ones'
+  return None
+
+
+@functools.cache
+def _oldest_gpu() -> float:
+  """The least compute capability of the GPUs here; of none, infinite."""
+  try:
+    devices = jax.local_devices(backend='cuda')
+  except RuntimeError:  # compiled here for elsewhere
+    return math.inf
+  return min(float(d.compute_capability) for d in devices)
 
 
 def _is_one_device(ctx: Any) -> bool:
