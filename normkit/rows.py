@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from normkit import _types
 from normkit._types import Array, Implementation
 from normkit.affine import Arguments, affine
-from normkit.kernels import cases, dispatch
+from normkit.kernels import cases
 from normkit.kernels.rows import Spec, statistics
 from normkit.moments import Centred, centred, changes, named
 
@@ -28,9 +28,13 @@ RESULTS = 'y', 'total'
 SAVED = 'x', 'scale', 'bias', 'pivot', 'offset', 'var'
 
 
-def _kernels(implementation: Implementation) -> Any:
-  """Loaded when they are lowered: Pallas takes a while to import."""
-  return importlib.import_module(f'normkit.kernels.{implementation}')
+def _load(module: str) -> Any:
+  """A module of the kernels, when it is first needed.
+
+  Pallas, and what primitives are made with, would take a tenth of the time of
+  `import jax`.
+  """
+  return importlib.import_module(f'normkit.kernels.{module}')
 
 
 def refusal(
@@ -149,7 +153,7 @@ def _forward(
   if implementation is None:
     return plain(given)
   kernel = functools.partial(_kernel, implementation, spec, RESULTS, False)
-  found: Arrays = dispatch.choose(
+  found: Arrays = _load('dispatch').choose(
     plain, {implementation: kernel}, given, required=implementation
   )
   return found
@@ -173,14 +177,14 @@ def _training_forward(
   def by(wanted: tuple[str, ...]) -> dict[Implementation, Any]:
     return {n: functools.partial(_kernel, n, spec, wanted, True) for n in names}
 
-  stats: Arrays = dispatch.choose(
+  stats: Arrays = _load('dispatch').choose(
     functools.partial(_plain_statistics, spec),
     by(statistics(spec)),
     given,
     required=implementation,
   )
   stats = named(stats)
-  results: Arrays = dispatch.choose(
+  results: Arrays = _load('dispatch').choose(
     functools.partial(_plain, spec),
     by(RESULTS),
     given,
@@ -199,7 +203,7 @@ def _kernel(
   *_: Any,
   interpret: bool,
 ) -> Arrays:
-  found = _kernels(name).forward(given, spec, with_statistics, interpret)
+  found = _load(name).forward(given, spec, with_statistics, interpret)
   return {n: a for n, a in found.items() if n in wanted}
 
 
@@ -259,17 +263,19 @@ def _tangents(
   ) -> Arrays:
     named = {f'd{n}': a for n, a in given.items()}
     given = {n: saved[n] for n in ('x', 'scale', 'bias') if n in saved} | named
-    found = _kernels(name).backward(given, spec, wanted, interpret)
+    found = _load(name).backward(given, spec, wanted, interpret)
     return {n: found[f'd{n}'].astype(a.dtype) for n, a in moved.items()}
 
   def transpose(saved: Arrays, given: Arrays) -> Arrays:
     kernels = {name: functools.partial(by_kernel, name) for name in names}
-    found: Arrays = dispatch.choose(
+    found: Arrays = _load('dispatch').choose(
       plain_gradients, kernels, saved, given, required=required
     )
     return found
 
-  found: Arrays = dispatch.choose_linear(plain, transpose, saved, moved)
+  found: Arrays = _load('dispatch').choose_linear(
+    plain, transpose, saved, moved
+  )
   return found
 
 
