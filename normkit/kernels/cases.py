@@ -7,7 +7,7 @@ XLA / by kernel (layer norm, bfloat16; `python -m benchmarks kernels`):
 | --- | ---: | ---: |
 | norm, gelu: forward | 2.0 / 4.0 | 3.0 / 2.0 |
 | norm, gelu: in training | 11.6 / 9.6 | 6.5 / 7.5 |
-| matmul, norm, matmul: in training | 22.6 / 18.6 | 13.3 / 17.5 |
+| matmul, norm, matmul: in training | 21.6 / 18.6 | 13.3 / 17.5 |
 | pre-norm: in training | 27.6 / 26.6 | 17.0 / 20.0 |
 | post-norm: in training | 32.6 / 29.6 | 21.5 / 16.5 |
 
