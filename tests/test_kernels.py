@@ -538,9 +538,16 @@ def test_sharded_rows_stay(target):
     sharded_text(target, AxisType.Auto, name)
 
 
-def test_old_gpus_run_xla(monkeypatch):
-  """What Triton does not know, a GPU of 2018, say, is left to XLA."""
-  monkeypatch.setattr(dispatch, '_oldest_gpu', lambda: 7.5)
+OBSTACLES = {
+  'a GPU of 2018': ('_oldest_gpu', lambda: 7.5, 'capability 8'),
+  'a JAX without it': ('TRITON', 'jax.no_such_module', 'no Triton'),
+}
+
+
+@pytest.mark.parametrize(
+  ('what', 'value', 'match'), OBSTACLES.values(), ids=OBSTACLES
+)
+def test_without_triton_xla_runs(monkeypatch, what, value, match):
   x = jax.ShapeDtypeStruct((64, 256), jnp.bfloat16)
 
   def lowered(implementation):
@@ -548,12 +555,12 @@ def test_old_gpus_run_xla(monkeypatch):
     step = jax.jit(lambda x: jax.vjp(norm, x)[1](x))
     return step.trace(x).lower(lowering_platforms=('cuda',)).as_text()
 
-  assert 'triton' not in lowered(None)
-  with pytest.raises(NotImplementedError, match='capability 8'):
-    lowered('triton')
-  monkeypatch.setattr(dispatch, '_oldest_gpu', lambda: 8.0)
-  jax.clear_caches()
   assert 'triton' in lowered(None)
+  jax.clear_caches()
+  monkeypatch.setattr(dispatch, what, value)
+  assert 'triton' not in lowered(None)
+  with pytest.raises(NotImplementedError, match=match):
+    lowered('triton')
 
 
 @pytest.mark.parametrize('name', NAMES)

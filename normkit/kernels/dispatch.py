@@ -12,10 +12,13 @@ and differentiated again.
 """
 
 from collections.abc import Callable, Mapping
+import contextlib
 import functools
+import importlib.util
 import itertools
 import math
 from typing import Any
+import warnings
 
 import jax
 from jax.extend import core
@@ -25,7 +28,7 @@ from normkit._types import Array, Implementation
 
 Function = Callable[..., Any]
 Kernels = Mapping[Implementation, Function]
-TRITON_CAPABILITY = 8.0
+TRITON, TRITON_CAPABILITY = 'jax.experimental.pallas.triton', 8.0
 PLATFORMS: dict[Implementation, str] = {'triton': 'cuda', 'mosaic_tpu': 'tpu'}
 
 # For tests: the kernel that runs, interpreted, where the platform is a CPU.
@@ -140,10 +143,20 @@ def _lowering(platform: str | None) -> Callable[..., Any]:
       avals_in=[jax.core.ShapedArray(a.shape, a.dtype) for a in ctx.avals_in],
       avals_out=[jax.core.ShapedArray(a.shape, a.dtype) for a in ctx.avals_out],
     )
-    with jax.enable_x64(False):
+    device = _for_any_gpu() if platform == 'cuda' else contextlib.nullcontext()
+    with jax.enable_x64(False), device, warnings.catch_warnings():
+      # From jax 0.12 on; nobody who calls a norm can do anything about it.
+      warnings.filterwarnings('ignore', 'The Pallas Triton backend is deprec')
       return mlir.lower_fun(kernel, multiple_results=True)(local, *arguments)
 
   return lower
+
+
+def _for_any_gpu() -> contextlib.AbstractContextManager[Any]:
+  """Pallas then needs no GPU here, nor one that it knows by name."""
+  least = jax.sharding.AbstractDevice('NVIDIA A100', None, 'gpu')
+  mesh = jax.sharding.AbstractMesh((), (), abstract_device=least)
+  return jax.sharding.use_abstract_mesh(mesh)
 
 
 def _form(
@@ -183,6 +196,8 @@ def _obstacle(platform: str | None, ctx: Any) -> str | None:
       "kernel's input. Call it under jax.shard_map, use a mesh with explicit "
       'axes'
     )
+  if platform == 'cuda' and importlib.util.find_spec(TRITON) is None:
+    return 'this version of JAX has no Triton. Use an older one'
   if platform == 'cuda' and _oldest_gpu() < TRITON_CAPABILITY:
     return 'Triton needs GPUs of compute capability 8.0. Use newer ones'
   return None
