@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+import functools
 import json
 import pathlib
 import statistics
@@ -11,11 +12,13 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from rich.progress import track
 
 from benchmarks import layers, report, traffic
 
 SHAPES = layers.shapes((256, 512), (8, 16, 16, 64))
+DEPTH = 24
 IMPORTS = (
   'import jax',
   'import jax, normkit',
@@ -57,10 +60,25 @@ def timed(function: Callable[[], Any]) -> tuple[float, Any]:
   return time.perf_counter() - start, result
 
 
-def measure(library: str, norm: str) -> dict[str, float]:
-  """A training step of one norm: milliseconds, instructions, traces."""
+def one_norm(library: str, norm: str) -> layers.Program:
   layer = layers.make(library, norm, SHAPES[norm], 'float32')
-  step, given = layers.programs(layer)['step']
+  return layers.programs(layer)['step']
+
+
+def many_norms(library: str) -> layers.Program:
+  """Gradients through layer norms of one shape, one after the other."""
+  layer = layers.make(library, 'LayerNorm', SHAPES['LayerNorm'], 'float32')
+
+  def loss(params, x):
+    for p in params:
+      x = jnp.tanh(layer.apply(p, x)[0])
+    return x.sum()
+
+  return jax.grad(loss), ([layer.params] * DEPTH, layer.x)
+
+
+def measure(step: Callable[..., Any], given: Any) -> dict[str, float]:
+  """A training step: milliseconds, instructions, traces."""
   traces = 0
 
   def counted(*args):
@@ -83,14 +101,16 @@ def measure(library: str, norm: str) -> dict[str, float]:
 
 def table_of_norms(runs: int) -> list[list[str]]:
   """normkit's medians before Flax's; the first run is left out."""
+  programs = {n: functools.partial(one_norm, norm=n) for n in layers.NORMS}
+  programs[f'{DEPTH} LayerNorms'] = many_norms
   rows = []
-  for norm in track(layers.NORMS, 'norms'):
+  for norm, program in track(programs.items(), 'norms'):
     cells = {}
     for library in layers.LIBRARIES:
       found = []
       for _ in range(runs + 1):
         jax.clear_caches()
-        found.append(measure(library, norm))
+        found.append(measure(*program(library)))
       cells[library] = {
         name: statistics.median(f[name] for f in found[1:]) for name in found[0]
       }

@@ -84,7 +84,15 @@ def test_gpu_without_one_says_so(capsys):
   assert 'no GPU' in capsys.readouterr().out
 
 
-def test_compile_table():
-  found = compiling.measure('normkit', 'LayerNorm')
+@pytest.mark.parametrize(
+  'program',
+  [
+    compiling.one_norm('normkit', 'LayerNorm'),
+    compiling.many_norms('normkit'),
+  ],
+  ids=['one', 'many'],
+)
+def test_compile_table(program):
+  found = compiling.measure(*program)
   assert found['traces'] == 1
   assert found['instructions'] > 10
