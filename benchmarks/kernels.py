@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from rich.progress import track
 
-from benchmarks import report, targets, traffic
+from benchmarks import report, targets
+from benchmarks.bytes import measure
 import normkit as nk
 
 ROWS, WIDTH = 8192, 2048
@@ -61,12 +62,9 @@ def moved(
     return y, pull(given[-1])
 
   n = given[0].size * given[0].dtype.itemsize
-  texts = (
-    targets.compile_for(target, run, *given).as_text(),
-    targets.compile_for(target, step, *given, given[0]).as_text(),
-  )
-  forward, training = (traffic.measure(text).bytes / n for text in texts)
-  return forward, training
+  forward = measure(target, run, given)
+  training = measure(target, step, (*given, given[0]))
+  return forward.bytes / n, training.bytes / n
 
 
 def run(args: argparse.Namespace) -> int:

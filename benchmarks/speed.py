@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
 
-from benchmarks import report
+from benchmarks import layers, report
 import normkit as nk
 
 GROUPS = 32
@@ -97,7 +97,7 @@ def of_normkit(norm: str, implementation: str | None = None) -> Function | None:
 def of_kernel(norm: str) -> Function | None:
   """Normkit's kernels, by name, where a norm has any."""
   names = {'gpu': 'triton', 'tpu': 'mosaic_tpu'}
-  if norm not in ('LayerNorm', 'RMSNorm'):
+  if norm not in layers.ROWS:
     return None
   return of_normkit(norm, names[jax.default_backend()])
 

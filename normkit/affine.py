@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from normkit import _types
 from normkit._types import Array, DType
+from normkit.kernels.rows import reciprocal_root
 from normkit.moments import Centred
 
 
@@ -46,6 +47,20 @@ def affine(
     x, stats, args.scale, args.bias, args.where
   )
   return y
+
+
+def activated(
+  x: Array,
+  stats: Centred,
+  args: Arguments,
+  center: bool,
+  activation: Callable[[Array], Array] | None,
+) -> Array:
+  """`affine`, and an activation before the result is narrowed."""
+  if activation is None:
+    return affine(x, stats, args, center)
+  wide = args._replace(dtype=args.statistics_dtype)
+  return activation(affine(x, stats, wide, center)).astype(args.dtype)
 
 
 def _of_rows(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:
@@ -102,8 +117,11 @@ def _by_steps(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:
 
 
 def _by_roots(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:
-  """Both of its derivatives' sums over a row leave the root out, and so can be
-  taken in one read of x, where `_by_factors` may take two."""
+  """For GPUs and TPUs: sums over a row that need no other sum before them.
+
+  One read of x and dy gives all of them; with `_by_factors` layer norm's
+  backward in float32 on H200 moves 6.0 n, and not 5.0.
+  """
   x = x.astype(args.statistics_dtype)
   root = reciprocal_root(stats.var, args.epsilon)
   y = ((x - stats.pivot) if center else x) * root
@@ -207,12 +225,3 @@ def _by_dot(rows: Array, columns: Array) -> Array:
 
 def _plus(y: Array, shift: Array | None) -> Array:
   return y if shift is None else y + shift
-
-
-def reciprocal_root(var: Array, epsilon: float) -> Array:
-  """1 / sqrt(var + epsilon), and 0 where that would divide by zero."""
-  total = var + jnp.asarray(epsilon, var.dtype)
-  if epsilon >= jnp.finfo(var.dtype).tiny:
-    return lax.rsqrt(total)
-  positive = total > 0
-  return jnp.where(positive, lax.rsqrt(jnp.where(positive, total, 1)), 0)

@@ -175,8 +175,7 @@ def centred(
     var = named(_mean_square(x, where, count, axes, dtype))
     zero = jnp.zeros_like(var, dtype)
     return Centred(zero, zero, var, count)
-  stats = _local(x, where, count, axes, dtype, output_alone)
-  pivot, offset, var = stats
+  pivot, offset, var = _local(x, where, count, axes, dtype, output_alone)
   return Centred(lax.stop_gradient(pivot), offset, var, count)
 
 

@@ -18,7 +18,7 @@ from normkit._types import (
   Groups,
   Implementation,
 )
-from normkit.affine import Arguments, affine
+from normkit.affine import Arguments, activated, affine
 from normkit.moments import STATISTICS, centred, pool
 
 
@@ -204,11 +204,7 @@ def add_normalize(
     _types.refuse_kernel(implementation, why)
   total = x + residual
   stats = centred(total, axes, None, center)
-  if activation is None:
-    return affine(total, stats, args, center), total
-  wide = args._replace(dtype=args.statistics_dtype)
-  y = activation(affine(total, stats, wide, center))
-  return y.astype(args.dtype), total
+  return activated(total, stats, args, center, activation), total
 
 
 def products_saveable(primitive: Any, *_: Any, **params: Any) -> bool:

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from normkit import _types
 from normkit._types import Array, Implementation
-from normkit.affine import Arguments, affine
+from normkit.affine import Arguments, activated
 from normkit.kernels import cases
 from normkit.kernels.rows import Spec, statistics
 from normkit.moments import Centred, centred, changes, named
@@ -104,10 +104,8 @@ def check(implementation: Implementation | None, x: Array) -> None:
   if implementation is None:
     return
   if why := cases.refusal(implementation, x.shape, x.dtype):
-    raise NotImplementedError(
-      f'implementation={implementation!r} does not take {why}: x is '
-      f"{x.dtype}{list(x.shape)}. Use None or 'xla'."
-    )
+    of = f'{why}, and x is {x.dtype}{list(x.shape)}'
+    _types.refuse_kernel(implementation, f'it does not take {of}')
 
 
 @functools.partial(jax.jit, static_argnames=('spec', 'implementation'))
@@ -203,7 +201,8 @@ def _kernel(
   *_: Any,
   interpret: bool,
 ) -> Arrays:
-  found = _load(name).forward(given, spec, with_statistics, interpret)
+  options = {'with_statistics': True} if with_statistics else {}
+  found = _load(name).forward(given, spec, interpret=interpret, **options)
   return {n: a for n, a in found.items() if n in wanted}
 
 
@@ -232,10 +231,8 @@ def _affine(x: Array, stats: Centred, given: Arrays, spec: Spec) -> Array:
     for n in ('scale', 'bias')
   )
   wide = _types.statistics_dtype(x.dtype)
-  dtype = spec.dtype if spec.activation is None else wide
-  args = Arguments(scale, bias, spec.epsilon, None, dtype, wide)
-  y = affine(x, stats, args, spec.center)
-  return y if spec.activation is None else spec.activation(y).astype(spec.dtype)
+  args = Arguments(scale, bias, spec.epsilon, None, spec.dtype, wide)
+  return activated(x, stats, args, spec.center, spec.activation)
 
 
 def _tangents(
@@ -263,7 +260,7 @@ def _tangents(
   ) -> Arrays:
     named = {f'd{n}': a for n, a in given.items()}
     given = {n: saved[n] for n in ('x', 'scale', 'bias') if n in saved} | named
-    found = _load(name).backward(given, spec, wanted, interpret)
+    found = _load(name).backward(given, spec, wanted, interpret=interpret)
     return {n: found[f'd{n}'].astype(a.dtype) for n, a in moved.items()}
 
   def transpose(saved: Arrays, given: Arrays) -> Arrays:
@@ -285,7 +282,7 @@ def _plain_tangents(
   """How the results change, by XLA: linear in what has moved."""
   x, axes = saved['x'], (saved['x'].ndim - 1,)
   stats = _statistics(saved, spec)
-  values = {n: saved.get(n, x) for n in moved}
+  values = {n: saved[n] for n in moved}
   changed = dict(moved)
   if 'x' in moved:
     doffset, changed['var'] = changes(x, stats, moved['x'], axes)

@@ -20,7 +20,7 @@ import numpy as np
 
 from normkit import _types, norm
 from normkit._types import Array, ArrayLike, Axes, DType
-from normkit.affine import reciprocal_root
+from normkit.kernels.rows import reciprocal_root
 from normkit.moments import square
 from normkit.norm import EmptyState, NormParams
 

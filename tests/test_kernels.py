@@ -26,13 +26,13 @@ from test_conformance import (
   train_and_eval,
 )
 
-from benchmarks import targets, traffic
-from benchmarks.kernels import BLOCKS, block, moved
+from benchmarks import targets
+from benchmarks.bytes import measure
+from benchmarks.kernels import BLOCKS, NAMES, block, moved
 import normkit as nk
 from normkit import testing
 from normkit.kernels import dispatch
 
-NAMES = {'triton': 'h200', 'mosaic_tpu': 'v5e'}
 ROW_CASES = [
   pytest.param(case, id=case.name)
   for case in CASES
@@ -42,7 +42,7 @@ ROW_CASES = [
 DTYPES = {'float32': 1e-5, 'bfloat16': 2e-2, 'float16': 4e-3}
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=dispatch.PLATFORMS)
 def name(request, monkeypatch):
   """An implementation, whose kernels run interpreted on the CPU."""
   monkeypatch.setattr(dispatch, 'interpreted', request.param)
@@ -59,7 +59,6 @@ class Rows:
   scale: np.ndarray | float
   bias: np.ndarray | float
   center: bool
-  epsilon: float = 1e-6
 
   def __post_init__(self):
     x = np.asarray(self.x, np.float64)
@@ -154,9 +153,9 @@ def test_chosen_in_training(name, monkeypatch):
   module = importlib.import_module(f'normkit.kernels.{name}')
   calls = []
 
-  def spy(kind, run, *args):
+  def spy(kind, run, *args, **options):
     calls.append(kind)
-    return run(*args)
+    return run(*args, **options)
 
   for kind in 'forward', 'backward':
     run = functools.partial(spy, kind, getattr(module, kind))
@@ -353,7 +352,6 @@ def test_errors_of_sums(given, error, match):
 
 SHAPES = {'wide': (8192, 4096), 'widest': (4096, 8192), 'narrow': (32_768, 768)}
 LIMITS = {'forward': 2.01, 'training forward': 2.02, 'backward': 3.3}
-IMPLEMENTATIONS = {'h200': 'triton', 'v5e': 'mosaic_tpu', 'v6e': 'mosaic_tpu'}
 
 
 def programs(norm, shape, dtype):
@@ -382,25 +380,23 @@ def programs(norm, shape, dtype):
 @pytest.mark.parametrize('shape', SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize('target', DEVICES)
 def test_passes(target, shape, center, dtype):
-  norm = norm_of(center, IMPLEMENTATIONS[target])
+  norm = norm_of(center, NAMES[target])
   n = np.prod(shape) * jnp.dtype(dtype).itemsize
   for kind, (function, given) in programs(norm, shape, dtype).items():
-    text = targets.compile_for(target, function, *given).as_text()
-    assert traffic.measure(text).bytes / n <= LIMITS[kind], kind
+    assert measure(target, function, given).bytes / n <= LIMITS[kind], kind
 
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
 @pytest.mark.parametrize('target', DEVICES)
 def test_passes_of_long_rows(target, dtype):
-  norm = norm_of(True, IMPLEMENTATIONS[target])
+  norm = norm_of(True, NAMES[target])
   shape = 2048, 65_536
   n = np.prod(shape) * jnp.dtype(dtype).itemsize
   # The kernel on H200 loads a quarter of a row again: 2.25 n, not counted here.
   limits = (2.01, 5.2) if target == 'h200' else (2.01, 3.02)
   made = programs(norm, shape, dtype)
   for kind, limit in zip(('forward', 'backward'), limits, strict=True):
-    text = targets.compile_for(target, *made[kind][:1], *made[kind][1])
-    assert traffic.measure(text.as_text()).bytes / n <= limit, kind
+    assert measure(target, *made[kind]).bytes / n <= limit, kind
 
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
@@ -456,7 +452,7 @@ def test_no_spills(tmp_path):
 )
 @pytest.mark.parametrize('target', DEVICES[:2])
 def test_odd_shapes_compile(target, shape, wide):
-  norm = norm_of(True, IMPLEMENTATIONS[target])
+  norm = norm_of(True, NAMES[target])
   with jax.enable_x64(wide):
     for function, given in programs(norm, shape, 'bfloat16').values():
       text = targets.compile_for(target, function, *given).as_text()
@@ -527,7 +523,7 @@ def sharded_text(target, axis, implementation):
 @pytest.mark.parametrize('target', DEVICES[:2])
 def test_sharded_rows_stay(target):
   """Explicit meshes run the kernel on each device's rows, others XLA's form."""
-  name = IMPLEMENTATIONS[target]
+  name = NAMES[target]
   explicit = sharded_text(target, AxisType.Explicit, name)
   assert 'normkit_backward' in explicit
   auto = sharded_text(target, AxisType.Auto, None)
@@ -563,7 +559,7 @@ def test_without_triton_xla_runs(monkeypatch, what, value, match):
     lowered('triton')
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', dispatch.PLATFORMS)
 def test_export(name):
   """A CPU host makes the program of another platform, without its compiler."""
   platform = dispatch.PLATFORMS[name]

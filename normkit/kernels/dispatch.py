@@ -90,8 +90,6 @@ def _bind(
 ) -> Any:
   """The primitive takes leaves, and its functions leaves to leaves."""
   leaves, tree = jax.tree.flatten((*residuals, *linear))
-  count = len(jax.tree.leaves(residuals))
-
   closed, shapes = jax.make_jaxpr(plain, return_shape=True)(*residuals, *linear)
   results = jax.tree.structure(shapes)
   cotangents = jax.tree.structure((*residuals, shapes))
@@ -100,7 +98,7 @@ def _bind(
     plain=closed,
     kernels=tuple((n, _flat(k, tree)) for n, k in kernels.items()),
     transpose=transpose and _flat(transpose, cotangents),
-    linear=len(leaves) - count,
+    linear=len(jax.tree.leaves(linear)),
     required=required,
     interpreted=interpreted if kernels else None,
   )
@@ -252,10 +250,9 @@ def _batch(arguments: Any, axes: Any, **params: Any) -> Any:
   """Each form under `vmap`; whatever is linear gets the new axis."""
   count = len(arguments) - params['linear']
   residuals, linear = arguments[:count], arguments[count:]
-  sizes = (
+  size = next(
     a.shape[d] for a, d in zip(arguments, axes, strict=True) if d is not None
   )
-  size = next(sizes)
   linear = [
     batching.bdim_at_front(a, d, size)
     for a, d in zip(linear, axes[count:], strict=True)

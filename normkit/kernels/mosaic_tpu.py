@@ -23,21 +23,13 @@ MEMORY = 96 * 2**20  # of the 128 MiB on chip
 Arrays = dict[str, Any]
 
 
-@functools.partial(
-  jax.jit, static_argnames=('spec', 'with_statistics', 'interpret')
-)
-def forward(
-  given: Arrays,
-  spec: Spec,
-  with_statistics: bool = False,
-  interpret: bool = False,
-) -> Arrays:
+@functools.partial(jax.jit, static_argnames=('spec', 'interpret'))
+def forward(given: Arrays, spec: Spec, interpret: bool = False) -> Arrays:
   """The norm of each row; see `normkit.kernels.triton.forward`.
 
-  It returns no statistics: a number a row would fill a tile's 128 lanes, and
-  the backward finds them again at no cost.
+  There are no statistics: a number a row would fill a tile's 128 lanes, and the
+  backward finds them again at no cost.
   """
-  assert not with_statistics
   x = given['x']
   results = {'y': rows.result(x, x.shape, spec.dtype)}
   if 'residual' in given:
