@@ -1,4 +1,4 @@
-"""Bytes of blocks with a row norm in them, by XLA, by kernel, and as chosen.
+"""Bytes of blocks with a norm in them, by XLA, by kernel, and as chosen.
 
 Programs compiled for H200 and TPU, forward and in training, in passes over the
 norm's input, weights included. A kernel moves less by itself and is a wall to
@@ -7,11 +7,13 @@ the fusion of its neighbours; what is chosen must not move more than XLA.
 
 import argparse
 from collections.abc import Callable
+import functools
 import json
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 from rich.progress import track
 
@@ -19,11 +21,12 @@ from benchmarks import report, targets
 from benchmarks.bytes import measure
 import normkit as nk
 
-ROWS, WIDTH = 8192, 2048
 NAMES = {'h200': 'triton', 'v5e': 'mosaic_tpu', 'v6e': 'mosaic_tpu'}
-NORMS = {'LayerNorm': nk.layer_norm, 'RMSNorm': nk.rms_norm}
+GROUPS = 32
+Norm = Callable[..., Any]
+Block = Callable[..., Any]
 # Of x, scale and two matrices.
-BLOCKS: dict[str, Callable[..., Any]] = {
+BLOCKS: dict[str, Block] = {
   'norm': lambda norm, x, s, v, w: norm(x, s),
   'norm, gelu': lambda norm, x, s, v, w: jax.nn.gelu(norm(x, s)),
   'matmul, norm, matmul': lambda norm, x, s, v, w: norm(x @ v, s) @ w,
@@ -33,23 +36,84 @@ BLOCKS: dict[str, Callable[..., Any]] = {
   'pre-norm': lambda norm, x, s, v, w: x + jax.nn.gelu(norm(x, s) @ v) @ w,
   'post-norm': lambda norm, x, s, v, w: norm(x + jax.nn.gelu(x @ v) @ w, s),
 }
+# Of images, scale and two kernels of 3 x 3.
+IMAGE_BLOCKS: dict[str, Block] = {
+  'norm': lambda norm, x, s, v, w: norm(x, s),
+  'norm, relu': lambda norm, x, s, v, w: jax.nn.relu(norm(x, s)),
+  'conv, norm, conv': lambda norm, x, s, v, w: conv(norm(conv(x, v), s), w),
+  'conv, norm, relu, conv': lambda norm, x, s, v, w: conv(
+    jax.nn.relu(norm(conv(x, v), s)), w
+  ),
+  'conv, norm, residual, relu': lambda norm, x, s, v, w: jax.nn.relu(
+    x + norm(conv(x, v), s)
+  ),
+}
+
+
+class Family(NamedTuple):
+  """Norms and the blocks they are measured in.
+
+  Attributes:
+    norms: functions of x, scale and the implementation.
+    blocks: functions of such a norm, x, scale and two weights.
+    x: the shape of the input.
+    weight: the shape of each weight.
+  """
+
+  norms: dict[str, Norm]
+  blocks: dict[str, Block]
+  x: tuple[int, ...]
+  weight: tuple[int, ...]
+
+
+FAMILIES = (
+  Family(
+    {'LayerNorm': nk.layer_norm, 'RMSNorm': nk.rms_norm},
+    BLOCKS,
+    (8192, 2048),
+    (2048, 2048),
+  ),
+  Family(
+    {
+      'GroupNorm': functools.partial(nk.group_norm, num_groups=GROUPS),
+      'InstanceNorm': nk.instance_norm,
+    },
+    IMAGE_BLOCKS,
+    (64, 28, 28, 512),
+    (3, 3, 512, 512),
+  ),
+)
+CASES = [
+  (norm, kind)
+  for family in FAMILIES
+  for norm in family.norms
+  for kind in family.blocks
+]
+
+
+def conv(x: Any, kernel: Any) -> Any:
+  names = 'NHWC', 'HWIO', 'NHWC'
+  return lax.conv_general_dilated(
+    x, kernel, (1, 1), 'SAME', dimension_numbers=names
+  )
 
 
 def block(
   kind: str, norm: str, implementation: str | None, dtype: str
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
   """A function of the shapes that come with it."""
+  family = next(f for f in FAMILIES if norm in f.norms)
 
   def one(x: Any, scale: Any) -> Any:
-    return NORMS[norm](x, scale, implementation=implementation)
+    return family.norms[norm](x, scale, implementation=implementation)
 
   def run(*given: Any) -> Any:
-    return BLOCKS[kind](one, *given)
+    return family.blocks[kind](one, *given)
 
-  x = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.dtype(dtype))
-  matrix = jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.dtype(dtype))
-  scale = jax.ShapeDtypeStruct((WIDTH,), jnp.float32)
-  return run, (x, scale, matrix, matrix)
+  x = jax.ShapeDtypeStruct(family.x, jnp.dtype(dtype))
+  weight = jax.ShapeDtypeStruct(family.weight, jnp.dtype(dtype))
+  scale = jax.ShapeDtypeStruct(family.x[-1:], jnp.float32)
+  return run, (x, scale, weight, weight)
 
 
 def moved(
@@ -73,9 +137,9 @@ def run(args: argparse.Namespace) -> int:
   cases = [
     (target, norm, dtype, kind)
     for target in chosen
-    for norm in NORMS
+    for norm, kind in CASES
+    if norm in args.norm
     for dtype in args.dtype
-    for kind in BLOCKS
   ]
   rows = []
   for target, norm, dtype, kind in track(cases, 'blocks'):
@@ -96,6 +160,8 @@ def add_command(commands: Any) -> None:
   parser.add_argument(
     '--target', nargs='*', choices=list(NAMES), default=list(NAMES)
   )
+  norms = list(dict.fromkeys(norm for norm, _ in CASES))
+  parser.add_argument('--norm', nargs='*', choices=norms, default=norms)
   parser.add_argument('--dtype', nargs='*', default=['bfloat16', 'float32'])
   parser.add_argument('--json', type=pathlib.Path)
   report.add_update(parser)

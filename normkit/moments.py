@@ -387,6 +387,25 @@ def merge(parts: Centred, axis: int) -> Centred:
   return Centred(pivot, offset, var, total)
 
 
+def merge_channels(stats: Centred, channel: int, num_groups: int) -> Centred:
+  """Merges the channels of each group; the groups stay on the same axis."""
+  stats = Centred(*(_types.unshard(s, channel) for s in stats))
+  full = jnp.broadcast_shapes(*(s.shape for s in stats))
+  size = full[channel] // num_groups
+  split = (*full[:channel], num_groups, size, *full[channel + 1 :])
+  parts = [jnp.broadcast_to(s, full).reshape(split) for s in stats]
+  merged = merge(Centred(*parts), channel + 1)
+  return Centred(*(s.squeeze(channel + 1) for s in merged))
+
+
+def spread(values: Array, channel: int, num_channels: int) -> Array:
+  """Gives each channel the value of its group."""
+  shape = list(values.shape)
+  shape.insert(channel + 1, num_channels // values.shape[channel])
+  spread = jnp.broadcast_to(lax.expand_dims(values, [channel + 1]), shape)
+  return lax.collapse(spread, channel, channel + 2)
+
+
 def pool(
   stats: Centred,
   axis_name: AxisName | None,

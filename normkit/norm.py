@@ -156,10 +156,11 @@ def normalize(
   _types.check_not_empty(x.shape, axes)
   if implementation != 'xla':
     is_pooled = axis_name is not None or axis_index_groups is not None
-    why = rows.refusal(x, args, axes, is_pooled)
-    if why is None:
-      return rows.normalize_rows(x, args, center, implementation)[0]
-    _types.refuse_kernel(implementation, why)
+    y = rows.normalize(
+      x, args, axes, features, is_pooled, center, implementation
+    )
+    if y is not None:
+      return y
   stats = centred(x, axes, args.where, center)
   stats = pool(stats, axis_name, axis_index_groups)
   return affine(x, stats, args, center)
@@ -196,12 +197,11 @@ def add_normalize(
   )
   _types.check_not_empty(x.shape, axes)
   if implementation != 'xla':
-    why = rows.refusal(x, args, axes, False)
-    if why is None:
-      return rows.normalize_rows(
-        x, args, center, implementation, residual, activation
-      )
-    _types.refuse_kernel(implementation, why)
+    found = rows.normalize_rows(
+      x, args, axes, False, center, implementation, residual, activation
+    )
+    if found is not None:
+      return found
   total = x + residual
   stats = centred(total, axes, None, center)
   return activated(total, stats, args, center, activation), total

@@ -1,12 +1,14 @@
-"""Norms of rows, over the last axis alone: layer and RMS norm, in kernels.
+"""Norms that have kernels: of rows, the last axis, and of groups of channels.
 
-What is kept for the backward is x and the parameters: the kernels of the
-backward find the statistics again while they have a row on chip.
+Groups are of x (batch, ..., channels), over all axes but the first. What is
+kept for the backward is x and the parameters: the kernels of the backward find
+the statistics again while they have a row or group on chip.
 """
 
 from collections.abc import Callable
 import functools
 import importlib
+import math
 from typing import Any
 
 import jax
@@ -19,7 +21,14 @@ from normkit._types import Array, Implementation
 from normkit.affine import Arguments, activated
 from normkit.kernels import cases
 from normkit.kernels.rows import Spec, statistics
-from normkit.moments import Centred, centred, changes, named
+from normkit.moments import (
+  Centred,
+  centred,
+  changes,
+  merge_channels,
+  named,
+  spread,
+)
 
 Arrays = dict[str, Array]
 FLOATS = {*map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16))}
@@ -37,47 +46,101 @@ def _load(module: str) -> Any:
   return importlib.import_module(f'normkit.kernels.{module}')
 
 
-def refusal(
-  x: Array, args: Arguments, axes: tuple[int, ...], is_pooled: bool
-) -> str | None:
-  """Why the norm of x is not one of rows, or None."""
-  parameters = [p for p in (args.scale, args.bias) if p is not None]
-  one_row = (1,) * (x.ndim - 1) + x.shape[-1:]
-  reasons = {
-    f'the normalized axes {axes} are not the last one': axes != (x.ndim - 1,),
-    'statistics are pooled over devices': is_pooled,
-    'there is a mask': args.where is not None,
-    f'dtype {x.dtype} to {args.dtype}': not {x.dtype, args.dtype} <= FLOATS,
-    'scale or bias is not a float of 32 bits for each element of a row': any(
-      p.shape != one_row or p.dtype not in FLOATS for p in parameters
-    ),
-    'rows or parameters are sharded': x.ndim - 1 in _types.sharded_axes(x)
-    or any(map(_types.sharded_axes, parameters)),
-  }
-  return next((why for why, holds in reasons.items() if holds), None)
+def normalize(
+  x: Array,
+  args: Arguments,
+  axes: tuple[int, ...],
+  features: tuple[int, ...],
+  is_pooled: bool,
+  center: bool,
+  implementation: Implementation | None,
+) -> Array | None:
+  """The norm over `axes`, or None where XLA's form needs nothing of this."""
+  if features != (x.ndim - 1,) or axes == features:
+    found = normalize_rows(x, args, axes, is_pooled, center, implementation)
+    return None if found is None else found[0]
+  groups = x.shape[-1]
+  return normalize_groups(
+    x, args, axes, x.ndim - 1, groups, is_pooled, implementation, center
+  )
 
 
 def normalize_rows(
   x: Array,
   args: Arguments,
+  axes: tuple[int, ...],
+  is_pooled: bool,
   center: bool,
   implementation: Implementation | None,
   residual: Array | None = None,
   activation: Callable[[Array], Array] | None = None,
-) -> tuple[Array, Array]:
-  """The norm over the last axis of what `refusal` lets pass, and its input.
+) -> tuple[Array, Array] | None:
+  """The norm over the last axis, and its input; or None where it is another.
 
   Unless an implementation is named, the forward is XLA's, which fuses it with
   what stands around it; in training it is a kernel's where those are chosen.
   """
+  is_last = axes == (x.ndim - 1,)
+  why = None if is_last else f'the normalized axes {axes} are not the last one'
+  if why := why or _refusal(x, args, axes, is_pooled):
+    _types.refuse_kernel(implementation, why)
+    return None
   spec = Spec(args.epsilon, center, args.dtype, activation)
   given = {'x': x} if residual is None else {'x': x, 'residual': residual}
   given = {n: a[None] if x.ndim == 1 else a for n, a in given.items()}
-  for name, value in ('scale', args.scale), ('bias', args.bias):
-    if value is not None:
-      given[name] = value.reshape(-1)
-  found = _partitioned(given, spec, implementation)
+  found = _partitioned(given | _parameters(args), spec, implementation)
   return found['y'].reshape(x.shape), found.get('total', x).reshape(x.shape)
+
+
+def normalize_groups(
+  x: Array,
+  args: Arguments,
+  axes: tuple[int, ...],
+  channel: int,
+  groups: int,
+  is_pooled: bool,
+  implementation: Implementation | None,
+  center: bool = True,
+) -> Array | None:
+  """The norm over `axes` and groups of channels, or None for XLA's form."""
+  first = channel - len(axes)
+  is_ordered = axes == tuple(range(first, channel)) and channel == x.ndim - 1
+  if first > 1 and _types.sharded_axes(x):
+    is_ordered = False
+  why = None if is_ordered else 'x is not (batch, ..., channels)'
+  if why := why or _refusal(x, args, (*axes, channel), is_pooled):
+    _types.refuse_kernel(implementation, why)
+    return None
+  shape = (math.prod(x.shape[:first]), *x.shape[first:])
+  if implementation is None and not cases.chosen(shape, x.dtype, groups):
+    return None
+  spec = Spec(args.epsilon, center, args.dtype, groups=groups)
+  given = {'x': x.reshape(shape), **_parameters(args)}
+  return _partitioned(given, spec, implementation)['y'].reshape(x.shape)
+
+
+def _refusal(
+  x: Array, args: Arguments, axes: tuple[int, ...], is_pooled: bool
+) -> str | None:
+  """Why there is no kernel where a set of x lies along `axes`, or None."""
+  parameters = [p for p in (args.scale, args.bias) if p is not None]
+  last = (1,) * (x.ndim - 1) + x.shape[-1:]
+  is_sharded = set(axes) & set(_types.sharded_axes(x))
+  reasons = {
+    'statistics are pooled over devices': is_pooled,
+    'there is a mask': args.where is not None,
+    f'dtype {x.dtype} to {args.dtype}': not {x.dtype, args.dtype} <= FLOATS,
+    'scale or bias is not a float of 32 bits for each element of the last '
+    'axis': any(p.shape != last or p.dtype not in FLOATS for p in parameters),
+    'the normalized axes or the parameters are sharded': is_sharded
+    or any(map(_types.sharded_axes, parameters)),
+  }
+  return next((why for why, holds in reasons.items() if holds), None)
+
+
+def _parameters(args: Arguments) -> Arrays:
+  given = {'scale': args.scale, 'bias': args.bias}
+  return {n: a.reshape(-1) for n, a in given.items() if a is not None}
 
 
 def _partitioned(
@@ -85,7 +148,7 @@ def _partitioned(
 ) -> Arrays:
   """Rows that an explicit mesh shards stay where they are."""
   x = given['x']
-  check(implementation, x)
+  check(implementation, x, spec.groups)
   run = functools.partial(
     _differentiable, spec=spec, implementation=implementation
   )
@@ -99,11 +162,13 @@ def _partitioned(
   return sharded
 
 
-def check(implementation: Implementation | None, x: Array) -> None:
+def check(
+  implementation: Implementation | None, x: Array, groups: int | None = None
+) -> None:
   """Raises if the kernel that is named cannot take x."""
   if implementation is None:
     return
-  if why := cases.refusal(implementation, x.shape, x.dtype):
+  if why := cases.refusal(implementation, x.shape, x.dtype, groups):
     of = f'{why}, and x is {x.dtype}{list(x.shape)}'
     _types.refuse_kernel(implementation, f'it does not take {of}')
 
@@ -165,10 +230,10 @@ def _training_forward(
   They come apart from the results, so that a policy of `jax.checkpoint` may
   keep them alone; of the two calls of a kernel XLA makes one.
   """
-  shape, dtype = given['x'].shape, given['x'].dtype
-  names = cases.chosen(shape, dtype)
+  case = given['x'].shape, given['x'].dtype, spec.groups
+  names = cases.chosen(*case)
   if implementation is not None:
-    if cases.has_backward(implementation, shape, dtype):
+    if cases.has_backward(implementation, *case):
       return _forward(given, spec, implementation)
     names = (implementation,)
 
@@ -206,9 +271,23 @@ def _kernel(
   return {n: a for n, a in found.items() if n in wanted}
 
 
+def _axes(x: Array, spec: Spec) -> tuple[int, ...]:
+  """The reduced axes, of which groups then merge the last."""
+  last = x.ndim - 1
+  return (last,) if spec.groups is None else tuple(range(1, last))
+
+
+def _of_group(values: Array, groups: int) -> Array:
+  """Gives each channel the sum of its group."""
+  split = values.reshape(*values.shape[:-1], groups, -1).sum(-1)
+  return spread(split, values.ndim - 1, values.shape[-1])
+
+
 def _plain_statistics(spec: Spec, given: Arrays) -> Arrays:
-  x, axes = _sum(given), (given['x'].ndim - 1,)
-  stats = centred(x, axes, None, spec.center, output_alone=False)
+  x = _sum(given)
+  stats = centred(x, _axes(x, spec), None, spec.center, output_alone=False)
+  if spec.groups is not None:
+    stats = merge_channels(stats, x.ndim - 1, spec.groups)
   return {n: getattr(stats, n) for n in statistics(spec)}
 
 
@@ -244,9 +323,9 @@ def _tangents(
 ) -> Arrays:
   """A linear map of what has moved, whose transpose a kernel may compute."""
   plain = functools.partial(_plain_tangents, spec=spec, results=tuple(results))
-  shape, dtype = saved['x'].shape, saved['x'].dtype
-  names, required = cases.chosen(shape, dtype), None
-  if implementation and cases.has_backward(implementation, shape, dtype):
+  case = saved['x'].shape, saved['x'].dtype, spec.groups
+  names, required = cases.chosen(*case), None
+  if implementation and cases.has_backward(implementation, *case):
     names, required = (implementation,), implementation
   wanted = 'dx', *(f'd{n}' for n in moved if n != 'x')
 
@@ -280,12 +359,14 @@ def _plain_tangents(
   saved: Arrays, moved: Arrays, spec: Spec, results: tuple[str, ...]
 ) -> Arrays:
   """How the results change, by XLA: linear in what has moved."""
-  x, axes = saved['x'], (saved['x'].ndim - 1,)
-  stats = _statistics(saved, spec)
+  x, stats = saved['x'], _statistics(saved, spec)
   values = {n: saved[n] for n in moved}
   changed = dict(moved)
   if 'x' in moved:
-    doffset, changed['var'] = changes(x, stats, moved['x'], axes)
+    found = changes(x, stats, moved['x'], _axes(x, spec))
+    if spec.groups is not None:  # what they sum was divided by all of a group
+      found = tuple(_of_group(c, spec.groups) for c in found)
+    doffset, changed['var'] = found
     values['var'] = stats.var
     if spec.center:
       values['offset'], changed['offset'] = stats.offset, doffset
@@ -295,18 +376,27 @@ def _plain_tangents(
     now = stats._replace(**some)
     return _affine(values.get('x', x), now, saved | values, spec)
 
-  found = {'y': jax.jvp(norm, (values,), (changed,))[1]}
+  dresults = {'y': jax.jvp(norm, (values,), (changed,))[1]}
   if 'total' in results:
-    found['total'] = moved.get('x', jnp.zeros_like(x))
-  return found
+    dresults['total'] = moved.get('x', jnp.zeros_like(x))
+  return dresults
 
 
 def _statistics(saved: Arrays, spec: Spec) -> Centred:
+  """For each row or channel, from those of the sets where they were saved."""
   x = saved['x']
-  if 'var' not in saved:
-    found: Centred = centred(x, (x.ndim - 1,), None, spec.center)
+  if spec.groups is None and 'var' not in saved:
+    found: Centred = centred(x, _axes(x, spec), None, spec.center)
     return found
-  count = jnp.full((1,) * x.ndim, x.shape[-1], saved['var'].dtype)
-  zero = jnp.zeros_like(saved['var'])
-  pivot, offset = (saved.get(n, zero) for n in ('pivot', 'offset'))
-  return Centred(pivot, offset, saved['var'], count)
+  stats = saved if 'var' in saved else _plain_statistics(spec, saved)
+  size = x.shape[-1]
+  if spec.groups is not None:
+    size = x.size // (len(x) * spec.groups)
+    channel = x.ndim - 1
+    stats = {
+      n: spread(stats[n], channel, x.shape[-1]) for n in statistics(spec)
+    }
+  count = jnp.full((1,) * x.ndim, size, stats['var'].dtype)
+  zero = jnp.zeros_like(stats['var'])
+  pivot, offset = (stats.get(n, zero) for n in ('pivot', 'offset'))
+  return Centred(pivot, offset, stats['var'], count)

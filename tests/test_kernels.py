@@ -1,4 +1,4 @@
-"""Kernels of row norms: interpreted on the CPU, and compiled for others.
+"""Kernels: interpreted on the CPU, and compiled for others.
 
 Interpreted, they run on the CPU and are held to float64; compiled for H200,
 A100 and TPU, their programs are held to the bytes that they may move.
@@ -28,16 +28,22 @@ from test_conformance import (
 
 from benchmarks import targets
 from benchmarks.bytes import measure
-from benchmarks.kernels import BLOCKS, NAMES, block, moved
+from benchmarks.kernels import CASES as BLOCKS, NAMES, block, moved
 import normkit as nk
 from normkit import testing
 from normkit.kernels import dispatch
 
-ROW_CASES = [
+KERNEL_CASES = [
   pytest.param(case, id=case.name)
   for case in CASES
-  if isinstance(case.transform, nk.LayerNorm | nk.RMSNorm)
-  and case.transform.axis == -1
+  if case.name
+  in (
+    'layer_norm',
+    'rms_norm',
+    'group_norm',
+    'instance_norm',
+    'instance_norm_no_batch',
+  )
 ]
 DTYPES = {'float32': 1e-5, 'bfloat16': 2e-2, 'float16': 4e-3}
 
@@ -53,28 +59,40 @@ def name(request, monkeypatch):
 
 @dataclasses.dataclass
 class Rows:
-  """Layer or RMS norm of rows in float64, and the gradients of sum(y * dy)."""
+  """Layer, RMS or group norm in float64, and the gradients of sum(y * dy)."""
 
   x: np.ndarray
   scale: np.ndarray | float
   bias: np.ndarray | float
   center: bool
+  groups: int | None = None
 
   def __post_init__(self):
     x = np.asarray(self.x, np.float64)
-    mean = x.mean(-1, keepdims=True) if self.center else 0
-    self.root = 1 / np.sqrt(((x - mean) ** 2).mean(-1, keepdims=True) + 1e-6)
+    mean = self.mean(x) if self.center else 0
+    self.root = 1 / np.sqrt(self.mean((x - mean) ** 2) + 1e-6)
     self.normalized = (x - mean) * self.root
     self.y = self.normalized * np.asarray(self.scale, np.float64) + np.asarray(
       self.bias, np.float64
     )
 
+  def mean(self, values):
+    if self.groups is None:
+      return values.mean(-1, keepdims=True)
+    split = values.reshape(len(values), -1, self.groups, self.size)
+    mean = np.broadcast_to(split.mean((1, 3), keepdims=True), split.shape)
+    return mean.reshape(values.shape)
+
+  @property
+  def size(self):
+    return self.x.shape[-1] // self.groups
+
   def gradients(self, dy):
     g = np.asarray(dy, np.float64)
     h, n = g * np.asarray(self.scale, np.float64), self.normalized
-    rest = n * (h * n).mean(-1, keepdims=True)
+    rest = n * self.mean(h * n)
     if self.center:
-      rest = rest + h.mean(-1, keepdims=True)
+      rest = rest + self.mean(h)
     rows = tuple(range(g.ndim - 1))
     return (h - rest) * self.root, (g * n).sum(rows), g.sum(rows)
 
@@ -85,6 +103,18 @@ def norm_of(center, implementation, **options):
   if center:
     return functools.partial(nk.layer_norm, **options)
   return lambda x, scale, bias: nk.rms_norm(x, scale, **options)
+
+
+def group_norm_of(groups, implementation):
+  """`(x, scale, bias) -> y`; as many groups as channels are instance norm."""
+
+  def norm(x, scale, bias):
+    options = {'implementation': implementation}
+    if groups == x.shape[-1]:
+      return nk.instance_norm(x, scale, bias, **options)
+    return nk.group_norm(x, scale, bias, num_groups=groups, **options)
+
+  return norm
 
 
 def assert_right(actual, desired, tolerance):
@@ -105,23 +135,50 @@ def assert_right(actual, desired, tolerance):
 def test_values_and_gradients(name, shape, center, dtype):
   if (name, dtype) == ('mosaic_tpu', 'float16'):
     pytest.skip('TPUs have no float16: test_refused holds the error')
+  assert_norm(
+    norm_of(center, name), functools.partial(Rows, center=center), shape, dtype
+  )
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize(
+  ('shape', 'groups'),
+  [
+    ((2, 6), 3),
+    ((1, 7, 7, 40), 4),
+    ((3, 9, 10, 64), 16),
+    ((2, 33, 100), 10),
+    ((2, 4, 4, 3), 3),
+    ((2, 40, 40, 72), 72),
+    ((2, 5, 300), 1),
+  ],
+  ids=str,
+)
+def test_groups(name, shape, groups, dtype):
+  if (name, dtype) == ('mosaic_tpu', 'float16'):
+    pytest.skip('TPUs have no float16: test_refused holds the error')
+  reference = functools.partial(Rows, center=True, groups=groups)
+  assert_norm(group_norm_of(groups, name), reference, shape, dtype)
+
+
+def assert_norm(norm, of, shape, dtype):
   x, dy = draw(shape, dtype), draw(shape, dtype, seed=1)
   scale, bias = draw(shape[-1:], seed=2), draw(shape[-1:], seed=3)
-  norm = norm_of(center, name)
-  reference = Rows(x, scale, bias if center else 0.0, center)
+  reference = of(x, scale, bias)
+  if not reference.center:
+    reference = of(x, scale, 0.0)
   assert_right(jax.jit(norm)(x, scale, bias), reference.y, DTYPES[dtype])
 
   @jax.jit
   def gradients(x, scale, bias, dy):
     return jax.vjp(norm, x, scale, bias)[1](dy)
 
-  found = gradients(x, scale, bias, dy)
-  desired = reference.gradients(dy)
-  for actual, value in zip(found[: 2 + center], desired, strict=False):
+  found = gradients(x, scale, bias, dy)[: 2 + reference.center]
+  for actual, value in zip(found, reference.gradients(dy), strict=False):
     assert_right(actual, value, DTYPES[dtype])
 
 
-@pytest.mark.parametrize('case', ROW_CASES)
+@pytest.mark.parametrize('case', KERNEL_CASES)
 class TestConformance:
   """The suite of all norms, by kernels."""
 
@@ -171,11 +228,34 @@ def test_chosen_in_training(name, monkeypatch):
   assert_right(dscale, desired[1], 1e-5)
 
 
+def test_groups_chosen_in_training(name):
+  """In half precision, on GPUs, and right by what XLA kept for them too."""
+  x, dy = (draw((2, 5, 6, 12), 'bfloat16', seed=i) for i in range(2))
+  scale, bias = draw(12, seed=2), draw(12, seed=3)
+
+  def gradients(norm, x, dy):
+    return jax.vjp(norm, x, scale, bias)[1](dy)
+
+  norm = group_norm_of(4, None)
+  text = str(jax.make_jaxpr(functools.partial(gradients, norm))(x, dy))
+  assert 'normkit_choice' in text
+  desired = Rows(x, scale, bias, True, 4).gradients(dy)
+  found = jax.jit(functools.partial(gradients, norm))(x, dy)
+  for actual, value in zip(found, desired, strict=True):
+    assert_right(actual, value, DTYPES['bfloat16'])
+  wide = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+  text = str(jax.make_jaxpr(functools.partial(gradients, norm))(wide, wide))
+  assert 'normkit_choice' not in text
+
+
 def test_far_from_zero(name):
   """The mean in two parts: nothing is lost to its size."""
   x = 1e5 + draw((3, 1000))
   y = nk.layer_norm(x, implementation=name)
   assert_right(y, Rows(x, 1.0, 0.0, True).y, 1e-6)
+  x = x.reshape(3, 10, 100)
+  y = nk.group_norm(x, num_groups=5, implementation=name)
+  assert_right(y, Rows(x, 1.0, 0.0, True, 5).y, 1e-6)
 
 
 @pytest.mark.parametrize('center', [True, False], ids=['layer', 'rms'])
@@ -184,6 +264,18 @@ def test_second_order(name, center):
   norm = jax.jit(norm_of(center, name, epsilon=0.1))
   test_util.check_grads(
     norm, (x, scale, bias), order=2, modes=['fwd', 'rev'], rtol=0.03, atol=0.03
+  )
+
+
+def test_second_order_of_groups(name):
+  x, scale, bias = draw((2, 3, 6)), draw(6, seed=1), draw(6, seed=2)
+  test_util.check_grads(
+    jax.jit(group_norm_of(2, name)),
+    (x, scale, bias),
+    order=2,
+    modes=['fwd', 'rev'],
+    rtol=0.05,
+    atol=0.05,
   )
 
 
@@ -243,19 +335,28 @@ def spread(kind, norm, mesh):
 
 @pytest.mark.parametrize('kind', ['auto', 'explicit', 'checked', 'pmap'])
 @pytest.mark.parametrize(
-  ('named', 'dtype'),
-  [(True, 'float32'), (False, 'float32'), (False, 'bfloat16')],
+  ('named', 'dtype', 'groups'),
+  [
+    (True, 'float32', None),
+    (False, 'float32', None),
+    (False, 'bfloat16', None),
+    (True, 'float32', 4),
+    (False, 'bfloat16', 40),
+  ],
 )
-def test_devices(name, kind, named, dtype):
-  x, weight = draw((8, 3, 40), dtype), draw((8, 3, 40), seed=1)
+def test_devices(name, kind, named, dtype, groups):
+  x, weight = draw((8, 16, 40), dtype), draw((8, 16, 40), seed=1)
   scale, bias = draw(40, seed=2), draw(40, seed=3)
   axis = AxisType.Explicit if kind == 'explicit' else AxisType.Auto
   mesh = jax.make_mesh((4,), ('d',), axis_types=(axis,))
   norm = norm_of(True, name if named else None)
-  desired = Rows(x, scale, bias, True).gradients(weight)
+  if groups is not None:
+    norm = group_norm_of(groups, name if named else None)
+  desired = Rows(x, scale, bias, True, groups).gradients(weight)
   given = x, scale, bias, weight
   if kind == 'pmap':
-    given = x.reshape(4, 2, 3, 40), scale, bias, weight.reshape(4, 2, 3, 40)
+    split = 4, 2, *x.shape[1:]
+    given = x.reshape(split), scale, bias, weight.reshape(split)
     dx, dscale, dbias = spread(kind, norm, mesh)(*given)
     found = dx.reshape(x.shape), dscale[0], dbias[0]
   else:
@@ -320,6 +421,25 @@ def test_refused(name, given, match):
   given = {'x': jnp.ones((2, 4)), 'implementation': name} | given
   with pytest.raises(NotImplementedError, match=match):
     jax.make_jaxpr(lambda: nk.layer_norm(**given))()
+
+
+REFUSED_GROUPS = {
+  'mask': (dict(where=jnp.ones((2, 4, 6), bool)), 'mask'),
+  'order': (dict(x=jnp.ones((2, 4, 3, 6)), axis=1), 'last one|channels'),
+  'batch': (dict(batch_axis=1), 'last one|channels'),
+  'scale': (dict(scale=jnp.ones((2, 1, 6))), 'each element'),
+  'size': (dict(x=jnp.ones((1, 2**18, 6))), 'fit'),
+}
+
+
+@pytest.mark.parametrize(
+  ('given', 'match'), REFUSED_GROUPS.values(), ids=REFUSED_GROUPS
+)
+def test_refused_groups(name, given, match):
+  given = {'x': jnp.ones((2, 4, 6)), 'implementation': name} | given
+  for norm in functools.partial(nk.group_norm, num_groups=2), nk.instance_norm:
+    with pytest.raises(NotImplementedError, match=match):
+      jax.make_jaxpr(lambda norm=norm: norm(**given))()
 
 
 def test_refused_where_it_cannot_run():
@@ -399,11 +519,27 @@ def test_passes_of_long_rows(target, dtype):
     assert measure(target, *made[kind]).bytes / n <= limit, kind
 
 
+IMAGES = {
+  'groups': ((24, 48, 48, 128), 16),
+  'channels': ((64, 32, 32, 512), 512),
+}
+
+
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
-@pytest.mark.parametrize('norm', ['LayerNorm', 'RMSNorm'])
-@pytest.mark.parametrize('kind', BLOCKS)
+@pytest.mark.parametrize(('shape', 'groups'), IMAGES.values(), ids=IMAGES)
+@pytest.mark.parametrize('target', DEVICES)
+def test_passes_of_groups(target, shape, groups, dtype):
+  norm = group_norm_of(groups, NAMES[target])
+  n = np.prod(shape) * jnp.dtype(dtype).itemsize
+  limits = LIMITS | {'backward': 3.1}
+  for kind, (function, given) in programs(norm, shape, dtype).items():
+    assert measure(target, function, given).bytes / n <= limits[kind], kind
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
+@pytest.mark.parametrize(('norm', 'kind'), BLOCKS)
 @pytest.mark.parametrize('target', DEVICES[:1])
-def test_chosen_moves_no_more(target, kind, norm, dtype):
+def test_chosen_moves_no_more(target, norm, kind, dtype):
   """In a block, forward and in training: a kernel is a wall to XLA's fusion.
 
   On TPUs, whose programs take a quarter of a minute each, nothing is chosen:
@@ -422,11 +558,16 @@ def test_no_spills(tmp_path):
   ptxas = targets.ptxas()
   if not targets.is_installed('h200') or ptxas is None:
     pytest.skip('no compiler for h200: pip install -e ".[targets]"')
+  norms = [(norm_of(True, 'triton'), shape) for shape in SHAPES.values()]
+  norms += [
+    (group_norm_of(groups, 'triton'), shape)
+    for shape, groups in (*IMAGES.values(), ((8, 28, 28, 512), 32))
+  ]
   for dtype in 'bfloat16', 'float32':
-    for shape in SHAPES.values():
-      folder = tmp_path / f'{dtype}{shape[-1]}'
+    for index, (norm, shape) in enumerate(norms):
+      folder = tmp_path / f'{dtype}{index}'
       options = {'xla_dump_to': str(folder)}
-      made = programs(norm_of(True, 'triton'), shape, dtype)
+      made = programs(norm, shape, dtype)
       for kind in 'forward', 'backward':
         function, given = made[kind]
         targets.compile_for('h200', function, *given, options=options)

@@ -1,9 +1,10 @@
-"""What the kernels of row norms share: options, and the maths of a tile.
+"""What the kernels share: options, and the maths of what is held on chip.
 
-A tile is some rows of x in float32, on chip, the normalized axis last.
+That is x in float32, in one tile or several: rows, the normalized axis last, or
+places by channels. A function that takes the mean of such tiles says which.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -13,22 +14,28 @@ import jax.numpy as jnp
 
 from normkit._types import Array, DType
 
+Tiles = Sequence[Array]
+Mean = Callable[[Tiles], Array]
+
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-  """The options of a row norm.
+  """The options of a norm.
 
   Attributes:
     epsilon: added to the variance.
     center: whether the mean is subtracted.
     dtype: of the result.
     activation: applied to the result, elementwise, or None.
+    groups: of channels of x (batch, ..., channels); None for rows, x's last
+      axis.
   """
 
   epsilon: float
   center: bool
   dtype: DType
   activation: Callable[[Array], Array] | None = None
+  groups: int | None = None
 
 
 class Parameters(NamedTuple):
@@ -57,26 +64,74 @@ def reciprocal_root(var: Array, epsilon: float) -> Array:
   return jnp.where(positive, lax.rsqrt(jnp.where(positive, total, 1)), 0)
 
 
+def row_mean(size: int) -> Mean:
+  """The mean of each row, of `size` elements; what lies beyond is zero."""
+
+  def mean(tiles: Tiles) -> Array:
+    return added([jnp.sum(t, -1, keepdims=True) for t in tiles]) / size
+
+  return mean
+
+
+def group_mean(size: int, groups: int, count: int) -> Mean:
+  """The mean of each group of `size` channels, at each of these.
+
+  Args:
+    size: how many neighbouring channels are a group.
+    groups: how many there are in a tile, or more.
+    count: how many elements a group has.
+
+  Returns:
+    A function of tiles (places, ..., channels), zero beyond the groups.
+  """
+
+  def mean(tiles: Tiles) -> Array:
+    sums = added([column_sums(t) for t in tiles])
+    if groups == 1:
+      sums = jnp.sum(sums, -1, keepdims=True)
+    elif size > 1:
+      shape = groups, sums.size
+      group = lax.div(lax.broadcasted_iota(jnp.int32, shape, 1), size)
+      is_member = group == lax.broadcasted_iota(jnp.int32, shape, 0)
+      row = sums.reshape(1, -1)
+      each = jnp.sum(jnp.where(is_member, row, 0), 1, keepdims=True)
+      row = jnp.sum(jnp.where(is_member, each, 0), 0, keepdims=True)
+      sums = row.reshape(sums.shape)
+    return sums / count
+
+  return mean
+
+
+def column_sums(tile: Array) -> Array:
+  """Over all axes but the last, one after the other, kept with size one."""
+  for axis in range(tile.ndim - 1):
+    tile = jnp.sum(tile, axis, keepdims=True)
+  return tile
+
+
+def added(parts: Tiles) -> Array:
+  """Their sum, of one array at least."""
+  return sum(parts[1:], parts[0])
+
+
 def standardize(
-  x: Array, size: int, spec: Spec, inside: Array | None = None
-) -> tuple[Array, Array, tuple[Array, ...]]:
-  """x in units of its row's standard deviation, and the reciprocal of that.
+  tiles: Tiles, mean: Mean, spec: Spec, inside: Tiles | None = None
+) -> tuple[Tiles, Array, tuple[Array, ...]]:
+  """x in units of its set's standard deviation, and the reciprocal of that.
 
   The mean is subtracted in two parts: the second is what the first had lost in
   rounding. Last come the statistics, the parts of the mean and the variance.
   """
-
-  def mean(values: Array) -> Array:
-    return jnp.sum(values, -1, keepdims=True) / size
-
-  d, means = x, list[Array]()
+  means = list[Array]()
   for _ in range(2 if spec.center else 0):
-    means.append(mean(d))
-    d = d - means[-1]
-    d = d if inside is None else jnp.where(inside, d, 0)
-  var = mean(d * d)
+    means.append(mean(tiles))
+    tiles = [t - means[-1] for t in tiles]
+    if inside is not None:
+      pairs = zip(inside, tiles, strict=True)
+      tiles = [jnp.where(i, t, 0) for i, t in pairs]
+  var = mean([t * t for t in tiles])
   root = reciprocal_root(var, spec.epsilon)
-  return d * root, root, (*means, var)
+  return [t * root for t in tiles], root, (*means, var)
 
 
 def outputs(xhat: Array, parameters: Parameters, spec: Spec) -> Array:
@@ -87,29 +142,35 @@ def outputs(xhat: Array, parameters: Parameters, spec: Spec) -> Array:
 
 
 def gradients(
-  dy: Array,
-  xhat: Array,
+  dys: Tiles,
+  xhats: Tiles,
   root: Array,
   parameters: Parameters,
-  size: int,
+  mean: Mean,
   spec: Spec,
-) -> tuple[Array, Array]:
+) -> tuple[Tiles, Tiles]:
   """From the gradient of the result to that of x, and of scale * xhat + bias.
 
   With g the second of these and h = g * scale, the first is
   root * (h - mean(h) - xhat * mean(h * xhat)).
   """
-  g = dy
-  if spec.activation is not None:
-    g = jax.vjp(spec.activation, _affine(xhat, parameters))[1](dy)[0]
-  h = g if parameters.scale is None else g * parameters.scale
-  dx = h - xhat * (jnp.sum(h * xhat, -1, keepdims=True) / size)
-  if spec.center:
-    dx = dx - jnp.sum(h, -1, keepdims=True) / size
-  return dx * root, g
+  gs, activation = dys, spec.activation
+  if activation is not None:
+    gs = [
+      jax.vjp(activation, _affine(n, parameters))[1](d)[0]
+      for d, n in zip(dys, xhats, strict=True)
+    ]
+  hs = [_times(g, parameters.scale) for g in gs]
+  slope = mean([h * n for h, n in zip(hs, xhats, strict=True)])
+  shift = mean(hs) if spec.center else 0
+  pairs = zip(hs, xhats, strict=True)
+  return [(h - n * slope - shift) * root for h, n in pairs], gs
+
+
+def _times(values: Array, scale: Array | None) -> Array:
+  return values if scale is None else values * scale
 
 
 def _affine(xhat: Array, parameters: Parameters) -> Array:
-  scale, bias = parameters
-  y = xhat if scale is None else xhat * scale
-  return y if bias is None else y + bias
+  y = _times(xhat, parameters.scale)
+  return y if parameters.bias is None else y + parameters.bias

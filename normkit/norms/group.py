@@ -3,10 +3,8 @@
 import dataclasses
 
 import jax
-from jax import lax
-import jax.numpy as jnp
 
-from normkit import _types, norm
+from normkit import _types, norm, rows
 from normkit._types import (
   Array,
   ArrayLike,
@@ -17,7 +15,7 @@ from normkit._types import (
   Implementation,
 )
 from normkit.affine import affine
-from normkit.moments import Centred, centred, merge, pool
+from normkit.moments import Centred, centred, merge_channels, pool, spread
 from normkit.norm import EmptyState, NormParams
 
 
@@ -59,7 +57,8 @@ def group_norm(
     axis_name: names of mapped axes over which statistics are pooled.
     axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
     dtype: dtype of the result; None keeps x's.
-    implementation: 'xla', or None to choose.
+    implementation: 'triton' on NVIDIA GPUs or 'mosaic_tpu', kernels for
+      channels last without mask and pooling; 'xla'; or None to choose.
 
   Returns:
     An array of the shape of x.
@@ -84,9 +83,15 @@ def group_norm(
   args = norm.check_arguments(
     x, scale, bias, channels, epsilon, where, dtype, implementation
   )
-  _types.refuse_kernel(implementation, 'XLA reads x no more often')
   channel = check_groups(x.shape, channels, num_groups)
   _types.check_not_empty(x.shape, spatial + channels)
+  if implementation != 'xla':
+    is_pooled = axis_name is not None or axis_index_groups is not None
+    y = rows.normalize_groups(
+      x, args, spatial, channel, num_groups, is_pooled, implementation
+    )
+    if y is not None:
+      return y
   stats = centred(x, spatial, args.where)
   stats = merge_channels(stats, channel, num_groups)
   stats = pool(stats, axis_name, axis_index_groups)
@@ -151,25 +156,6 @@ def check_groups(
   return channel
 
 
-def merge_channels(stats: Centred, channel: int, num_groups: int) -> Centred:
-  """Merges the channels of each group; the groups stay on the same axis."""
-  stats = Centred(*(_types.unshard(s, channel) for s in stats))
-  full = jnp.broadcast_shapes(*(s.shape for s in stats))
-  size = full[channel] // num_groups
-  split = (*full[:channel], num_groups, size, *full[channel + 1 :])
-  parts = [jnp.broadcast_to(s, full).reshape(split) for s in stats]
-  merged = merge(Centred(*parts), channel + 1)
-  return Centred(*(s.squeeze(channel + 1) for s in merged))
-
-
-def spread(values: Array, channel: int, num_channels: int) -> Array:
-  """Gives each channel the value of its group."""
-  shape = list(values.shape)
-  shape.insert(channel + 1, num_channels // values.shape[channel])
-  spread = jnp.broadcast_to(lax.expand_dims(values, [channel + 1]), shape)
-  return lax.collapse(spread, channel, channel + 2)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GroupNorm(norm.CenteredOptions):
   """Group normalization as a transform; see `group_norm`.
@@ -187,7 +173,8 @@ class GroupNorm(norm.CenteredOptions):
     dtype: dtype of the result; None keeps x's.
     axis_name: names of mapped axes over which statistics are pooled.
     axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
-    implementation: 'xla', or None to choose.
+    implementation: 'triton' on NVIDIA GPUs, 'mosaic_tpu', 'xla', or None to
+      choose.
 
   Examples:
     >>> import jax.numpy as jnp, normkit as nk

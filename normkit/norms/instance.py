@@ -53,7 +53,8 @@ def instance_norm(
     axis_name: names of mapped axes over which statistics are pooled.
     axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
     dtype: dtype of the result; None keeps x's.
-    implementation: 'xla', or None to choose.
+    implementation: 'triton' on NVIDIA GPUs or 'mosaic_tpu', kernels for
+      channels last without mask and pooling; 'xla'; or None to choose.
 
   Returns:
     An array of the shape of x.
@@ -116,7 +117,8 @@ class InstanceNorm(norm.CenteredOptions):
     dtype: dtype of the result; None keeps x's.
     axis_name: names of mapped axes over which statistics are pooled.
     axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
-    implementation: 'xla', or None to choose.
+    implementation: 'triton' on NVIDIA GPUs, 'mosaic_tpu', 'xla', or None to
+      choose.
 
   Examples:
     >>> import jax.numpy as jnp, normkit as nk
