@@ -16,33 +16,80 @@ from normkit.norm import (
   normalize,
   products_saveable,
 )
-from normkit.norms.batch import BatchNorm, BatchNormState, batch_norm
+from normkit.norms.batch import BatchNorm, batch_norm
+from normkit.norms.dyt import DyT, DyTParams, dyt
+from normkit.norms.evonorm import (
+  EvoNormB0,
+  EvoNormParams,
+  EvoNormS0,
+  evonorm_b0,
+  evonorm_s0,
+)
 from normkit.norms.group import GroupNorm, group_norm
-from normkit.norms.instance import InstanceNorm, instance_norm
+from normkit.norms.instance import (
+  InstanceNorm,
+  adaptive_instance_norm,
+  instance_norm,
+)
+from normkit.norms.l2 import ScaleNorm, l2_norm
 from normkit.norms.layer import LayerNorm, add_layer_norm, layer_norm
+from normkit.norms.renorm import BatchRenorm, batch_renorm
+from normkit.norms.response import (
+  FilterResponseNorm,
+  FilterResponseParams,
+  filter_response_norm,
+)
 from normkit.norms.rms import RMSNorm, add_rms_norm, rms_norm
+from normkit.norms.streaming import StreamingNorm, streaming_norm
+from normkit.norms.whitening import (
+  IterativeWhitening,
+  WhiteningState,
+  iterative_whitening,
+)
+from normkit.running import BatchNormState
 
 __version__ = metadata.version('normkit')
 
 __all__ = [
   'BatchNorm',
   'BatchNormState',
+  'BatchRenorm',
+  'DyT',
+  'DyTParams',
   'EmptyState',
+  'EvoNormB0',
+  'EvoNormParams',
+  'EvoNormS0',
+  'FilterResponseNorm',
+  'FilterResponseParams',
   'GroupNorm',
   'InstanceNorm',
+  'IterativeWhitening',
   'LayerNorm',
   'Moments',
   'Norm',
   'NormParams',
   'RMSNorm',
+  'ScaleNorm',
+  'StreamingNorm',
+  'WhiteningState',
+  'adaptive_instance_norm',
   'add_layer_norm',
   'add_rms_norm',
   'batch_norm',
+  'batch_renorm',
+  'dyt',
+  'evonorm_b0',
+  'evonorm_s0',
+  'filter_response_norm',
   'group_norm',
   'instance_norm',
+  'iterative_whitening',
+  'l2_norm',
   'layer_norm',
   'moments',
   'normalize',
   'products_saveable',
   'rms_norm',
+  'streaming_norm',
 ]

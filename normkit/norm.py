@@ -290,20 +290,20 @@ def check_feature(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-  """The options that all transforms of this package share.
+class ParamOptions:
+  """The options of every transform that has a scale.
+
+  The scale is `params.scale + scale_offset`: with an offset of one the
+  parameter starts at zero, and weight decay draws the scale to one (Gemma).
 
   Frozen and hashable: lists become tuples, and what can be checked without an
   input is checked when the transform is made.
   """
 
-  epsilon: float = 1e-6
   use_scale: bool = True
+  scale_offset: float = 0.0
   param_dtype: DType = jnp.float32
   dtype: DType | None = None
-  axis_name: AxisName | None = None
-  axis_index_groups: Groups | None = None
-  implementation: Implementation | None = None
 
   def __post_init__(self) -> None:
     for field in dataclasses.fields(self):
@@ -311,6 +311,16 @@ class Options:
       if check := _FIELD_CHECKS.get(field.name):
         value = check(value)
       object.__setattr__(self, field.name, value)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(ParamOptions):
+  """The options of the transforms that take statistics."""
+
+  epsilon: float = 1e-6
+  axis_name: AxisName | None = None
+  axis_index_groups: Groups | None = None
+  implementation: Implementation | None = None
 
   def shared(self) -> dict[str, Any]:
     """The options that every pure function takes."""
@@ -327,6 +337,7 @@ class CenteredOptions(Options):
 
 _FIELD_CHECKS: dict[str, Callable[[Any], Any]] = {
   'epsilon': _types.check_epsilon,
+  'scale_offset': lambda offset: _types.check_real(offset, 'scale_offset'),
   'momentum': _types.check_momentum,
   'axis': lambda axis: (
     _types.as_axes(axis) if isinstance(axis, tuple) else axis
@@ -337,20 +348,22 @@ _FIELD_CHECKS: dict[str, Callable[[Any], Any]] = {
 
 
 def init_params(
-  x: Array | jax.ShapeDtypeStruct, axis: Axes, options: Options
+  x: Array | jax.ShapeDtypeStruct, axis: Axes, options: ParamOptions
 ) -> NormParams:
   """Scales of one and biases of zero for the feature axes of x."""
   _types.check_dtype(x.dtype, 'x')
   axes = _types.check_axes(axis, len(x.shape))
   shape = tuple(x.shape[a] for a in axes)
   return NormParams(
-    jnp.ones(shape, options.param_dtype) if options.use_scale else None,
+    jnp.full(shape, 1 - options.scale_offset, options.param_dtype)
+    if options.use_scale
+    else None,
     jnp.zeros(shape, options.param_dtype) if _use_bias(options) else None,
   )
 
 
-def check_params(params: Any, options: Options) -> NormParams:
-  """Raises unless `params` holds just what the transform's options ask for."""
+def check_params(params: Any, options: ParamOptions) -> NormParams:
+  """Scale and bias; raises unless `params` holds what the options ask for."""
   wanted = options.use_scale, _use_bias(options)
   if not isinstance(params, NormParams) or (
     tuple(p is not None for p in params) != wanted
@@ -360,11 +373,14 @@ def check_params(params: Any, options: Options) -> NormParams:
       f'params must be NormParams(scale={scale}, bias={bias}), got '
       f'{jax.tree.structure(params)}. Take them from init of this transform.'
     )
-  return params
+  if params.scale is None or not options.scale_offset:
+    return params
+  wide = _types.statistics_dtype(params.scale.dtype)
+  return params._replace(scale=params.scale.astype(wide) + options.scale_offset)
 
 
-def _use_bias(options: Options) -> bool:
-  return isinstance(options, CenteredOptions) and options.use_bias
+def _use_bias(options: ParamOptions) -> bool:
+  return getattr(options, 'use_bias', False)
 
 
 def check_not_width(epsilon: Any, width: str) -> None:
@@ -384,6 +400,50 @@ def check_empty_state(state: Any) -> None:
       f'state must be EmptyState(), got {jax.tree.structure(state)}: this norm '
       'keeps no running statistics. Take the state from its init.'
     )
+
+
+def known(x: Array, where: Array | None, dtype: DType) -> Array:
+  """x in `dtype`; where it is masked and not finite, zero."""
+  x = x.astype(dtype)
+  return x if where is None else jnp.where(where | jnp.isfinite(x), x, 0)
+
+
+def scaled(
+  y: Array, scale: Array | None, bias: Array | None, dtype: DType
+) -> Array:
+  """y * scale + bias in `dtype`, without those that are None."""
+  y = y if scale is None else y * scale
+  return (y if bias is None else y + bias).astype(dtype)
+
+
+def check_real(x: ArrayLike, why: str) -> Array:
+  """Returns x as a real array; `why` tells what complex numbers lack."""
+  x = _types.check_input(x)
+  if jnp.iscomplexobj(x):
+    raise TypeError(
+      f'x must be real, got {x.dtype}: {why}. Take its real and imaginary part '
+      'as features of their own.'
+    )
+  return x
+
+
+def check_groups(
+  shape: tuple[int, ...], channels: tuple[int, ...], num_groups: int
+) -> int:
+  """Returns the one channel axis; raises unless the groups divide it."""
+  if len(channels) != 1:
+    raise ValueError(
+      f'axis={channels} must be the one axis of the channels for group norm.'
+    )
+  (channel,) = channels
+  if not _types.is_integer(num_groups):
+    raise TypeError(f'num_groups must be an integer, got {num_groups!r}.')
+  if num_groups < 1 or shape[channel] % num_groups:
+    raise ValueError(
+      f'num_groups={num_groups} does not divide the {shape[channel]} channels '
+      f'of x of shape {shape}. Give a divisor of {shape[channel]}.'
+    )
+  return channel
 
 
 def spatial_axes(

@@ -1,7 +1,8 @@
 """One row for each norm and each way of using it; a new norm is a new row."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import family
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,26 @@ class Case(NamedTuple):
   name: str
   transform: nk.Norm
   shape: tuple[int, ...]
-  reference: reference.Reference
+  reference: Any
+
+
+class Offset:
+  """A reference whose scale is the parameter plus an offset."""
+
+  def __init__(self, of, offset):
+    self.of, self.offset = of, offset
+
+  def __getattr__(self, name):
+    return getattr(self.of, name)
+
+  def __call__(self, params, *args):
+    return self.of(self.moved(params), *args)
+
+  def gradients(self, params, *args):
+    return self.of.gradients(self.moved(params), *args)
+
+  def moved(self, params):
+    return params._replace(scale=np.asarray(params.scale) + self.offset)
 
 
 CASES = (
@@ -106,6 +126,68 @@ CASES = (
     nk.InstanceNorm(batch_axis=(), use_bias=False),
     (6, 3),
     reference.instance_norm(batch_axis=()),
+  ),
+  Case(
+    'batch_norm_offset',
+    nk.BatchNorm(scale_offset=1.0),
+    (8, 3),
+    Offset(reference.batch_norm(), 1.0),
+  ),
+  Case(
+    'rms_norm_offset',
+    nk.RMSNorm(scale_offset=1.0),
+    (4, 6),
+    Offset(reference.rms_norm(), 1.0),
+  ),
+  Case(
+    'batch_renorm_as_batch_norm',
+    nk.BatchRenorm(r_max=1.0, d_max=0.0),
+    (8, 3),
+    family.batch_renorm(1.0, 0.0),
+  ),
+  Case(
+    'streaming_norm',
+    nk.StreamingNorm(momentum=0.8),
+    (4, 2, 3),
+    family.streaming(momentum=0.8),
+  ),
+  Case(
+    'filter_response_norm',
+    nk.FilterResponseNorm(),
+    (2, 5, 3),
+    family.filter_response(),
+  ),
+  Case(
+    'filter_response_norm_no_threshold',
+    nk.FilterResponseNorm(use_threshold=False, use_bias=False, epsilon=1e-4),
+    (2, 5, 3),
+    family.filter_response(epsilon=1e-4, is_real=False),
+  ),
+  Case(
+    'evonorm_s0',
+    nk.EvoNormS0(num_groups=2),
+    (2, 5, 4),
+    family.evonorm_s0(num_groups=2),
+  ),
+  Case(
+    'evonorm_s0_linear',
+    nk.EvoNormS0(num_groups=4, use_nonlinearity=False, use_scale=False),
+    (2, 5, 4),
+    family.evonorm_s0(num_groups=4),
+  ),
+  Case(
+    'evonorm_b0',
+    nk.EvoNormB0(momentum=0.9),
+    (4, 5, 3),
+    family.evonorm_b0(momentum=0.9),
+  ),
+  Case('scale_norm', nk.ScaleNorm(), (4, 6), family.scale_norm()),
+  Case('dyt', nk.DyT(), (4, 6), family.dyt()),
+  Case(
+    'iterative_whitening',
+    nk.IterativeWhitening(group_size=2, epsilon=1e-3),
+    (16, 4),
+    family.whitening(group_size=2, epsilon=1e-3),
   ),
 )
 

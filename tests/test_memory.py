@@ -15,6 +15,14 @@ NORMS = {
   'batch_virtual': (nk.BatchNorm(virtual_batch_size=8), IMAGES),
   'group': (nk.GroupNorm(num_groups=8), IMAGES),
   'instance': (nk.InstanceNorm(), IMAGES),
+  'renorm': (nk.BatchRenorm(), IMAGES),
+  'streaming': (nk.StreamingNorm(), IMAGES),
+  'response': (nk.FilterResponseNorm(use_threshold=False), IMAGES),
+  'evonorm_s0': (nk.EvoNormS0(), IMAGES),
+  'evonorm_b0': (nk.EvoNormB0(), IMAGES),
+  'scale': (nk.ScaleNorm(), ROWS),
+  'dyt': (nk.DyT(), ROWS),
+  'whitening': (nk.IterativeWhitening(group_size=16), IMAGES),
 }
 
 

@@ -23,7 +23,7 @@ LAYERS = (
   ('tools', 'testing'),
   ('linen', 'nnx'),
   ('norms', 'weights'),
-  ('norm',),
+  ('norm', 'running'),
   ('rows',),
   ('affine',),
   ('moments',),

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from absl.testing import absltest, parameterized
 import chex
+import family
 from hypothesis import given, settings, strategies as st
 import jax
 from jax import shard_map
@@ -227,6 +228,12 @@ class Pooling(parameterized.TestCase):
       nk.RMSNorm(axis=(1, 2), axis_name='d', use_scale=False),
       reference.rms_norm(axis=(1, 2)),
     ),
+    (nk.FilterResponseNorm(axis_name='d'), family.filter_response()),
+    (nk.EvoNormS0(num_groups=3, axis_name='d'), family.evonorm_s0(3)),
+    (
+      nk.ScaleNorm(axis=(1, 2), axis_name='d', use_scale=False),
+      family.scale_norm(axis=(1, 2)),
+    ),
   )
   def test_other_norms_pool(self, transform, of):
     """Their sets lie across devices along a spatial axis."""
@@ -241,6 +248,35 @@ class Pooling(parameterized.TestCase):
     )
     want, _ = of(params, state, np.asarray(x), True, np.asarray(where))
     np.testing.assert_allclose(y.reshape(x.shape), want, atol=2e-5)
+
+  @parameterized.parameters(
+    (
+      nk.BatchRenorm(r_max=1.5, d_max=0.5, axis_name='d'),
+      family.batch_renorm(1.5, 0.5),
+    ),
+    (nk.StreamingNorm(axis_name='d'), family.streaming()),
+    (
+      nk.IterativeWhitening(group_size=2, axis_name='d'),
+      family.whitening(group_size=2),
+    ),
+  )
+  def test_norms_of_batches_pool(self, transform, of):
+    """Each device holds some examples; outputs and states are of all."""
+    x, _, where = inputs(mean=3.0)
+    params, state = transform.init(x)
+
+    def apply(x, where):
+      return transform.apply(params, state, x, train=True, where=where)
+
+    x, where = (a.reshape(DEVICES, -1, *a.shape[1:]) for a in (x, where))
+    y, new = jax.vmap(apply, axis_name='d')(x, where)
+    x, where, y = (
+      np.asarray(a).reshape(-1, *a.shape[2:]) for a in (x, where, y)
+    )
+    want, want_state = of(params, state, x, True, where)
+    np.testing.assert_allclose(y, want, atol=1e-4)
+    first = jax.tree.map(lambda s: s[0], new)
+    chex.assert_trees_all_close(first, want_state, rtol=1e-5, atol=1e-5)
 
   @parameterized.parameters('pmap', 'vmap', True, False)
   def test_groups(self, form):

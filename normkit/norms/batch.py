@@ -1,12 +1,8 @@
 """Batch normalization (Ioffe and Szegedy 2015), with its state in the open."""
 
 import dataclasses
-import math
-from typing import Any, NamedTuple
 
 import jax
-from jax import lax
-import jax.numpy as jnp
 
 from normkit import _types, norm
 from normkit._types import (
@@ -19,37 +15,18 @@ from normkit._types import (
   Implementation,
 )
 from normkit.affine import Arguments, affine
-from normkit.moments import (
-  Centred,
-  Moments,
-  centred,
-  flatten,
-  merge,
-  pool,
-  squeeze,
-)
+from normkit.moments import Centred, centred, flatten, merge, pool, squeeze
 from normkit.norm import NormParams
-
-
-class BatchNormState(NamedTuple):
-  """Running statistics, one number a feature.
-
-  Attributes:
-    mean: running means, zeros at first.
-    var: running variances, ones at first.
-    count: int32, how many updates each feature has received; one that was
-      masked out of a batch received none from it.
-
-  Examples:
-    >>> import jax.numpy as jnp, normkit as nk
-    >>> params, state = nk.BatchNorm().init(jnp.ones((2, 3)))
-    >>> state.count.tolist()
-    [0, 0, 0]
-  """
-
-  mean: Array
-  var: Array
-  count: Array  # type: ignore[assignment]
+from normkit.running import (
+  BatchNormState,
+  check_average,
+  check_holds_mean,
+  check_several,
+  check_state,
+  init_state,
+  running,
+  update,
+)
 
 
 def batch_norm(
@@ -220,129 +197,6 @@ def count_ghosts(
   return batch // size or None
 
 
-def running(
-  state: BatchNormState, x: Array, features: tuple[int, ...]
-) -> Centred:
-  """The running statistics as the affine map takes them, widened for x."""
-  dtype = _types.statistics_dtype(x.dtype)
-
-  def form(values: Array, dtype: DType) -> Array:
-    values = jnp.asarray(values)
-    wide = values.astype(jnp.promote_types(values.dtype, dtype))
-    return lax.expand_dims(wide, _types.other_axes(features, x.ndim))
-
-  mean = form(state.mean, dtype)
-  var = form(state.var, _types.real_dtype(dtype))
-  return Centred(mean, jnp.zeros_like(mean), var, jnp.ones_like(var))
-
-
-def update(
-  state: BatchNormState,
-  batch: Moments,
-  momentum: float | None,
-  *,
-  debias: bool,
-  unbiased: bool,
-  skip_nonfinite: bool,
-) -> BatchNormState:
-  """Moves the running statistics of the features that the batch held."""
-  batch = Moments(*map(_types.reshard_like, batch, state))
-  new_mean, new_var, held = batch.mean, batch.var, batch.count > 0
-  if unbiased:
-    held = batch.count > 1
-    new_var = new_var * (batch.count / jnp.maximum(batch.count - 1, 1))
-  if skip_nonfinite:
-    held = held & jnp.isfinite(new_mean) & jnp.isfinite(new_var)
-  count = state.count + 1
-  keep, share = shares(count.astype(new_var.dtype), momentum, debias)
-
-  def average(old: Array, new: Array) -> Array:
-    wide = old.astype(jnp.promote_types(old.dtype, new.dtype))
-    kept = jnp.where(keep > 0, keep * wide, 0)  # whatever old is, at keep = 0
-    return jnp.where(held, kept + share * new, wide).astype(old.dtype)
-
-  return BatchNormState(
-    average(state.mean, new_mean),
-    average(state.var, new_var),
-    jnp.where(held, count, state.count),
-  )
-
-
-def shares(
-  count: Array, momentum: float | None, debias: bool
-) -> tuple[Array | float, Array | float]:
-  """The shares of the old average and of the newest of `count` updates."""
-  if momentum is None:
-    return (count - 1) / count, 1 / count
-  if not debias or momentum == 0:
-    return momentum, 1 - momentum
-  rate = math.log(momentum)  # 1 - momentum^count = -expm1(count * rate)
-  total = jnp.expm1(count * rate)
-  return momentum * jnp.expm1((count - 1) * rate) / total, (
-    (momentum - 1) / total
-  )
-
-
-def check_average(momentum: Any, debias: bool) -> float | None:
-  """Returns momentum; raises where there is nothing to debias."""
-  value = _types.check_momentum(momentum)
-  if debias and value in (None, 1):
-    raise ValueError(
-      f'debias=True needs a momentum below 1, got momentum={value}. The '
-      'cumulative average, momentum=None, has no bias to remove.'
-    )
-  return value
-
-
-def check_state(state: Any, x: Array, features: tuple[int, ...]) -> None:
-  """Raises unless the state holds one number for each feature of x."""
-  if not isinstance(state, BatchNormState):
-    raise ValueError(
-      f'state must be BatchNormState(mean, var, count), got '
-      f'{jax.tree.structure(state)}. Take it from init.'
-    )
-  shape = tuple(x.shape[a] for a in features)
-  for name, value in zip(BatchNormState._fields, state, strict=True):
-    if jnp.shape(value) != shape:
-      raise ValueError(
-        f'state.{name} has shape {jnp.shape(value)}, but the feature axes '
-        f'{features} of x, of shape {x.shape}, have shape {shape}. Take the '
-        'state from init with an input of this shape.'
-      )
-
-
-def check_holds_mean(state: BatchNormState, x: Array) -> None:
-  """Raises if the state is real and the mean of x complex."""
-  if jnp.iscomplexobj(x) and not jnp.iscomplexobj(state[0]):
-    raise TypeError(
-      f'state.mean of dtype {state[0].dtype} cannot hold the mean of x of '
-      f'dtype {x.dtype}. Take the state from init with a complex input.'
-    )
-
-
-def check_several(
-  shape: tuple[int, ...],
-  reduced: tuple[int, ...],
-  axis_name: AxisName | None,
-  axis_index_groups: Groups | None,
-  ghosts: int | None,
-) -> None:
-  """Raises if a feature has but one element in a batch, pooled or virtual."""
-  count = _types.check_not_empty(shape, reduced)
-  if ghosts is not None:
-    count //= ghosts
-  elif axis_index_groups is not None:
-    count *= min(len(group) for group in axis_index_groups)
-  elif axis_name is not None:
-    count *= lax.axis_size(axis_name)
-  if count == 1:
-    raise ValueError(
-      f'train=True with one element a feature in x of shape {shape}, reduced '
-      f'over {reduced}: each would become zero. Give a larger batch, or '
-      'train=False to use the running statistics.'
-    )
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchNorm(norm.CenteredOptions):
   """Batch normalization as a transform; see `batch_norm`.
@@ -362,6 +216,8 @@ class BatchNorm(norm.CenteredOptions):
       own statistics.
     check_batch: raise in training where a feature has one element or none.
     use_scale: whether there is a scale.
+    scale_offset: added to the parameter to make the scale; with 1 it starts at
+      zero, as in Gemma.
     use_bias: whether there is a bias.
     param_dtype: dtype of the parameters that `init` makes.
     dtype: dtype of the result; None keeps x's.
@@ -396,15 +252,7 @@ class BatchNorm(norm.CenteredOptions):
     self, x: Array | jax.ShapeDtypeStruct
   ) -> tuple[NormParams, BatchNormState]:
     """Returns `(params, state)` for inputs like x, an array or its shape."""
-    params = norm.init_params(x, self.axis, self)
-    axes = _types.check_axes(self.axis, len(x.shape))
-    shape = tuple(x.shape[a] for a in axes)
-    dtype = _types.statistics_dtype(x.dtype)
-    return params, BatchNormState(
-      jnp.zeros(shape, dtype),
-      jnp.ones(shape, _types.real_dtype(dtype)),
-      jnp.zeros(shape, jnp.int32),
-    )
+    return norm.init_params(x, self.axis, self), init_state(x, self.axis)
 
   def apply(
     self,

@@ -83,7 +83,7 @@ def group_norm(
   args = norm.check_arguments(
     x, scale, bias, channels, epsilon, where, dtype, implementation
   )
-  channel = check_groups(x.shape, channels, num_groups)
+  channel = norm.check_groups(x.shape, channels, num_groups)
   _types.check_not_empty(x.shape, spatial + channels)
   if implementation != 'xla':
     is_pooled = axis_name is not None or axis_index_groups is not None
@@ -137,25 +137,6 @@ def batch_axes(reduction_axes: Axes | None, ndim: int) -> tuple[int, ...]:
   return _types.other_axes(axes, ndim)
 
 
-def check_groups(
-  shape: tuple[int, ...], channels: tuple[int, ...], num_groups: int
-) -> int:
-  """Returns the one channel axis; raises unless the groups divide it."""
-  if len(channels) != 1:
-    raise ValueError(
-      f'axis={channels} must be the one axis of the channels for group norm.'
-    )
-  (channel,) = channels
-  if not _types.is_integer(num_groups):
-    raise TypeError(f'num_groups must be an integer, got {num_groups!r}.')
-  if num_groups < 1 or shape[channel] % num_groups:
-    raise ValueError(
-      f'num_groups={num_groups} does not divide the {shape[channel]} channels '
-      f'of x of shape {shape}. Give a divisor of {shape[channel]}.'
-    )
-  return channel
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GroupNorm(norm.CenteredOptions):
   """Group normalization as a transform; see `group_norm`.
@@ -168,6 +149,8 @@ class GroupNorm(norm.CenteredOptions):
     batch_axis: the examples, an axis or several; () for a single example.
     epsilon: added to the variance.
     use_scale: whether there is a scale.
+    scale_offset: added to the parameter to make the scale; with 1 it starts at
+      zero, as in Gemma.
     use_bias: whether there is a bias.
     param_dtype: dtype of the parameters that `init` makes.
     dtype: dtype of the result; None keeps x's.
@@ -195,7 +178,7 @@ class GroupNorm(norm.CenteredOptions):
   ) -> tuple[NormParams, EmptyState]:
     """Returns `(params, state)` for inputs like x, an array or its shape."""
     channels = _types.check_axes(self.axis, len(x.shape))
-    check_groups(x.shape, channels, self.num_groups)
+    norm.check_groups(x.shape, channels, self.num_groups)
     return norm.init_params(x, self.axis, self), EmptyState()
 
   def apply(

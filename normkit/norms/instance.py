@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 from normkit import _types, norm
 from normkit._types import (
@@ -14,6 +15,7 @@ from normkit._types import (
   Groups,
   Implementation,
 )
+from normkit.moments import moments
 from normkit.norm import EmptyState, NormParams
 
 
@@ -90,6 +92,67 @@ def instance_norm(
   )
 
 
+def adaptive_instance_norm(
+  x: ArrayLike,
+  style: ArrayLike,
+  *,
+  axis: Axes = -1,
+  batch_axis: Axes = 0,
+  epsilon: float = 1e-5,
+  dtype: DType | None = None,
+) -> Array:
+  """AdaIN: each channel of x with the mean and deviation of another input.
+
+    y = (x - E[x]) / sqrt(Var[x] + epsilon) * sqrt(Var[s] + epsilon) + E[s].
+
+  Args:
+    x: the content, array (batch, ..., channels) or in another order of axes,
+      float16, bfloat16, float32, float64 or complex.
+    style: array of the rank of x, with as many examples (or one) and channels;
+      its other axes may have other sizes.
+    axis: the channels, an axis or several.
+    batch_axis: the examples, an axis or several; () for a single example.
+    epsilon: added to both variances, not negative.
+    dtype: dtype of the result; None keeps x's.
+
+  Returns:
+    An array of the shape of x.
+
+  Raises:
+    TypeError, ValueError: as `instance_norm` does, and if the ranks differ.
+
+  References:
+    Huang and Belongie, "Arbitrary Style Transfer in Real-time with Adaptive
+    Instance Normalization" (2017), equation 8.
+
+  Examples:
+    >>> import jax.numpy as jnp, normkit as nk
+    >>> x, style = jnp.array([[[1.], [3.]]]), jnp.array([[[0.], [8.], [4.]]])
+    >>> y = nk.adaptive_instance_norm(x, style)
+    >>> float(y.mean())
+    4.0
+  """
+  x, style = _types.check_input(x), _types.check_input(style, 'style')
+  if style.ndim != x.ndim:
+    raise ValueError(
+      f'style has {style.ndim} axes and x has {x.ndim}. Give style the axes of '
+      'x, in their order; batch and channels must agree.'
+    )
+  channels = _types.check_axes(axis, x.ndim)
+  spatial = norm.spatial_axes(x.ndim, channels, batch_axis)
+  epsilon = _types.check_epsilon(epsilon)
+  mean, var, _ = moments(style, spatial, keepdims=True)
+  return instance_norm(
+    x,
+    jnp.sqrt(var + epsilon),
+    mean,
+    axis=axis,
+    batch_axis=batch_axis,
+    epsilon=epsilon,
+    dtype=dtype,
+  )
+
+
 def check_feature_axes(feature_axes: Axes, ndim: int) -> tuple[int, ...]:
   """Returns the channels' axes; raises if the first, the batch, is one."""
   axes = _types.check_axes(feature_axes, ndim, 'feature_axes', repeats=True)
@@ -112,6 +175,8 @@ class InstanceNorm(norm.CenteredOptions):
     batch_axis: the examples, an axis or several; () for a single example.
     epsilon: added to the variance.
     use_scale: whether there is a scale.
+    scale_offset: added to the parameter to make the scale; with 1 it starts at
+      zero, as in Gemma.
     use_bias: whether there is a bias.
     param_dtype: dtype of the parameters that `init` makes.
     dtype: dtype of the result; None keeps x's.

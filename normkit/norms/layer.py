@@ -154,6 +154,8 @@ class LayerNorm(norm.CenteredOptions):
     axis: the normalized axes, an integer or several.
     epsilon: added to the variance.
     use_scale: whether there is a scale.
+    scale_offset: added to the parameter to make the scale; with 1 it starts at
+      zero, as in Gemma.
     use_bias: whether there is a bias.
     param_dtype: dtype of the parameters that `init` makes.
     dtype: dtype of the result; None keeps x's.

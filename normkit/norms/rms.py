@@ -152,6 +152,8 @@ class RMSNorm(norm.Options):
     axis: the normalized axes, an integer or several.
     epsilon: added to the mean square.
     use_scale: whether there is a scale.
+    scale_offset: added to the parameter to make the scale; with 1 it starts at
+      zero, as in Gemma.
     param_dtype: dtype of the parameters that `init` makes.
     dtype: dtype of the result; None keeps x's.
     axis_name: names of mapped axes over which statistics are pooled.

@@ -1,0 +1,223 @@
+"""Streaming normalization: by moving averages that include this batch.
+
+For batches of any size, of one element too: online learning, reinforcement
+learning, detection with a few images a device.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from normkit import _types, norm
+from normkit._types import (
+  Array,
+  ArrayLike,
+  Axes,
+  AxisName,
+  DType,
+  Groups,
+  Implementation,
+)
+from normkit.affine import affine
+from normkit.moments import Centred, centred, merge, pool
+from normkit.norm import NormParams
+from normkit.running import (
+  BatchNormState,
+  check_average,
+  check_holds_mean,
+  check_state,
+  init_state,
+  running,
+  shares,
+)
+
+
+def streaming_norm(
+  x: ArrayLike,
+  state: BatchNormState,
+  scale: ArrayLike | None = None,
+  bias: ArrayLike | None = None,
+  *,
+  train: bool,
+  axis: Axes = -1,
+  momentum: float | None = 0.99,
+  epsilon: float = 1e-5,
+  debias: bool = False,
+  where: ArrayLike | None = None,
+  axis_name: AxisName | None = None,
+  axis_index_groups: Groups | None = None,
+  dtype: DType | None = None,
+  implementation: Implementation | None = None,
+) -> tuple[Array, BatchNormState]:
+  """Batch norm by the running statistics, in training too.
+
+    y = (x - mean) / sqrt(var + epsilon) * scale + bias,
+
+  mean and var the running ones, which in training have first taken in this
+  batch: with a = 1 - momentum and the batch's mean_B and var_B,
+
+    mean' = mean + a * (mean_B - mean),
+    var' = (1 - a) * var + a * var_B + a * (1 - a) * (mean_B - mean)^2.
+
+  The last term lets batches of one element, whose own variance is zero, tell
+  the variance between them. Gradients pass through this batch's share of the
+  statistics; what earlier batches left is constant. Training and evaluation
+  differ by one update.
+
+  Args:
+    x: array of any shape, float16, bfloat16, float32, float64 or complex.
+    state: the running statistics, of the shape of the feature axes.
+    scale: of the shape of the feature axes, or of x's rank and broadcasting
+      against it. None: one.
+    bias: shaped as `scale` is. None: zero.
+    train: take the batch into the statistics first.
+    axis: the feature axes, which keep statistics of their own.
+    momentum: the share of the old running value that is kept, in [0, 1], as in
+      Flax. None weighs all batches equally.
+    epsilon: added to the variance, not negative.
+    debias: forget the initial values: the first batch's statistics are its own.
+    where: boolean mask that broadcasts to x; elements where it is False change
+      neither the statistics nor any other output.
+    axis_name: names of mapped axes over which batches are pooled.
+    axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
+    dtype: dtype of the result; None keeps x's.
+    implementation: 'xla', or None to choose.
+
+  Returns:
+    `(y, state)`: y of the shape of x, and the state in the dtypes it had.
+
+  Raises:
+    TypeError, ValueError, NotImplementedError: as `batch_norm` does; a batch of
+      one element is none of the reasons.
+
+  References:
+    Liao, Kawaguchi and Poggio, "Streaming Normalization: Towards Simpler and
+    More Biologically-plausible Normalizations for Online and Recurrent
+    Learning" (2016), whose short-term statistics are not used here. The update
+    of the variance is that of Chan, Golub and LeVeque (1979), equation 2.1,
+    with shares for counts.
+
+  Examples:
+    >>> import jax.numpy as jnp, normkit as nk
+    >>> state = nk.BatchNormState(jnp.zeros(1), jnp.ones(1), jnp.zeros(1, int))
+    >>> y, state = nk.streaming_norm(jnp.array([[2.]]), state, train=True,
+    ...                              momentum=.5, epsilon=0.)
+    >>> state.mean.tolist(), state.var.tolist()
+    ([1.0], [1.5])
+  """
+  x = _types.check_input(x)
+  features = _types.check_axes(axis, x.ndim)
+  reduced = _types.other_axes(features, x.ndim)
+  args = norm.check_arguments(
+    x, scale, bias, features, epsilon, where, dtype, implementation
+  )
+  _types.refuse_kernel(implementation, 'XLA reads x no more often')
+  momentum = check_average(momentum, debias)
+  check_state(state, x, features)
+  old = running(state, x, features)
+  if not _types.check_flag(train, 'train'):
+    return affine(x, old, args), state
+  check_holds_mean(state, x)
+  _types.check_not_empty(x.shape, reduced)
+  batch = pool(centred(x, reduced, args.where), axis_name, axis_index_groups)
+  held = jnp.broadcast_to(batch.count > 0, batch.var.shape)
+  count = state.count + 1
+  weights = shares(count.astype(batch.var.dtype), momentum, debias)
+  keep, share = (
+    jnp.broadcast_to(w, count.shape).reshape(batch.var.shape) for w in weights
+  )
+  stats = _weighted(old, batch, jnp.where(held, keep, 1), held * share)
+  mean = stats.pivot + stats.offset
+  is_held = held.reshape(count.shape)
+
+  def moved(before: Array, now: Array) -> Array:
+    now = jnp.where(is_held, now.reshape(count.shape), before)
+    return now.astype(before.dtype)
+
+  y = affine(x, stats._replace(count=held), args)
+  return y, BatchNormState(
+    moved(state.mean, mean),
+    moved(state.var, stats.var),
+    jnp.where(is_held, count, state.count),
+  )
+
+
+def _weighted(
+  old: Centred, batch: Centred, keep: Array, share: Array
+) -> Centred:
+  """The two sets as one, by weights that sum to one."""
+  pivot, offset, var = (
+    jnp.stack([jnp.broadcast_to(v, keep.shape) for v in pair])
+    for pair in zip(old[:3], batch[:3], strict=True)
+  )
+  merged = merge(Centred(pivot, offset, var, jnp.stack([keep, share])), 0)
+  return Centred(*(m.squeeze(0) for m in merged))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StreamingNorm(norm.CenteredOptions):
+  """Streaming normalization as a transform; see `streaming_norm`.
+
+  Parameters and running statistics have the shape of the feature axes.
+
+  Attributes:
+    axis: the feature axes, which keep statistics of their own.
+    momentum: the share of the old running value that is kept, in [0, 1].
+    epsilon: added to the variance.
+    debias: forget the initial values from the first update on.
+    use_scale: whether there is a scale.
+    scale_offset: added to the parameter to make the scale; with 1 it starts at
+      zero, as in Gemma.
+    use_bias: whether there is a bias.
+    param_dtype: dtype of the parameters that `init` makes.
+    dtype: dtype of the result; None keeps x's.
+    axis_name: names of mapped axes over which batches are pooled.
+    axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
+    implementation: 'xla', or None to choose.
+
+  Examples:
+    >>> import jax.numpy as jnp, normkit as nk
+    >>> x = jnp.ones((1, 3))
+    >>> norm = nk.StreamingNorm(momentum=0.9)
+    >>> params, state = norm.init(x)
+    >>> y, state = norm.apply(params, state, x, train=True)
+    >>> state.count.tolist()
+    [1, 1, 1]
+  """
+
+  axis: Axes = -1
+  momentum: float | None = 0.99
+  epsilon: float = 1e-5
+  debias: bool = False
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    check_average(self.momentum, self.debias)
+
+  def init(
+    self, x: Array | jax.ShapeDtypeStruct
+  ) -> tuple[NormParams, BatchNormState]:
+    """Returns `(params, state)` for inputs like x, an array or its shape."""
+    return norm.init_params(x, self.axis, self), init_state(x, self.axis)
+
+  def apply(
+    self,
+    params: NormParams,
+    state: BatchNormState,
+    x: ArrayLike,
+    *,
+    train: bool,
+    where: ArrayLike | None = None,
+  ) -> tuple[Array, BatchNormState]:
+    """Returns `(y, state)`, the state updated if `train`."""
+    scale, bias = norm.check_params(params, self)
+    options = dict(
+      self.shared(),
+      axis=self.axis,
+      momentum=self.momentum,
+      debias=self.debias,
+    )
+    return streaming_norm(
+      x, state, scale, bias, train=train, where=where, **options
+    )

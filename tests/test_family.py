@@ -1,0 +1,247 @@
+"""What the wider family promises beyond the conformance suite."""
+
+from cases import draw
+import chex
+import family
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import normkit as nk
+
+STATE = nk.BatchNormState(
+  jnp.array([0.5, -2.0, 1.0]), jnp.array([4.0, 0.3, 1.0]), jnp.full(3, 7)
+)
+
+
+class TestBatchRenorm:
+  @pytest.mark.parametrize('limits', [(1.0, 0.0), (1.2, 0.3), (50.0, 50.0)])
+  def test_values(self, limits):
+    x, scale, bias = draw((6, 2, 3)), draw(3, seed=1), draw(3, seed=2)
+    y, state = nk.batch_renorm(
+      x, STATE, scale, bias, train=True, r_max=limits[0], d_max=limits[1]
+    )
+    params = nk.NormParams(scale, bias)
+    of = family.batch_renorm(*limits)
+    chex.assert_trees_all_close(
+      (y, state), of(params, STATE, x, True), rtol=1e-5, atol=1e-5
+    )
+
+  def test_without_limits_training_is_evaluation(self):
+    x = draw((6, 3))
+    options = {'r_max': np.inf, 'd_max': np.inf}
+    y, _ = nk.batch_renorm(x, STATE, train=True, **options)
+    z, _ = nk.batch_renorm(x, STATE, train=False, **options)
+    np.testing.assert_allclose(y, z, atol=1e-5)
+
+  def test_gradients_hold_r_and_d(self):
+    """Those of batch norm whose result is then scaled and moved."""
+    x, dy = draw((6, 3)), draw((6, 3), seed=1)
+    options = {'r_max': 1.5, 'd_max': 0.7}
+
+    def renormed(x):
+      return nk.batch_renorm(x, STATE, train=True, **options)[0]
+
+    def normed(x):
+      return nk.batch_norm(x, STATE, train=True)[0]
+
+    y, pull = jax.vjp(renormed, x)
+    n, pull_normed = jax.vjp(normed, x)
+    r = (y[0] - y[1]) / (n[0] - n[1])
+    assert np.ptp(r) > 0.1  # the features differ
+    np.testing.assert_allclose(pull(dy)[0], pull_normed(r[None] * dy)[0], atol=1e-5)
+
+  def test_schedules(self):
+    """By the updates so far, which differ between features."""
+    r_max = optax.linear_schedule(1.0, 3.0, 10, 5)
+    d_max = optax.linear_schedule(0.0, 5.0, 10, 5)
+    state = STATE._replace(count=jnp.array([0, 10, 40]))
+    norm = nk.BatchRenorm(r_max=r_max, d_max=d_max)
+    x = 3 * draw((8, 3))
+    params, _ = norm.init(x)
+    y, _ = jax.jit(norm.apply, static_argnames='train')(
+      params, state, x, train=True
+    )
+    for feature, limits in enumerate([(1.0, 0.0), (2.0, 2.5), (3.0, 5.0)]):
+      want, _ = family.batch_renorm(*limits)(params, STATE, x, True)
+      np.testing.assert_allclose(y[:, feature], want[:, feature], atol=2e-5)
+
+  def test_schedules_of_the_paper(self):
+    x = 100 + draw((8, 3))
+    counts = jnp.array([5_000, 22_500, 40_000])
+    state = nk.BatchNormState(jnp.zeros(3), jnp.ones(3), counts)
+    y, _ = nk.batch_renorm(x, state, train=True)
+    np.testing.assert_allclose(y.mean(0), [0, 4.375, 5], atol=1e-4)
+    spread = np.minimum(np.std(x, 0), [1, 2, 3])
+    np.testing.assert_allclose(y.std(0), spread, rtol=1e-4)
+
+  @pytest.mark.parametrize(
+    ('options', 'match'),
+    [({'r_max': 0.5}, 'r_max must be 1'), ({'d_max': -1.0}, 'd_max must be 0')],
+  )
+  def test_errors(self, options, match):
+    with pytest.raises(ValueError, match=match):
+      nk.BatchRenorm(**options)
+    with pytest.raises(ValueError, match=match):
+      nk.batch_renorm(jnp.ones((2, 3)), STATE, train=True, **options)
+    with pytest.raises(TypeError, match='r_max'):
+      nk.BatchRenorm(r_max='3')
+
+
+class TestStreamingNorm:
+  def test_batches_of_one_tell_the_variance(self):
+    xs = draw((2000, 1, 3)) * jnp.array([[[1.0, 3.0, 0.1]]])
+    norm = nk.StreamingNorm(momentum=None)
+    params, state = norm.init(xs[0])
+
+    def step(state, x):
+      y, state = norm.apply(params, state, x, train=True)
+      return state, y
+
+    state, ys = jax.lax.scan(step, state, xs)
+    np.testing.assert_allclose(state.mean, xs.mean((0, 1)), rtol=1e-4)
+    np.testing.assert_allclose(state.var, xs.var((0, 1)), rtol=1e-3)
+    np.testing.assert_allclose(ys[1000:].std((0, 1)), 1, atol=0.1)
+
+  def test_gradient_of_one_element_is_not_zero(self):
+    def total(x):
+      return nk.streaming_norm(x, STATE, train=True, momentum=0.9)[0].sum()
+
+    assert np.all(jax.grad(total)(draw((1, 3))) != 0)
+
+
+class TestIterativeWhitening:
+  def correlated(self, count, channels=4):
+    mix = np.random.default_rng(3).normal(size=(channels, channels))
+    return draw((count, channels)) @ jnp.asarray(mix, jnp.float32)
+
+  def test_outputs_are_white(self):
+    x = self.correlated(400)
+    norm = nk.IterativeWhitening(group_size=None, n_steps=12)
+    params, state = norm.init(x)
+    y, _ = norm.apply(params, state, x, train=True)
+    np.testing.assert_allclose(np.cov(y.T, bias=True), np.eye(4), atol=2e-3)
+
+  def test_fewer_elements_than_channels(self):
+    x = self.correlated(3, channels=16)
+    norm = nk.IterativeWhitening(group_size=16)
+    params, state = norm.init(x)
+
+    def loss(x):
+      y, after = norm.apply(params, state, x, train=True)
+      return (y**3).sum(), (y, after)
+
+    grads, out = jax.grad(loss, has_aux=True)(x)
+    chex.assert_tree_all_finite((grads, out))
+    assert np.abs(out[0]).max() < 10
+
+  def test_evaluation_whitens_as_training_did(self):
+    x = self.correlated(400)
+    norm = nk.IterativeWhitening(group_size=2, momentum=None)
+    params, state = norm.init(x)
+    y, state = norm.apply(params, state, x, train=True)
+    z, after = norm.apply(params, state, x, train=False)
+    np.testing.assert_allclose(y, z, atol=1e-4)
+    chex.assert_trees_all_equal(state, after)
+
+  def test_errors(self):
+    with pytest.raises(ValueError, match='group_size=3 does not divide'):
+      nk.IterativeWhitening(group_size=3).init(jnp.ones((2, 4)))
+    with pytest.raises(ValueError, match='n_steps'):
+      nk.IterativeWhitening(n_steps=0)
+    with pytest.raises(ValueError, match='epsilon=0'):
+      nk.IterativeWhitening(epsilon=0.0)
+    _, state = nk.IterativeWhitening(group_size=2).init(jnp.ones((2, 4)))
+    with pytest.raises(ValueError, match='6 channels'):
+      nk.iterative_whitening(jnp.ones((2, 6)), state, train=True)
+
+
+CONDITIONED = {
+  'batch': lambda x, *given: nk.batch_norm(
+    x, nk.BatchNorm().init(x)[1], *given, train=True
+  )[0],
+  'layer': nk.layer_norm,
+  'group': lambda x, *given: nk.group_norm(x, *given, num_groups=2),
+  'instance': nk.instance_norm,
+  'response': nk.filter_response_norm,
+  'evonorm': lambda x, *given: nk.evonorm_s0(x, None, *given, num_groups=2),
+  'renorm': lambda x, *given: nk.batch_renorm(x, STATE4, *given, train=True)[0],
+  'streaming': lambda x, *given: nk.streaming_norm(
+    x, STATE4, *given, train=True
+  )[0],
+  'dyt': lambda x, *given: nk.dyt(x, 0.5, *given),
+}
+STATE4 = nk.BatchNormState(jnp.zeros(4), jnp.ones(4), jnp.full(4, 30_000))
+
+
+@pytest.mark.parametrize(
+  'shape', [(2, 1, 1, 4), (2, 3, 5, 4), (1, 3, 5, 1)], ids=str
+)
+@pytest.mark.parametrize('norm', CONDITIONED.values(), ids=CONDITIONED)
+def test_conditioned(norm, shape):
+  """Scale and bias per example (FiLM, adaLN), per position (SPADE), or both."""
+  x = draw((2, 3, 5, 4))
+  scale, bias = draw(shape, seed=1), draw(shape, seed=2)
+  y, pull = jax.vjp(norm, x, scale, bias)
+  np.testing.assert_allclose(y, norm(x) * scale + bias, atol=2e-5)
+  dx, dscale, dbias = pull(jnp.ones_like(x))
+  axes = tuple(a for a in range(4) if shape[a] == 1)
+  np.testing.assert_allclose(
+    dscale, norm(x).sum(axes, keepdims=True), atol=2e-4
+  )
+  np.testing.assert_allclose(dbias, np.full(shape, x.size / dbias.size))
+  chex.assert_tree_all_finite(dx)
+
+
+@pytest.mark.parametrize('shape', [(2, 4), (3, 1, 1, 4), (2, 1, 1, 3)], ids=str)
+@pytest.mark.parametrize('norm', CONDITIONED.values(), ids=CONDITIONED)
+def test_conditioned_by_a_wrong_shape(norm, shape):
+  with pytest.raises(ValueError, match='scale of shape'):
+    norm(jnp.ones((2, 3, 5, 4)), jnp.ones(shape))
+
+
+def test_adaptive_instance_norm():
+  x, style = draw((2, 5, 6, 3)), 4 + 3 * draw((2, 7, 2, 3), seed=1)
+  y = nk.adaptive_instance_norm(x, style)
+  np.testing.assert_allclose(y.mean((1, 2)), style.mean((1, 2)), rtol=1e-4)
+  np.testing.assert_allclose(y.std((1, 2)), style.std((1, 2)), rtol=1e-4)
+  with pytest.raises(ValueError, match='style has 3 axes'):
+    nk.adaptive_instance_norm(x, style[0])
+
+
+def test_scale_offset():
+  """The parameter starts at zero; bfloat16 keeps the digits near zero."""
+  norm = nk.RMSNorm(scale_offset=1.0, param_dtype=jnp.bfloat16)
+  x = draw((4, 6))
+  params, state = norm.init(x)
+  chex.assert_trees_all_equal(params.scale, jnp.zeros(6, jnp.bfloat16))
+  small = params._replace(scale=jnp.full(6, 1e-3, jnp.bfloat16))
+  y, _ = norm.apply(small, state, x, train=True)
+  scale = 1 + np.asarray(small.scale, np.float32)
+  np.testing.assert_allclose(y, nk.rms_norm(x, scale), rtol=1e-6)
+  with pytest.raises(TypeError, match='scale_offset'):
+    nk.LayerNorm(scale_offset='1')
+
+
+def test_l2_norm_of_queries():
+  """QK norm: cosines, times one learned number."""
+  q, k = draw((2, 5, 8)), draw((2, 5, 8), seed=1)
+  scores = nk.l2_norm(q, 3.0) @ nk.l2_norm(k).swapaxes(-1, -2)
+  length = (
+    np.linalg.norm(q, axis=-1)[..., None] * np.linalg.norm(k, axis=-1)[:, None]
+  )
+  want = 3 * (q @ k.swapaxes(-1, -2)) / length
+  np.testing.assert_allclose(scores, want, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  'transform',
+  [nk.FilterResponseNorm(), nk.EvoNormS0(num_groups=2), nk.DyT()],
+)
+def test_parameters_of_another(transform):
+  x = jnp.ones((2, 3, 4))
+  _, state = transform.init(x)
+  with pytest.raises(ValueError, match='params must be'):
+    transform.apply(nk.NormParams(), state, x, train=True)
