@@ -8,6 +8,7 @@ them is imported here.
 
 from importlib import metadata
 
+from normkit.masks import decay_mask
 from normkit.moments import Moments, moments
 from normkit.norm import (
   EmptyState,
@@ -78,6 +79,7 @@ __all__ = [
   'add_rms_norm',
   'batch_norm',
   'batch_renorm',
+  'decay_mask',
   'dyt',
   'evonorm_b0',
   'evonorm_s0',

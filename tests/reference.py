@@ -26,6 +26,9 @@ class Reference:
   features: Callable[[int], tuple[int, ...]]
   epsilon: float
   center: bool = True
+  is_real = False  # complex inputs are taken
+  is_masked = True  # with every element masked, zeros come out, then the bias
+  gradient_error = 0.0  # of `gradients`, which are exact
 
   def __call__(self, params, state, x, train, where=None):
     x = wide(x)
@@ -235,6 +238,30 @@ def weight_norm_reference(v, g=1.0, feature_axes=-1, epsilon=1e-12):
     np.sum(np.abs(wide(v)) ** 2, axis=others, keepdims=True) + epsilon
   )
   return wide(v) / length * (np.expand_dims(g, others) if np.ndim(g) else g)
+
+
+def weight_standardize_reference(
+  v, gain=1.0, feature_axes=-1, scaled=False, epsilon=None
+):
+  """Qiao and others 2019, equations 2 to 4; scaled, Brock and others 2021.
+
+  Filter by filter: each index of the feature axes has its own.
+  """
+  axes = [] if feature_axes is None else np.atleast_1d(feature_axes)
+  axes = [a % v.ndim for a in axes]
+  v, w = wide(v), np.zeros(v.shape, wide(v).dtype)
+  if epsilon is None:
+    epsilon = 1e-4 if scaled else 1e-10
+  number = numbered(v.shape, axes)
+  for n in np.unique(number):
+    d = v[number == n]
+    d = d - np.sum(d) / d.size
+    power = np.sum(np.abs(d) ** 2)  # of the N elements: N times the variance
+    root = max(power, epsilon) if scaled else power / d.size + epsilon
+    w[number == n] = d / np.sqrt(root) if root else 0
+  if np.ndim(gain):
+    gain = np.expand_dims(wide(gain), others(axes, v.ndim))
+  return w * gain
 
 
 def spectral_norm_reference(w, u, n_steps=1, epsilon=1e-12):

@@ -17,12 +17,15 @@ MODULES = (
   'normkit.linen',
   'normkit.nnx',
   'normkit.weights',
+  'normkit.masks',
+  'normkit.recurrent',
 )
 # One way only: a module may import from the rows below its own.
 LAYERS = (
   ('tools', 'testing'),
   ('linen', 'nnx'),
-  ('norms', 'weights'),
+  ('recurrent',),
+  ('norms', 'weights', 'masks'),
   ('norm', 'running'),
   ('rows',),
   ('affine',),

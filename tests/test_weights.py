@@ -1,4 +1,4 @@
-"""Weight norm and spectral norm: NumPy in float64, Flax's, transformations."""
+"""Norms of weights: NumPy in float64, their authors', transformations."""
 
 import functools
 
@@ -9,15 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from reference import spectral_norm_reference, weight_norm_reference
+from reference import (
+  spectral_norm_reference,
+  weight_norm_reference,
+  weight_standardize_reference,
+)
 
 from normkit.norm import EmptyState, NormParams
 from normkit.weights import (
   SpectralNorm,
   SpectralNormState,
   WeightNorm,
+  WeightStandardization,
   spectral_norm,
   weight_norm,
+  weight_standardize,
 )
 
 TOLERANCES = {
@@ -163,6 +169,134 @@ def test_weight_norm_complex_gradient():
   with jax.enable_x64(True):
     v = draw((5, 4), jnp.complex128)
     test_util.check_grads(weight_norm, (v,), order=1)
+
+
+# What weight standardization takes: two elements or more share a mean.
+SHARED_AXES = [*AXES[:4], ((4,), None, ()), ((3, 3, 2, 4), -1, (4,))]
+both_forms = pytest.mark.parametrize('scaled', [False, True])
+
+
+def check_weight_standardize(shape, feature_axes, features, scaled, dtype):
+  with jax.enable_x64(jnp.finfo(dtype).bits == 64):
+    v, g = draw(shape, dtype), draw(features, jnp.finfo(dtype).dtype, seed=1)
+    options = {'feature_axes': feature_axes, 'scaled': scaled}
+    standardize = jax.jit(functools.partial(weight_standardize, **options))
+    for w, gain in (standardize(v), 1.0), (standardize(v, g), wide(g)):
+      assert w.dtype == dtype
+      desired = weight_standardize_reference(v, gain, **options)
+      close(w, desired, 3 * TOLERANCES[dtype])
+
+
+@both_forms
+@pytest.mark.parametrize(('shape', 'feature_axes', 'features'), SHARED_AXES)
+def test_weight_standardize_axes(shape, feature_axes, features, scaled):
+  check_weight_standardize(shape, feature_axes, features, scaled, jnp.float32)
+
+
+@both_forms
+@pytest.mark.parametrize('dtype', TOLERANCES)
+def test_weight_standardize_dtypes(dtype, scaled):
+  check_weight_standardize((3, 2, 5, 4), (-1, 0), (3, 4), scaled, dtype)
+
+
+@both_forms
+def test_weight_standardize_gives_mean_and_variance(scaled):
+  v = draw((3, 3, 16, 4))
+  w = wide(weight_standardize(v, scaled=scaled))
+  close(np.mean(w, (0, 1, 2)), np.zeros(4))
+  var = 1 / 144 if scaled else 1.0
+  np.testing.assert_allclose(np.var(w, (0, 1, 2)), var, rtol=1e-5)
+  np.testing.assert_allclose(
+    weight_standardize(7 * v - 3, scaled=scaled), w, rtol=1e-4, atol=1e-6
+  )
+
+
+@both_forms
+@pytest.mark.parametrize('epsilon', [0.0, 0.5, 30.0])
+def test_weight_standardize_epsilon(scaled, epsilon):
+  """Added to the variance; scaled, the least of N times the variance."""
+  v, options = draw((8, 4)), {'scaled': scaled, 'epsilon': epsilon}
+  desired = weight_standardize_reference(v, **options)
+  close(weight_standardize(v, **options), desired)
+
+
+@both_forms
+def test_weight_standardize_default_epsilon(scaled):
+  v = 1e-5 * draw((8, 4)) if not scaled else 1e-3 * draw((8, 4))
+  desired = weight_standardize_reference(v, scaled=scaled)
+  close(weight_standardize(v, scaled=scaled), desired)
+  without = weight_standardize(v, scaled=scaled, epsilon=0.0)
+  assert np.max(np.abs(without - desired)) > 0.05
+
+
+def test_weight_standardize_gain():
+  """One for each feature, in the rank of the weight, or one number."""
+  v, g = draw((5, 4)), draw((1, 4), seed=1)
+  w = weight_standardize(v, g)
+  np.testing.assert_array_equal(w, weight_standardize(v, g[0]))
+  for gain in 1.5, jnp.asarray(1.5):
+    w = weight_standardize(v, gain, scaled=True)
+    assert w.dtype == v.dtype
+    close(w, weight_standardize_reference(v, 1.5, scaled=True))
+
+
+@both_forms
+@pytest.mark.parametrize('epsilon', [None, 0.0])
+def test_weight_standardize_equal_elements(scaled, epsilon):
+  """Zeros, with gradients that are finite."""
+  v = draw((5, 4)).at[:, 1].set(0.3)
+  options = {'scaled': scaled, 'epsilon': epsilon}
+  w = weight_standardize(v, **options)
+  np.testing.assert_allclose(w[:, 1], 0, atol=1e-2)
+  dv = jax.grad(lambda v: jnp.sum(weight_standardize(v, **options) ** 3))(v)
+  assert jnp.isfinite(dv).all()
+
+
+@both_forms
+def test_weight_standardize_large_mean(scaled):
+  """A common mean far above the deviations costs no digits."""
+  v = 1000 + jnp.asarray(np.random.default_rng(0).standard_normal((300, 4)))
+  v = v.astype(jnp.float32)
+  desired = weight_standardize_reference(v, scaled=scaled)
+  close(weight_standardize(v, scaled=scaled), desired, 3e-6)
+
+
+@both_forms
+def test_weight_standardize_gradient(scaled):
+  """The projection off the mean and off w itself, over the deviation."""
+  with jax.enable_x64(True):
+    v, g, dw = (
+      draw(s, jnp.float64, i) for i, s in enumerate([(3, 2, 4), 4, (3, 2, 4)])
+    )
+    standardize = functools.partial(
+      weight_standardize, scaled=scaled, epsilon=0.0
+    )
+    dv, dg = jax.vjp(standardize, v, g)[1](dw)
+    test_util.check_grads(standardize, (v, g), order=1)
+    n = wide(weight_standardize_reference(v, epsilon=0.0))
+    root = np.sqrt(6) if scaled else 1.0
+    close(dg, np.sum(wide(dw) * n, (0, 1)) / root, 1e-10)
+    h = wide(dw) * wide(g) / root
+    h = h - np.mean(h, (0, 1)) - n * np.mean(h * n, (0, 1))
+    close(dv, h / np.std(wide(v), (0, 1)), 1e-10)
+
+
+def test_weight_standardize_half_precision_is_summed_in_float32():
+  v = jnp.tile(jnp.array([[300.0], [-300.0]], jnp.float16), (2048, 2))
+  w = weight_standardize(v, dtype=jnp.float32)
+  close(w, np.sign(v), 1e-6)
+
+
+def test_weight_standardize_is_batch_norm_of_the_weight():
+  """Flax's, of a kernel as a batch, whose features are the outputs."""
+  v, g = draw((3, 3, 2, 4)), draw((4,), seed=1)
+  for scaled, scale, epsilon in (False, g, 1e-2), (True, g * 18**-0.5, 0.0):
+    module = nn.BatchNorm(use_running_average=False, epsilon=epsilon)
+    variables = module.init(jax.random.key(0), v)
+    variables['params'] = {'scale': scale, 'bias': jnp.zeros(4)}
+    desired, _ = module.apply(variables, v, mutable='batch_stats')
+    w = weight_standardize(v, g, scaled=scaled, epsilon=epsilon)
+    close(w, desired, 2e-6)
 
 
 def check_power_iteration(shape, n_steps, dtype):
@@ -415,6 +549,13 @@ TRANSFORMS = {
     feature_axes=(0, -1), use_scale=False, where=is_kernel
   ),
   'weight_norm_whole': WeightNorm(feature_axes=None, epsilon=1e-3),
+  'standardization': WeightStandardization(),
+  'standardization_scaled': WeightStandardization(
+    feature_axes=0, scaled=True, epsilon=1e-3, where=is_kernel
+  ),
+  'standardization_gain': WeightStandardization(
+    feature_axes=None, use_gain=True
+  ),
   'spectral_norm': SpectralNorm(),
   'spectral_norm_steps': SpectralNorm(n_steps=3, epsilon=1e-3, where=is_kernel),
 }
@@ -423,7 +564,9 @@ transforms = pytest.mark.parametrize(
 )
 # One of each kind, for the tests that take long.
 kinds = pytest.mark.parametrize(
-  'transform', [WeightNorm(), SpectralNorm()], ids=['weight', 'spectral']
+  'transform',
+  [WeightNorm(), WeightStandardization(use_gain=True), SpectralNorm()],
+  ids=['weight', 'standard', 'spectral'],
 )
 
 
@@ -441,6 +584,11 @@ def test_transform_of_a_tree_is_the_function_on_its_kernels(transform, update):
     if isinstance(transform, WeightNorm):
       axes = transform.feature_axes
       expected = weight_norm(weight, feature_axes=axes, **options)
+    elif isinstance(transform, WeightStandardization):
+      options.update(
+        feature_axes=transform.feature_axes, scaled=transform.scaled
+      )
+      expected = weight_standardize(weight, **options)
     else:
       options.update(n_steps=transform.n_steps, update=update)
       one = SpectralNormState(*(s[layer][name] for s in state))
@@ -484,6 +632,26 @@ def test_use_scale(use_scale):
     params = params._replace(scale=scale)
     y, _ = transform.apply(params, state, draw((5, 4)), update=True)
     close(y, weight_norm_reference(draw((5, 4)), wide(scale)))
+
+
+@both_forms
+def test_use_gain(scaled):
+  transform = WeightStandardization(
+    use_gain=True, scaled=scaled, param_dtype=jnp.bfloat16
+  )
+  v = draw((5, 4))
+  params, state = transform.init(v)
+  assert (params.scale.shape, params.scale.dtype) == ((4,), jnp.bfloat16)
+  assert jnp.all(params.scale == 1)
+  gain = draw((4,), jnp.bfloat16, seed=1)
+  params = params._replace(scale=gain)
+  w, new = transform.apply(params, state, v, update=True)
+  assert new == EmptyState()
+  close(w, weight_standardize_reference(v, wide(gain), scaled=scaled))
+  assert WeightStandardization(scaled=scaled).init(v) == (
+    NormParams(),
+    EmptyState(),
+  )
 
 
 def test_where_sees_paths_and_weights():
@@ -596,6 +764,8 @@ def test_options_hash_and_compare():
   assert WeightNorm(feature_axes=[0, 1]) == WeightNorm(feature_axes=(0, 1))
   assert hash(WeightNorm(feature_axes=[0, 1])) is not None
   assert SpectralNorm(n_steps=2) != SpectralNorm()
+  assert WeightStandardization() == WeightStandardization(epsilon=None)
+  assert WeightStandardization(scaled=True) != WeightStandardization()
   assert SpectralNorm(dtype='bfloat16').dtype == jnp.bfloat16
 
 
@@ -697,6 +867,39 @@ WEIGHT_ERRORS = {
     'dtype=float32 cannot hold the complex result',
   ),
 }
+STANDARD_ERRORS = {
+  'integer': (dict(weight=jnp.ones(4, int)), TypeError, 'weight must .*int'),
+  'axes-range': (
+    dict(feature_axes=2),
+    ValueError,
+    'feature_axes=2 is out of range for an input of rank 2',
+  ),
+  'gain-shape': (
+    dict(gain=jnp.ones(5)),
+    ValueError,
+    r'gain of shape \(5,\) fits neither the feature axes .*\(4,\)',
+  ),
+  'gain-complex': (
+    dict(gain=jnp.ones(4, jnp.complex64)),
+    TypeError,
+    'dtype=float32 cannot hold the complex result of gain',
+  ),
+  'vector': (
+    dict(weight=jnp.ones(4)),
+    ValueError,
+    r'weight has shape \(4,\), and only 1 element .*Give other feature_axes',
+  ),
+  'one-input': (
+    dict(weight=jnp.ones((1, 1, 4))),
+    ValueError,
+    r'only 1 element shares a mean along the axes \(0, 1\)',
+  ),
+  'empty': (dict(weight=jnp.ones((0, 4))), ValueError, 'only 0 element'),
+  'scaled': (dict(scaled=1), TypeError, 'scaled must be True or False'),
+  'epsilon': (dict(epsilon=-1.0), ValueError, 'epsilon must be .*-1'),
+  'epsilon-type': (dict(epsilon='a'), TypeError, 'epsilon must be a Python n'),
+  'dtype': (dict(dtype=int), TypeError, 'dtype must have a floating-point'),
+}
 SPECTRAL_ERRORS = {
   'integer': (
     dict(weight=jnp.ones((5, 4), int)),
@@ -754,6 +957,12 @@ def test_weight_norm_raises(arguments, error, message):
     weight_norm(**(dict(weight=W) | arguments))
 
 
+@rows(STANDARD_ERRORS)
+def test_weight_standardize_raises(arguments, error, message):
+  with pytest.raises(error, match=message):
+    weight_standardize(**(dict(weight=W) | arguments))
+
+
 @rows(SPECTRAL_ERRORS)
 def test_spectral_norm_raises(arguments, error, message):
   with pytest.raises(error, match=message):
@@ -769,6 +978,15 @@ def test_spectral_norm_raises(arguments, error, message):
     (lambda: WeightNorm(dtype=int), TypeError, 'dtype must'),
     (lambda: WeightNorm(feature_axes='a'), TypeError, 'feature_axes must'),
     (lambda: WeightNorm(where='kernel'), TypeError, "where must .*'kernel'"),
+    (lambda: WeightNorm(epsilon=None), TypeError, 'epsilon must'),
+    (lambda: WeightStandardization(epsilon=-1), ValueError, 'epsilon must'),
+    (lambda: WeightStandardization(scaled=1), TypeError, 'scaled must be'),
+    (lambda: WeightStandardization(use_gain=1), TypeError, 'use_gain must be'),
+    (
+      lambda: WeightStandardization().init({'a': W, 'b': W[:1]}),
+      ValueError,
+      "only 1 element shares a mean(.|\n)*weight is 'b'",
+    ),
     (lambda: SpectralNorm(n_steps=0), ValueError, 'n_steps must be 1 or more'),
     (
       lambda: WeightNorm().init({'w': W[0]}),
@@ -816,6 +1034,14 @@ def test_params_and_state_must_be_those_of_init():
     (wn, scales, state, r'state must be EmptyState\(\)'),
     (wn, scales._replace(bias=jnp.ones(4)), nothing, 'bias=None'),
     (WeightNorm(use_scale=False), scales, nothing, 'params must be'),
+    (WeightStandardization(), scales, nothing, 'params must be NormParams'),
+    (WeightStandardization(use_gain=True), none, nothing, 'params must be'),
+    (
+      WeightStandardization(use_gain=True),
+      scales,
+      state,
+      r'state must be EmptyState\(\)',
+    ),
     (sn, scales, state, r'params must be NormParams\(scale=None'),
     (sn, none, nothing, r'state must be SpectralNormState\(u={'),
     (sn, none, state._replace(sigma=None), 'state must be SpectralNormState'),
@@ -826,7 +1052,7 @@ def test_params_and_state_must_be_those_of_init():
 
 
 def test_update_must_be_given():
-  for transform in (WeightNorm(), SpectralNorm()):
+  for transform in (WeightNorm(), WeightStandardization(), SpectralNorm()):
     with pytest.raises(TypeError, match='update'):
       transform.apply(*transform.init(W), W)
 
