@@ -11,10 +11,11 @@ from typing import Any
 
 from flax import linen as nn
 from flax.linen import dtypes
+from flax.linen.recurrent import DenseParams
 import jax
 import jax.numpy as jnp
 
-from normkit import _types, norm, weights
+from normkit import _types, norm, recurrent, running, weights
 from normkit._types import Array, Axes, AxisName, DType, Groups, Implementation
 from normkit.norms import batch, group, instance
 
@@ -173,7 +174,7 @@ class BatchNorm(_FlaxNorm):
     if self.debias or self.momentum is None:
       count = self.variable('batch_stats', 'count', jnp.zeros, shape, jnp.int32)
     x, options = _prepare(self, x, shape, mask)
-    old = batch.BatchNormState(
+    old = running.BatchNormState(
       *_promoted(mean.value, var.value, _flax_dtype(self, x)),
       jnp.zeros(shape, jnp.int32) if count is None else count.value,
     )
@@ -517,20 +518,10 @@ class WeightNorm(_FlaxNorm):
   @nn.compact
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
     """Calls the layer, given its arguments, with normalized weights."""
-    parts = _filter_parts(self.variable_filter)
-
-    def normalized(path: str, weight: Array) -> Array:
-      chosen = not parts or any(part in path for part in parts)
-      return self._normalized(path, weight) if chosen else weight
-
-    return _call_with(self, normalized, args, kwargs)
-
-  def _axes(self, weight: Array) -> tuple[int, ...]:
-    axes = () if self.feature_axes is None else self.feature_axes
-    return _types.check_axes(axes, weight.ndim, 'feature_axes', repeats=True)
+    return _call_chosen(self, args, kwargs)
 
   def _normalized(self, path: str, weight: Array) -> Array:
-    axes, scale = self._axes(weight), None
+    axes, scale = _weight_axes(self.feature_axes, weight), None
     if self.use_scale:
       shape = tuple(weight.shape[a] for a in axes)
       name = f'{path}/scale'
@@ -541,6 +532,83 @@ class WeightNorm(_FlaxNorm):
       feature_axes=axes,
       epsilon=self.epsilon,
       dtype=dtypes.canonicalize_dtype(weight, scale, dtype=self.dtype),
+    )
+
+
+class WeightStandardization(_FlaxNorm):
+  """Weight standardization of a layer, which Flax does not have.
+
+  The parameters of the layer stay where they are. Gains, where asked for, are
+  parameters of this module, each under the path of its weight:
+  `Conv_0/kernel/gain`.
+
+  Attributes:
+    layer_instance: the layer whose weights are standardized at each call.
+    epsilon: None: 1e-10, added to the variance, or scaled 1e-4, the least that
+      the fan-in times the variance is taken to be.
+    dtype: dtype of the standardized weights; None promotes each weight's and
+      its gain's.
+    param_dtype: dtype of the gains.
+    use_gain: whether there are gains.
+    gain_init: initializer of the gains.
+    feature_axes: the axes along which each index has a mean and a variance of
+      its own, an integer or several. None: one of each for the whole weight.
+    scaled: divide by the root of the fan-in as well.
+    variable_filter: strings; parameters whose path contains one of them are
+      standardized. None: all parameters.
+
+  Raises:
+    TypeError: if the layer is not a module, `variable_filter` is not several
+      strings, or a parameter that it chooses is not floating-point or complex.
+    ValueError: if an axis is out of range, fewer than two elements share a
+      mean, or epsilon is negative or not finite or looks like a width.
+
+  References:
+    Qiao, Wang, Liu, Shen and Yuille, "Micro-Batch Training with Batch-Channel
+    Normalization and Weight Standardization" (2019); scaled: Brock, De and
+    Smith, "Characterizing Signal Propagation to Close the Performance Gap in
+    Unnormalized ResNets" (2021).
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, normkit.linen
+    >>> from flax import linen as nn
+    >>> x = jnp.ones((4, 8, 8, 3))
+    >>> layer = normkit.linen.WeightStandardization(nn.Conv(5, (3, 3)))
+    >>> variables = layer.init(jax.random.key(0), x)
+    >>> layer.apply(variables, x).shape
+    (4, 8, 8, 5)
+    >>> list(variables['params'])
+    ['layer_instance']
+  """
+
+  layer_instance: nn.Module
+  epsilon: float | None = None
+  dtype: DType | None = None
+  param_dtype: DType = jnp.float32
+  use_gain: bool = False
+  gain_init: Initializer = nn.initializers.ones
+  feature_axes: Axes | None = -1
+  scaled: bool = False
+  variable_filter: Iterable[str] | None = frozenset({'kernel'})
+
+  @nn.compact
+  def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    """Calls the layer, given its arguments, with standardized weights."""
+    return _call_chosen(self, args, kwargs, keep=True)
+
+  def _normalized(self, path: str, weight: Array) -> Array:
+    axes, gain = _weight_axes(self.feature_axes, weight), None
+    if self.use_gain:
+      shape = tuple(weight.shape[a] for a in axes)
+      name = f'{path}/gain'
+      gain = self.param(name, self.gain_init, shape, self.param_dtype)
+    return weights.weight_standardize(
+      weight,
+      gain,
+      feature_axes=axes,
+      scaled=self.scaled,
+      epsilon=self.epsilon,
+      dtype=dtypes.canonicalize_dtype(weight, gain, dtype=self.dtype),
     )
 
 
@@ -631,16 +699,38 @@ class SpectralNorm(_FlaxNorm):
     return y
 
 
+def _weight_axes(feature_axes: Axes | None, weight: Array) -> tuple[int, ...]:
+  axes = () if feature_axes is None else feature_axes
+  return _types.check_axes(axes, weight.ndim, 'feature_axes', repeats=True)
+
+
+def _call_chosen(
+  module: WeightNorm | WeightStandardization,
+  args: Sequence[Any],
+  kwargs: dict[str, Any],
+  keep: bool = False,
+) -> Any:
+  """Calls the wrapped layer, parameters that pass the filter normalized."""
+  parts = _filter_parts(module.variable_filter)
+
+  def normalized(path: str, weight: Array) -> Array:
+    chosen = not parts or any(part in path for part in parts)
+    return module._normalized(path, weight) if chosen else weight
+
+  return _call_with(module, normalized, args, kwargs, keep)
+
+
 def _call_with(
-  module: WeightNorm | SpectralNorm,
+  module: WeightNorm | WeightStandardization | SpectralNorm,
   normalized: Callable[[str, Array], Array],
   args: Sequence[Any],
   kwargs: dict[str, Any],
+  keep: bool = False,
 ) -> Any:
   """Calls the wrapped layer with its parameters normalized for the while.
 
   Initialising starts from the normalized parameters, as in Flax, each in the
-  dtype that the layer gave it.
+  dtype that the layer gave it; with `keep` from those that the layer made.
   """
   layer = module.layer_instance
   _types.check_layer(layer, nn.Module, 'nn.Dense(4)')
@@ -659,6 +749,8 @@ def _call_with(
   def leave(params: Any) -> Any:
     if not given:  # made, not yet normalized
       return params
+    if keep:
+      return given[0]
     return jax.tree.map(lambda old, new: new.astype(old.dtype), *given, params)
 
   return nn.map_variables(
@@ -681,3 +773,357 @@ def _filter_parts(variable_filter: Iterable[str] | None) -> tuple[str, ...]:
       f"{variable_filter!r:.60}. For example {{'kernel'}}."
     )
   return parts
+
+
+class LayerNormLSTMCell(nn.LSTMCell):
+  """A layer-normalized LSTM cell, in place of `flax.linen.LSTMCell`.
+
+  The parameters of Flax's cell under Flax's names, and those of the norms under
+  `norm_i` (of the input's sums), `norm_h` (of the hidden state's) and `norm_c`
+  (of the memory). See `normkit.recurrent.layer_norm_lstm`.
+
+  Attributes:
+    features: number of hidden units.
+    gate_fn: the function of the gates.
+    activation_fn: the function of the candidate and of the memory.
+    kernel_init: initializer of the kernels of the input.
+    recurrent_kernel_init: initializer of the kernels of the hidden state.
+    bias_init: initializer of the biases.
+    dtype: dtype of the sums of the gates; None promotes the inputs' and the
+      parameters'.
+    param_dtype: dtype of the parameters and of a new carry.
+    carry_init: initializer of the carry.
+    epsilon: added to the variances.
+    scale_init: initializer of the scales of the norms; their biases are zero.
+    implementation: as `normkit.layer_norm` takes it.
+
+  References:
+    Ba, Kiros and Hinton, "Layer Normalization" (2016).
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, normkit.linen
+    >>> from flax import linen as nn
+    >>> rnn = nn.RNN(normkit.linen.LayerNormLSTMCell(4))
+    >>> x = jnp.ones((2, 5, 3))
+    >>> variables = rnn.init(jax.random.key(0), x)
+    >>> rnn.apply(variables, x, seq_lengths=jnp.array([5, 2])).shape
+    (2, 5, 4)
+  """
+
+  _: KW_ONLY
+  epsilon: float = 1e-6
+  scale_init: Initializer = nn.initializers.ones
+  implementation: Implementation | None = None
+
+  @nn.compact
+  def __call__(
+    self, carry: tuple[Array, Array], inputs: Array
+  ) -> tuple[tuple[Array, Array], Array]:
+    """One time step: `((c, h), inputs)` to `((c, h), h)`."""
+    params, _ = _cell_variables(self, inputs, 'ifgo')
+    return recurrent.layer_norm_lstm(
+      params,
+      carry,
+      inputs,
+      implementation=self.implementation,
+      **_cell_options(self),
+    )
+
+
+class LayerNormGRUCell(nn.GRUCell):
+  """A layer-normalized GRU cell, in place of `flax.linen.GRUCell`.
+
+  The parameters of Flax's cell under Flax's names, and those of the norms under
+  `norm_i` (of the input's sums) and `norm_h` (of the hidden state's), whose
+  bias stands for `hn/bias`. See `normkit.recurrent.layer_norm_gru`.
+
+  Attributes:
+    features: number of hidden units.
+    gate_fn: the function of the gates.
+    activation_fn: the function of the candidate.
+    kernel_init: initializer of the kernels of the input.
+    recurrent_kernel_init: initializer of the kernels of the hidden state.
+    bias_init: initializer of the biases.
+    dtype: dtype of the sums of the gates; None promotes the inputs' and the
+      parameters'.
+    param_dtype: dtype of the parameters and of a new carry.
+    carry_init: initializer of the carry.
+    epsilon: added to the variances.
+    scale_init: initializer of the scales of the norms; their biases are zero.
+    implementation: as `normkit.layer_norm` takes it.
+
+  References:
+    Ba, Kiros and Hinton, "Layer Normalization" (2016).
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, normkit.linen
+    >>> from flax import linen as nn
+    >>> rnn = nn.RNN(normkit.linen.LayerNormGRUCell(4))
+    >>> x = jnp.ones((2, 5, 3))
+    >>> variables = rnn.init(jax.random.key(0), x)
+    >>> rnn.apply(variables, x, seq_lengths=jnp.array([5, 2])).shape
+    (2, 5, 4)
+  """
+
+  _: KW_ONLY
+  epsilon: float = 1e-6
+  scale_init: Initializer = nn.initializers.ones
+  implementation: Implementation | None = None
+
+  @nn.compact
+  def __call__(self, carry: Array, inputs: Array) -> tuple[Array, Array]:
+    """One time step: `(h, inputs)` to `(h, h)`."""
+    params, _ = _cell_variables(self, inputs, 'rzn')
+    return recurrent.layer_norm_gru(
+      params,
+      carry,
+      inputs,
+      implementation=self.implementation,
+      **_cell_options(self),
+    )
+
+
+class BatchNormLSTMCell(nn.LSTMCell):
+  """A batch-normalized LSTM cell, in place of `flax.linen.LSTMCell`.
+
+  The parameters are those of Flax's cell and the scales of the norms, `norm_i`
+  and `norm_h` without a bias and `norm_c` with one; `batch_stats` holds mean,
+  var and count of each time step under the same names. See
+  `normkit.recurrent.batch_norm_lstm`.
+
+  Run it with `normkit.linen.RNN`, which tells the cell where sequences end.
+  Flax's RNN does not: there, say `variable_carry='batch_stats'`, and where
+  `seq_lengths` are given, give them to the carry too, or the padding enters the
+  statistics: `initial_carry=carry.with_lengths(seq_lengths)`, with the carry
+  from `initialize_carry`.
+
+  Attributes:
+    features: number of hidden units.
+    gate_fn: the function of the gates.
+    activation_fn: the function of the candidate and of the memory.
+    kernel_init: initializer of the kernels of the input.
+    recurrent_kernel_init: initializer of the kernels of the hidden state.
+    bias_init: initializer of the biases.
+    dtype: dtype of the sums of the gates; None promotes the inputs' and the
+      parameters'.
+    param_dtype: dtype of the parameters and of a new carry.
+    carry_init: initializer of the carry; small noise keeps the hidden state
+      from being constant in the first time step.
+    max_length: how many time steps have statistics of their own; later ones
+      share the last.
+    use_running_average: normalize with the stored statistics; given here or at
+      the call, not both. An RNN gives the cell no such argument.
+    momentum: the share of the old running value that is kept; None weighs all
+      updates equally.
+    epsilon: added to the variances.
+    scale_init: initializer of the scales of the norms, 0.1 unless given.
+    axis_name: names of mapped axes over which statistics are pooled.
+    axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
+
+  References:
+    Cooijmans, Ballas, Laurent, Gülçehre and Courville, "Recurrent Batch
+    Normalization" (2017).
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, normkit.linen
+    >>> cell = normkit.linen.BatchNormLSTMCell(
+    ...   4, max_length=5, use_running_average=False
+    ... )
+    >>> rnn, x = normkit.linen.RNN(cell), jnp.ones((2, 5, 3))
+    >>> variables = rnn.init(jax.random.key(0), x)
+    >>> lengths = jnp.array([5, 2])
+    >>> y, updates = rnn.apply(
+    ...   variables, x, seq_lengths=lengths, mutable=['batch_stats']
+    ... )
+    >>> updates['batch_stats']['cell']['norm_c']['mean'].shape
+    (5, 4)
+  """
+
+  _: KW_ONLY
+  max_length: int
+  use_running_average: bool | None = None
+  momentum: float | None = 0.99
+  epsilon: float = 1e-5
+  scale_init: Initializer = nn.initializers.constant(0.1)
+  axis_name: AxisName | None = None
+  axis_index_groups: Groups | None = None
+
+  @nn.compact
+  def __call__(
+    self,
+    carry: recurrent.BatchNormLSTMCarry,
+    inputs: Array,
+    use_running_average: bool | None = None,
+  ) -> tuple[recurrent.BatchNormLSTMCarry, Array]:
+    """One time step: `(carry, inputs)` to `(carry, h)`."""
+    evaluates = nn.merge_param(
+      'use_running_average', self.use_running_average, use_running_average
+    )
+    train = not evaluates and not self.is_initializing()
+    initial = recurrent.init_batch_norm_lstm(self.features, self.max_length)
+    params, variables = _cell_variables(self, inputs, 'ifgo', initial)
+    carry, y, state = recurrent.batch_norm_lstm(
+      params,
+      jax.tree.map(lambda v: v.value, variables),
+      carry,
+      inputs,
+      train=train,
+      momentum=self.momentum,
+      axis_name=self.axis_name,
+      axis_index_groups=self.axis_index_groups,
+      **_cell_options(self),
+    )
+    if train:
+      leaves = jax.tree.leaves(variables), jax.tree.leaves(state)
+      for variable, value in zip(*leaves, strict=True):
+        variable.value = value
+    return carry, y
+
+  @nn.nowrap
+  def initialize_carry(  # type: ignore[override]
+    self, rng: Array, input_shape: tuple[int, ...]
+  ) -> recurrent.BatchNormLSTMCarry:
+    """A carry at time step zero, of sequences without end.
+
+    An RNN calls this before its loop; initialising, this makes the variables,
+    which a loop that carries them cannot do.
+    """
+    c, h = super().initialize_carry(rng, input_shape)
+    step = jnp.zeros(input_shape[:-1], jnp.int32)
+    carry = recurrent.BatchNormLSTMCarry(c, h, step)
+    if self.scope is not None and self.is_initializing():
+      self(carry, jnp.zeros(input_shape, self.param_dtype))
+    return carry
+
+
+class RNN(nn.RNN):
+  """Runs a cell over a sequence, in place of `flax.linen.RNN`.
+
+  It differs in two defaults: a cell that keeps `batch_stats` carries them from
+  step to step, and the batch-normalized LSTM is told `seq_lengths`, so that
+  padding does not enter its statistics.
+
+  Attributes:
+    cell: the cell; the other fields too are those of `flax.linen.RNN`.
+    variable_carry: the collections that are carried.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, normkit.linen
+    >>> rnn = normkit.linen.RNN(normkit.linen.LayerNormGRUCell(4))
+    >>> x = jnp.ones((2, 5, 3))
+    >>> rnn.apply(rnn.init(jax.random.key(0), x), x).shape
+    (2, 5, 4)
+  """
+
+  variable_carry: Any = 'batch_stats'
+
+  def __call__(
+    self,
+    inputs: Array,
+    *,
+    initial_carry: Any = None,
+    init_key: Array | None = None,
+    seq_lengths: Array | None = None,
+    time_major: bool | None = None,
+    **kwargs: Any,
+  ) -> Any:
+    """Runs the cell; the arguments are those of `flax.linen.RNN`."""
+    major = self.time_major if time_major is None else time_major
+    if initial_carry is None or self.is_initializing():
+      key = jax.random.key(0) if init_key is None else init_key
+      shape = _step_shape(inputs, self.cell, major)
+      carry = self.cell.initialize_carry(key, shape)
+      initial_carry = carry if initial_carry is None else initial_carry
+    if isinstance(initial_carry, recurrent.BatchNormLSTMCarry):
+      initial_carry = initial_carry.with_lengths(seq_lengths)
+    return super().__call__(
+      inputs,
+      initial_carry=initial_carry,
+      seq_lengths=seq_lengths,
+      time_major=major,
+      **kwargs,
+    )
+
+
+def _step_shape(
+  inputs: Array, cell: nn.RNNCellBase, time_major: bool
+) -> tuple[int, ...]:
+  """The shape of the input of one time step."""
+  time = 0 if time_major else inputs.ndim - cell.num_feature_axes - 1
+  return (*inputs.shape[:time], *inputs.shape[time + 1 :])
+
+
+class _CellNorm(nn.Module):
+  """The parameters of one norm of a cell, and its statistics if it has any."""
+
+  width: int
+  scale_init: Initializer
+  use_bias: bool
+  param_dtype: DType
+
+  @nn.compact
+  def __call__(
+    self, initial: running.BatchNormState | None
+  ) -> tuple[norm.NormParams, Any]:
+    shape, dtype = (self.width,), self.param_dtype
+    scale, bias = self.param('scale', self.scale_init, shape, dtype), None
+    if self.use_bias:
+      bias = self.param('bias', nn.initializers.zeros, shape, dtype)
+    stats = _map_fields(
+      lambda name, value: self.variable('batch_stats', name, lambda: value),
+      initial,
+      'stats',
+    )
+    return norm.NormParams(scale, bias), stats
+
+
+def _cell_variables(
+  cell: Any,
+  inputs: Array,
+  gates: str,
+  initial: recurrent.BatchNormLSTMState | None = None,
+) -> tuple[recurrent.CellParams, Any]:
+  """The parameters of a cell, its gates side by side, and its statistics."""
+  is_gru, width = 'n' in gates, len(gates) * cell.features
+  hidden = jax.ShapeDtypeStruct((cell.features,), cell.param_dtype)
+
+  def dense(kind: str, x: Any, init: Initializer, use_bias: bool) -> Any:
+    layers = [
+      DenseParams(
+        features=cell.features,
+        use_bias=use_bias,
+        param_dtype=cell.param_dtype,
+        kernel_init=init,
+        bias_init=cell.bias_init,
+        name=kind + gate,
+      )(x)
+      for gate in gates
+    ]
+    kernels, biases = zip(*layers, strict=True)
+    bias = jnp.concatenate(biases) if use_bias else None
+    return jnp.concatenate(kernels, axis=-1), bias
+
+  kernel_i, bias_i = dense('i', inputs, cell.kernel_init, is_gru)
+  kernel_h, bias_h = dense('h', hidden, cell.recurrent_kernel_init, not is_gru)
+  widths = {'norm_i': width, 'norm_h': width, 'norm_c': cell.features}
+  if is_gru:
+    del widths['norm_c']
+  norms, stats = {}, {}
+  for name, wide in widths.items():
+    norms[name], stats[name] = _CellNorm(
+      wide,
+      cell.scale_init,
+      initial is None or name == 'norm_c',
+      cell.param_dtype,
+      name=name,
+    )(None if initial is None else getattr(initial, name))
+  params = recurrent.CellParams(
+    kernel_i, kernel_h, bias_i if is_gru else bias_h, **norms
+  )
+  return params, None if initial is None else type(initial)(**stats)
+
+
+def _cell_options(cell: Any) -> dict[str, Any]:
+  """The options that all cells share."""
+  names = 'epsilon', 'gate_fn', 'activation_fn', 'dtype'
+  return {name: getattr(cell, name) for name in names}

@@ -24,7 +24,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from normkit import _types, norm, weights
+from normkit import _types, norm, recurrent, running, weights
 from normkit._types import Array, Axes, AxisName, DType, Groups, Implementation
 from normkit.norms import batch, group, instance
 
@@ -325,7 +325,7 @@ class BatchNorm(_Affine, _Running):
       mean = mean.astype(x.dtype)
     y, updated = batch.batch_norm(
       x,
-      batch.BatchNormState(
+      running.BatchNormState(
         *(_as_features(s, x, axes) for s in (mean, var, self._updates()))
       ),
       train=train,
@@ -609,10 +609,10 @@ _KERNELS = nnx.PathContains('kernel')
 
 
 class _Wrapper(nnx.Module):
-  """What weight norm and spectral norm share: a layer, some of its weights."""
+  """What norms of weights share: a layer, some of its weights."""
 
   layer_instance: nnx.Module
-  epsilon: float
+  epsilon: float | None
 
   def _check(self) -> None:
     _types.check_layer(self.layer_instance, nnx.Pytree, 'nnx.Linear(...)')
@@ -650,8 +650,61 @@ class _Wrapper(nnx.Module):
     return y
 
 
+class _Filtered(_Wrapper):
+  """What weight norm and weight standardization share: a filter, factors."""
+
+  feature_axes: Axes | None
+  param_dtype: DType
+  variable_filter: Any
+
+  def _prepare(self) -> None:
+    """Checks the options, in the form that the calls take them in."""
+    self._check()
+    axes = () if self.feature_axes is None else self.feature_axes
+    self.feature_axes = _types.hashable(axes)
+    self.variable_filter = nnx.filterlib.to_predicate(self.variable_filter)
+
+  def _factors(self, use: bool, init: Initializer, rngs: nnx.Rngs) -> Any:
+    """A parameter for each weight, in the shape of its features, or None."""
+    if not use:
+      return nnx.data(None)
+    return nnx.data(
+      {
+        path: nnx.Param(self._init_factor(param, init, rngs))
+        for path, param in self._params().items()
+        if self.variable_filter(path, param)
+      }
+    )
+
+  def _init_factor(
+    self, param: nnx.Param[Array], init: Initializer, rngs: nnx.Rngs
+  ) -> Array:
+    axes = self._axes(param[...])
+    key: Any = None if init is nnx.initializers.ones else rngs.params()
+    shape = tuple(param.shape[a] for a in axes)
+    factor: Array = init(key, shape, self.param_dtype)
+    return factor
+
+  def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """Calls the layer, given these arguments, with normalized weights."""
+
+    def normalized(path: _Path, param: nnx.Param[Array]) -> Array | None:
+      if not self.variable_filter(path, param):
+        return None
+      return self._normalized(path, param[...])
+
+    return self._call_with(normalized, x, *args, **kwargs)
+
+  def _axes(self, weight: Array) -> tuple[int, ...]:
+    axes = () if self.feature_axes is None else self.feature_axes
+    return _types.check_axes(axes, weight.ndim, 'feature_axes', repeats=True)
+
+  def _normalized(self, path: _Path, weight: Array) -> Array:
+    raise NotImplementedError
+
+
 @dataclasses.dataclass(eq=False, repr=False)
-class WeightNorm(_Wrapper):
+class WeightNorm(_Filtered):
   """Weight normalization of a layer, in place of `flax.nnx.WeightNorm`.
 
   The parameters of the layer are never overwritten, and the scales are
@@ -708,41 +761,8 @@ class WeightNorm(_Wrapper):
   rngs: InitVar[nnx.Rngs]
 
   def __post_init__(self, rngs: nnx.Rngs) -> None:
-    self._check()
-    axes = () if self.feature_axes is None else self.feature_axes
-    self.feature_axes = _types.hashable(axes)
-    self.variable_filter = nnx.filterlib.to_predicate(self.variable_filter)
-    self.scales: Any = nnx.data(None)
-    if self.use_scale:
-      self.scales = nnx.data(
-        {
-          path: nnx.Param(self._init_scale(param, rngs))
-          for path, param in self._params().items()
-          if self.variable_filter(path, param)
-        }
-      )
-
-  def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-    """Calls the layer, given these arguments, with normalized weights."""
-
-    def normalized(path: _Path, param: nnx.Param[Array]) -> Array | None:
-      if not self.variable_filter(path, param):
-        return None
-      return self._normalized(path, param[...])
-
-    return self._call_with(normalized, x, *args, **kwargs)
-
-  def _init_scale(self, param: nnx.Param[Array], rngs: nnx.Rngs) -> Array:
-    axes = self._axes(param[...])
-    ones = self.scale_init is nnx.initializers.ones
-    key: Any = None if ones else rngs.params()
-    shape = tuple(param.shape[a] for a in axes)
-    scale: Array = self.scale_init(key, shape, self.param_dtype)
-    return scale
-
-  def _axes(self, weight: Array) -> tuple[int, ...]:
-    axes = () if self.feature_axes is None else self.feature_axes
-    return _types.check_axes(axes, weight.ndim, 'feature_axes', repeats=True)
+    self._prepare()
+    self.scales: Any = self._factors(self.use_scale, self.scale_init, rngs)
 
   def _normalized(self, path: _Path, weight: Array) -> Array:
     scale = _stored(self.scales, path)[...] if self.use_scale else None
@@ -752,6 +772,86 @@ class WeightNorm(_Wrapper):
       feature_axes=self._axes(weight),
       epsilon=self.epsilon,
       dtype=dtypes.canonicalize_dtype(weight, scale, dtype=self.dtype),
+    )
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class WeightStandardization(_Filtered):
+  """Weight standardization of a layer, which Flax does not have.
+
+  The parameters of the layer are never overwritten. Gains, where asked for, are
+  parameters too.
+
+  Args:
+    layer_instance: the layer whose weights are standardized at each call.
+    feature_axes: the axes along which each index has a mean and a variance of
+      its own, an integer or several. None: one of each for the whole weight.
+    scaled: divide by the root of the fan-in as well.
+    use_gain: whether there are gains.
+    gain_init: initializer of the gains; all but `nnx.initializers.ones` are
+      given a key for each weight.
+    epsilon: None: 1e-10, added to the variance, or scaled 1e-4, the least that
+      the fan-in times the variance is taken to be.
+    dtype: dtype of the standardized weights; None promotes each weight's and
+      its gain's.
+    param_dtype: dtype of the gains.
+    variable_filter: an nnx filter: which parameters are standardized.
+    rngs: gives a key for each gain.
+
+  Attributes:
+    gains: a dictionary of `nnx.Param` under the paths of their weights, such
+      as `('kernel',)`, or None.
+
+  Raises:
+    TypeError: if the layer is not a module, or a parameter that the filter
+      chooses is not floating-point or complex.
+    ValueError: if an axis is out of range, fewer than two elements share a
+      mean, a parameter has no gain, or epsilon is negative or not finite or
+      looks like a width.
+
+  References:
+    Qiao, Wang, Liu, Shen and Yuille, "Micro-Batch Training with Batch-Channel
+    Normalization and Weight Standardization" (2019); scaled: Brock, De and
+    Smith, "Characterizing Signal Propagation to Close the Performance Gap in
+    Unnormalized ResNets" (2021).
+
+  Examples:
+    >>> import jax.numpy as jnp, normkit.nnx
+    >>> from flax import nnx
+    >>> rngs = nnx.Rngs(0)
+    >>> conv = nnx.Conv(3, 5, (3, 3), rngs=rngs)
+    >>> layer = normkit.nnx.WeightStandardization(
+    ...   conv, scaled=True, use_gain=True, rngs=rngs
+    ... )
+    >>> layer(jnp.ones((4, 8, 8, 3))).shape, layer.gains['kernel',].shape
+    ((4, 8, 8, 5), (5,))
+  """
+
+  layer_instance: nnx.Module
+  _: KW_ONLY
+  feature_axes: Axes | None = -1
+  scaled: bool = False
+  use_gain: bool = False
+  gain_init: Initializer = nnx.initializers.ones
+  epsilon: float | None = None
+  dtype: DType | None = None
+  param_dtype: DType = jnp.float32
+  variable_filter: Any = _KERNELS
+  rngs: InitVar[nnx.Rngs]
+
+  def __post_init__(self, rngs: nnx.Rngs) -> None:
+    self._prepare()
+    self.gains: Any = self._factors(self.use_gain, self.gain_init, rngs)
+
+  def _normalized(self, path: _Path, weight: Array) -> Array:
+    gain = _stored(self.gains, path)[...] if self.use_gain else None
+    return weights.weight_standardize(
+      weight,
+      gain,
+      feature_axes=self._axes(weight),
+      scaled=self.scaled,
+      epsilon=self.epsilon,
+      dtype=dtypes.canonicalize_dtype(weight, gain, dtype=self.dtype),
     )
 
 
@@ -877,3 +977,354 @@ def _stored(variables: dict[_Path, Any] | None, path: _Path) -> Any:
       'layer when it is complete.'
     )
   return variables[path]
+
+
+_TENTH = nnx.initializers.constant(0.1)
+
+
+class LayerNormLSTMCell(nnx.OptimizedLSTMCell):
+  """A layer-normalized LSTM cell, in place of `flax.nnx.OptimizedLSTMCell`.
+
+  The variables of Flax's cell, whose kernels hold the gates i, f, g, o side by
+  side, and those of three norms. See `normkit.recurrent.layer_norm_lstm`.
+
+  Args:
+    in_features: number of input features.
+    hidden_features: number of hidden units.
+    epsilon: added to the variances.
+    scale_init: initializer of the scales of the norms; their biases are zero.
+    implementation: as `normkit.layer_norm` takes it.
+    rngs: gives a key for each parameter.
+    **options: the other arguments of Flax's cell: `gate_fn`, `activation_fn`,
+      `kernel_init`, `recurrent_kernel_init`, `bias_init`, `dtype`,
+      `param_dtype` and so on; `promote_dtype` is not called.
+
+  Attributes:
+    norm_i: holds scale and bias of the norm of the input's sums.
+    norm_h: holds those of the norm of the hidden state's sums.
+    norm_c: holds those of the norm of the memory.
+
+  References:
+    Ba, Kiros and Hinton, "Layer Normalization" (2016).
+
+  Examples:
+    >>> import jax.numpy as jnp, normkit.nnx
+    >>> from flax import nnx
+    >>> cell = normkit.nnx.LayerNormLSTMCell(3, 4, rngs=nnx.Rngs(0))
+    >>> x = jnp.ones((2, 5, 3))
+    >>> nnx.RNN(cell)(x, seq_lengths=jnp.array([5, 2])).shape
+    (2, 5, 4)
+  """
+
+  def __init__(
+    self,
+    in_features: int,
+    hidden_features: int,
+    *,
+    epsilon: float = 1e-6,
+    scale_init: Initializer = nnx.initializers.ones,
+    implementation: Implementation | None = None,
+    rngs: nnx.Rngs,
+    **options: Any,
+  ) -> None:
+    super().__init__(in_features, hidden_features, rngs=rngs, **options)
+    self.epsilon = epsilon
+    self.implementation = implementation
+    for name, width in _lstm_norms(hidden_features).items():
+      setattr(self, name, _CellNorm(width, scale_init, self.param_dtype, rngs))
+
+  def __call__(
+    self, carry: tuple[Array, Array], inputs: Array
+  ) -> tuple[tuple[Array, Array], Array]:
+    """One time step: `((c, h), inputs)` to `((c, h), h)`."""
+    return recurrent.layer_norm_lstm(
+      _cell_params(self),
+      carry,
+      inputs,
+      implementation=self.implementation,
+      **_cell_options(self),
+    )
+
+
+class LayerNormGRUCell(nnx.GRUCell):
+  """A layer-normalized GRU cell, in place of `flax.nnx.GRUCell`.
+
+  The variables of Flax's cell, whose kernels hold the gates r, z, n side by
+  side, and those of two norms. See `normkit.recurrent.layer_norm_gru`.
+
+  Args:
+    in_features: number of input features.
+    hidden_features: number of hidden units.
+    epsilon: added to the variances.
+    scale_init: initializer of the scales of the norms; their biases are zero.
+    implementation: as `normkit.layer_norm` takes it.
+    rngs: gives a key for each parameter.
+    **options: the other arguments of Flax's cell: `gate_fn`, `activation_fn`,
+      `kernel_init`, `recurrent_kernel_init`, `bias_init`, `dtype`,
+      `param_dtype` and so on; `promote_dtype` is not called.
+
+  Attributes:
+    norm_i: holds scale and bias of the norms of the input's sums.
+    norm_h: holds those of the norms of the hidden state's sums.
+
+  References:
+    Ba, Kiros and Hinton, "Layer Normalization" (2016).
+
+  Examples:
+    >>> import jax.numpy as jnp, normkit.nnx
+    >>> from flax import nnx
+    >>> cell = normkit.nnx.LayerNormGRUCell(3, 4, rngs=nnx.Rngs(0))
+    >>> x = jnp.ones((2, 5, 3))
+    >>> nnx.RNN(cell)(x, seq_lengths=jnp.array([5, 2])).shape
+    (2, 5, 4)
+  """
+
+  def __init__(
+    self,
+    in_features: int,
+    hidden_features: int,
+    *,
+    epsilon: float = 1e-6,
+    scale_init: Initializer = nnx.initializers.ones,
+    implementation: Implementation | None = None,
+    rngs: nnx.Rngs,
+    **options: Any,
+  ) -> None:
+    super().__init__(in_features, hidden_features, rngs=rngs, **options)
+    self.epsilon = epsilon
+    self.implementation = implementation
+    for name in ('norm_i', 'norm_h'):
+      wide = 3 * hidden_features
+      setattr(self, name, _CellNorm(wide, scale_init, self.param_dtype, rngs))
+
+  def __call__(self, carry: Array, inputs: Array) -> tuple[Array, Array]:
+    """One time step: `(h, inputs)` to `(h, h)`."""
+    return recurrent.layer_norm_gru(
+      _cell_params(self),
+      carry,
+      inputs,
+      implementation=self.implementation,
+      **_cell_options(self),
+    )
+
+
+class BatchNormLSTMCell(_Running, nnx.OptimizedLSTMCell):
+  """A batch-normalized LSTM cell, in place of `flax.nnx.OptimizedLSTMCell`.
+
+  The variables of Flax's cell, whose kernels hold the gates i, f, g, o side by
+  side, and scales and statistics of three norms, of which that of the memory
+  alone has a bias. See `normkit.recurrent.batch_norm_lstm`.
+
+  Run it with `normkit.nnx.RNN`, which tells the cell where sequences end.
+  Flax's RNN does not: there, where `seq_lengths` are given, give them to the
+  carry too, or the padding enters the statistics:
+  `initial_carry=carry.with_lengths(seq_lengths)`, with the carry from
+  `initialize_carry`.
+
+  Args:
+    in_features: number of input features.
+    hidden_features: number of hidden units.
+    max_length: how many time steps have statistics of their own; later ones
+      share the last.
+    use_running_average: normalize with the stored statistics; the call beats
+      it. None leaves it to the call.
+    momentum: the share of the old running value that is kept (PyTorch's 0.1 is
+      0.9 here). None weighs all updates equally.
+    epsilon: added to the variances.
+    scale_init: initializer of the scales of the norms, 0.1 unless given.
+    axis_name: names of mapped axes over which statistics are pooled.
+    axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
+    rngs: gives a key for each parameter.
+    **options: the other arguments of Flax's cell: `gate_fn`, `activation_fn`,
+      `kernel_init`, `recurrent_kernel_init`, `bias_init`, `dtype`,
+      `param_dtype` and so on; `promote_dtype` is not called.
+
+  Attributes:
+    norm_i: holds scale, mean, var and count of the norm of the input's sums.
+    norm_h: holds those of the norm of the hidden state's sums.
+    norm_c: holds those of the norm of the memory, and its bias.
+
+  References:
+    Cooijmans, Ballas, Laurent, Gülçehre and Courville, "Recurrent Batch
+    Normalization" (2017).
+
+  Examples:
+    >>> import jax.numpy as jnp, normkit.nnx
+    >>> from flax import nnx
+    >>> cell = normkit.nnx.BatchNormLSTMCell(
+    ...   3, 4, max_length=5, rngs=nnx.Rngs(0)
+    ... )
+    >>> rnn, x = normkit.nnx.RNN(cell), jnp.ones((2, 5, 3))
+    >>> rnn(x, seq_lengths=jnp.array([4, 2])).shape
+    (2, 5, 4)
+    >>> cell.norm_c.count[:, 0].tolist()
+    [1, 1, 1, 1, 0]
+  """
+
+  def __init__(
+    self,
+    in_features: int,
+    hidden_features: int,
+    *,
+    max_length: int,
+    use_running_average: bool | None = False,
+    momentum: float | None = 0.99,
+    epsilon: float = 1e-5,
+    scale_init: Initializer = _TENTH,
+    axis_name: AxisName | None = None,
+    axis_index_groups: Groups | None = None,
+    rngs: nnx.Rngs,
+    **options: Any,
+  ) -> None:
+    super().__init__(in_features, hidden_features, rngs=rngs, **options)
+    self.use_running_average = use_running_average
+    self.momentum = momentum
+    self.epsilon = epsilon
+    self.axis_name = axis_name
+    self.axis_index_groups = _types.hashable(axis_index_groups)
+    initial = recurrent.init_batch_norm_lstm(hidden_features, max_length)
+    for name, width in _lstm_norms(hidden_features).items():
+      made = _CellNorm(
+        width,
+        scale_init,
+        self.param_dtype,
+        rngs,
+        use_bias=name == 'norm_c',
+        stats=getattr(initial, name),
+      )
+      setattr(self, name, made)
+
+  def __call__(  # type: ignore[override]
+    self,
+    carry: recurrent.BatchNormLSTMCarry,
+    inputs: Array,
+    use_running_average: bool | None = None,
+  ) -> tuple[recurrent.BatchNormLSTMCarry, Array]:
+    """One time step: `(carry, inputs)` to `(carry, h)`."""
+    train = not self._evaluates(use_running_average)
+    names = recurrent.BatchNormLSTMState._fields
+    stats = recurrent.BatchNormLSTMState(
+      *(getattr(self, name).stats() for name in names)
+    )
+    carry, y, state = recurrent.batch_norm_lstm(
+      _cell_params(self),
+      _read(stats),
+      carry,
+      inputs,
+      train=train,
+      momentum=self.momentum,
+      axis_name=self.axis_name,
+      axis_index_groups=self.axis_index_groups,
+      **_cell_options(self),
+    )
+    if train:
+      _write(stats, state)
+    return carry, y
+
+  def initialize_carry(  # type: ignore[override]
+    self, input_shape: tuple[int, ...], *args: Any, **kwargs: Any
+  ) -> recurrent.BatchNormLSTMCarry:
+    """A carry at time step zero, of sequences without end."""
+    c, h = super().initialize_carry(input_shape, *args, **kwargs)
+    step = jnp.zeros(input_shape[:-1], jnp.int32)
+    return recurrent.BatchNormLSTMCarry(c, h, step)
+
+
+class RNN(nnx.RNN):
+  """Runs a cell over a sequence, in place of `flax.nnx.RNN`.
+
+  It differs in one thing: the batch-normalized LSTM is told `seq_lengths`, so
+  that padding does not enter its statistics.
+
+  Args:
+    cell: the cell; the other arguments too are those of `flax.nnx.RNN`.
+
+  Examples:
+    >>> import jax.numpy as jnp, normkit.nnx
+    >>> from flax import nnx
+    >>> cell = normkit.nnx.LayerNormGRUCell(3, 4, rngs=nnx.Rngs(0))
+    >>> normkit.nnx.RNN(cell)(jnp.ones((2, 5, 3))).shape
+    (2, 5, 4)
+  """
+
+  def __call__(
+    self,
+    inputs: Array,
+    *,
+    initial_carry: Any = None,
+    seq_lengths: Array | None = None,
+    time_major: bool | None = None,
+    rngs: nnx.Rngs | nnx.RngStream | None = None,
+    **kwargs: Any,
+  ) -> Any:
+    """Runs the cell; the arguments are those of `flax.nnx.RNN`."""
+    major = self.time_major if time_major is None else time_major
+    if initial_carry is None:
+      time = 0 if major else inputs.ndim - self.cell.num_feature_axes - 1
+      shape = (*inputs.shape[:time], *inputs.shape[time + 1 :])
+      stream = self.rngs if rngs is None else rngs
+      initial_carry = self.cell.initialize_carry(shape, stream)
+    if isinstance(initial_carry, recurrent.BatchNormLSTMCarry):
+      initial_carry = initial_carry.with_lengths(seq_lengths)
+    return super().__call__(
+      inputs,
+      initial_carry=initial_carry,
+      seq_lengths=seq_lengths,
+      time_major=major,
+      rngs=rngs,
+      **kwargs,
+    )
+
+
+class _CellNorm(nnx.Module):
+  """The parameters of one norm of a cell, and its statistics if it has any."""
+
+  def __init__(
+    self,
+    width: int,
+    scale_init: Initializer,
+    param_dtype: DType,
+    rngs: nnx.Rngs,
+    use_bias: bool = True,
+    stats: running.BatchNormState | None = None,
+  ) -> None:
+    self.scale = nnx.Param(scale_init(rngs.params(), (width,), param_dtype))
+    self.bias: Any = nnx.data(None)
+    if use_bias:
+      self.bias = nnx.Param(jnp.zeros((width,), param_dtype))
+    if stats is not None:
+      for name, value in stats._asdict().items():
+        setattr(self, name, nnx.BatchStat(value))
+
+  def params(self) -> norm.NormParams:
+    """The parameters as arrays."""
+    return norm.NormParams(*_read((self.scale, self.bias)))
+
+  def stats(self) -> running.BatchNormState:
+    """The variables that hold the statistics."""
+    names = running.BatchNormState._fields
+    return running.BatchNormState(*(getattr(self, name) for name in names))
+
+
+def _lstm_norms(hidden: int) -> dict[str, int]:
+  """The names of the norms of an LSTM and their widths."""
+  return {'norm_i': 4 * hidden, 'norm_h': 4 * hidden, 'norm_c': hidden}
+
+
+def _cell_params(cell: Any) -> recurrent.CellParams:
+  """The parameters of a cell as its function takes them."""
+  is_gru = isinstance(cell, nnx.GRUCell)
+  names = ('norm_i', 'norm_h') if is_gru else ('norm_i', 'norm_h', 'norm_c')
+  bias = (cell.dense_i if is_gru else cell.dense_h).bias
+  return recurrent.CellParams(
+    cell.dense_i.kernel[...],
+    cell.dense_h.kernel[...],
+    _read(bias),
+    **{name: getattr(cell, name).params() for name in names},
+  )
+
+
+def _cell_options(cell: Any) -> dict[str, Any]:
+  """The options that all cells share."""
+  names = 'epsilon', 'gate_fn', 'activation_fn', 'dtype'
+  return {name: getattr(cell, name) for name in names}

@@ -12,7 +12,7 @@ import pytest
 import normkit as nk
 
 STATE = nk.BatchNormState(
-  jnp.array([0.5, -2.0, 1.0]), jnp.array([4.0, 0.3, 1.0]), jnp.full(3, 7)
+  jnp.array([0.5, -2.0, 1.0]), jnp.array([40.0, 0.3, 1.0]), jnp.full(3, 7)
 )
 
 
@@ -51,7 +51,9 @@ class TestBatchRenorm:
     n, pull_normed = jax.vjp(normed, x)
     r = (y[0] - y[1]) / (n[0] - n[1])
     assert np.ptp(r) > 0.1  # the features differ
-    np.testing.assert_allclose(pull(dy)[0], pull_normed(r[None] * dy)[0], atol=1e-5)
+    np.testing.assert_allclose(
+      pull(dy)[0], pull_normed(r[None] * dy)[0], atol=1e-5
+    )
 
   def test_schedules(self):
     """By the updates so far, which differ between features."""

@@ -1,6 +1,7 @@
-"""Weight norm and spectral norm around Flax's layers, in place of Flax's own.
+"""Norms of weights around Flax's layers, in place of Flax's own.
 
-Each use is compared with Flax's module and with NumPy in float64. The rest is
+Each use is compared with NumPy in float64, and but for weight standardization,
+which Flax does not have, with Flax's module. The rest is
 what modules add to the functions: scopes, names, lifted transforms, metadata,
 checkpoints, and that the wrapped layer keeps its parameters.
 """
@@ -17,10 +18,14 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from reference import spectral_norm_reference, weight_norm_reference
+from reference import (
+  spectral_norm_reference,
+  weight_norm_reference,
+  weight_standardize_reference,
+)
 
 from benchmarks import dropin, wrappers
-from normkit import linen as kl, nnx as kn
+from normkit import linen as kl, nnx as kn, weights
 
 KEY = jax.random.key(0)
 NORMS = wrappers.NORMS
@@ -823,7 +828,148 @@ def uncomplete(norm):
   return module(X)
 
 
+# Weight standardization
+
+
+def layers(kind):
+  """A layer of linen, its like of nnx, and an input."""
+  if kind == 'dense':
+    return nn.Dense(5), nnx.Linear(6, 5, rngs=nnx.Rngs(0)), X
+  conv = nnx.Conv(6, 5, (3, 3), rngs=nnx.Rngs(0))
+  return nn.Conv(5, (3, 3)), conv, normal(2, 4, 4, 6, seed=1)
+
+
+@pytest.mark.parametrize('scaled', [False, True])
+@pytest.mark.parametrize('feature_axes', [-1, (-2, -1), None])
+@pytest.mark.parametrize('kind', ['dense', 'conv'])
+def test_standardization(kind, feature_axes, scaled):
+  """Both families call the layer with the standardized kernel."""
+  linen, like, x = layers(kind)
+  if kind == 'dense' and feature_axes == (-2, -1):
+    feature_axes = 0
+  kernel, bias = 3 + normal(*like.kernel.shape), normal(5, seed=2)
+  features = () if feature_axes is None else np.atleast_1d(feature_axes)
+  gain = normal(*(kernel.shape[a] for a in features), seed=4)
+  options = {'feature_axes': feature_axes, 'scaled': scaled}
+  desired = weight_standardize_reference(kernel, gain, **options)
+  desired = jnp.asarray(desired, jnp.float32)
+  y = linen.apply({'params': {'kernel': desired, 'bias': bias}}, x)
+  options |= {'use_gain': True, 'gain_init': lambda *_: gain}
+  module = kl.WeightStandardization(linen, **options)
+  params = module.init(KEY, x)['params']
+  assert {*params} == {'layer_instance', 'layer_instance/kernel/gain'}
+  params = {**params, 'layer_instance': {'kernel': kernel, 'bias': bias}}
+  close(module.apply({'params': params}, x), y)
+  like.kernel[...], like.bias[...] = kernel, bias
+  layer = kn.WeightStandardization(like, rngs=nnx.Rngs(0), **options)
+  assert [*layer.gains] == [('kernel',)]
+  close(layer(x), y)
+  np.testing.assert_array_equal(like.kernel[...], kernel)
+
+
+def test_standardization_of_a_transform_is_that_of_modules():
+  """One set of parameters, three ways."""
+  layer = nn.Dense(5)
+  module = kl.WeightStandardization(layer, scaled=True)
+  variables = module.init(KEY, X)
+  assert {*variables['params']} == {'layer_instance'}
+  held = variables['params']['layer_instance']
+  ws = weights.WeightStandardization(scaled=True)
+  new, _ = ws.apply(*ws.init(held), held, update=True)
+  y = layer.apply({'params': new}, X)
+  close(module.apply(variables, X), y)
+  like = nnx.Linear(6, 5, rngs=nnx.Rngs(0))
+  like.kernel[...], like.bias[...] = held['kernel'], held['bias']
+  bare = kn.WeightStandardization(like, scaled=True, rngs=nnx.Rngs(0))
+  assert bare.gains is None
+  close(bare(X), y)
+
+
+def test_standardization_leaves_initial_weights():
+  """Both families start from what the layer draws."""
+
+  class Holder(nn.Module):
+    wrap: bool
+
+    @nn.compact
+    def __call__(self, x):
+      layer = nn.Dense(5, name='dense')
+      return (kl.WeightStandardization(layer) if self.wrap else layer)(x)
+
+  made = [Holder(wrap).init(KEY, X)['params']['dense'] for wrap in (0, 1)]
+  chex.assert_trees_all_equal(*made)
+  y, variables = Holder(True).init_with_output(KEY, X)
+  close(y, Holder(True).apply(variables, X))
+  bare = nnx.Linear(6, 5, rngs=nnx.Rngs(0)).kernel[...]
+  layer = nnx.Linear(6, 5, rngs=nnx.Rngs(0))
+  layer = kn.WeightStandardization(layer, use_gain=True, rngs=nnx.Rngs(0))
+  np.testing.assert_array_equal(layer.layer_instance.kernel[...], bare)
+
+
+@pytest.mark.parametrize('epsilon', [None, 0.5])
+@pytest.mark.parametrize('dtype', [None, HALF])
+def test_standardization_options(dtype, epsilon):
+  """Epsilon, dtypes and filters reach the function."""
+  seen = []
+
+  class Read(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      seen.append(self.param('table', lambda _: normal(6, 5)))
+      return x
+
+  module = kl.WeightStandardization(
+    Read(), epsilon, dtype, HALF, use_gain=True, variable_filter={'tab'}
+  )
+  params = module.init(KEY, X)['params']
+  assert params['layer_instance/table/gain'].dtype == HALF
+  module.apply({'params': params}, X)
+  assert seen[-1].dtype == (jnp.float32 if dtype is None else dtype)
+  desired = weight_standardize_reference(
+    normal(6, 5), epsilon=1e-10 if epsilon is None else epsilon
+  )
+  tolerance = 1e-2 if dtype else 2e-6
+  np.testing.assert_allclose(
+    np.asarray(seen[-1], np.float64), desired, tolerance, tolerance
+  )
+  layer = kn.WeightStandardization(
+    nnx.Linear(6, 5, use_bias=False, rngs=nnx.Rngs(0)),
+    epsilon=epsilon,
+    dtype=dtype,
+    param_dtype=HALF,
+    use_gain=True,
+    variable_filter=nnx.PathContains('kernel'),
+    rngs=nnx.Rngs(0),
+  )
+  assert layer.gains['kernel',].dtype == HALF
+  layer.layer_instance.kernel[...] = normal(6, 5)
+  np.testing.assert_allclose(layer(jnp.eye(6)), desired, tolerance, tolerance)
+
+
+def test_standardization_trains():
+  """Kernels and gains, in both families; a shift of a kernel is nothing."""
+  module = kl.WeightStandardization(nn.Dense(5), use_gain=True)
+  params = module.init(KEY, X)['params']
+
+  def loss(params):
+    return jnp.mean((module.apply({'params': params}, X) - 1) ** 2)
+
+  grads = jax.grad(loss)(params)
+  assert all(np.any(g != 0) for g in jax.tree.leaves(grads))
+  along = np.sum(grads['layer_instance']['kernel'], axis=0)
+  np.testing.assert_allclose(along, 0, atol=1e-5)
+  like = nnx.Linear(6, 5, rngs=nnx.Rngs(0))
+  layer = kn.WeightStandardization(like, use_gain=True, rngs=nnx.Rngs(0))
+  before = arrays(nnx.state(layer, nnx.Param))
+  losses = losses_of(layer)
+  after = arrays(nnx.state(layer, nnx.Param))
+  assert losses[-1] < losses[0]
+  assert len(after) == 3
+  assert all(np.any(before[k] != after[k]) for k in before)
+
+
 W, S = NORMS
+WS = 'WeightStandardization'
 LINEN_CONV = nn.Conv(5, (3, 3))
 COMPLEX = nn.Dense(5, param_dtype=jnp.complex64)
 FAILURES = {
@@ -876,6 +1022,31 @@ def test_epsilon(error, message, make, norm, epsilon):
       TypeError,
       'complex result of weight of dtype complex64',
       lambda: make_linen(W, COMPLEX, dtype=jnp.float32),
+    ),
+    (
+      ValueError,
+      'epsilon=64 .*width',
+      lambda: make_linen(WS, epsilon=64),
+    ),
+    (ValueError, 'epsilon must be', lambda: make_nnx(WS, epsilon=-1.0)),
+    (TypeError, 'scaled must be True', lambda: make_linen(WS, scaled=1)),
+    (TypeError, 'scaled must be True', lambda: make_nnx(WS, scaled='a')),
+    (
+      ValueError,
+      'only 1 element shares a mean',
+      lambda: make_linen(WS, feature_axes=(0, 1)),
+    ),
+    (TypeError, 'layer_instance must be', lambda: make_linen(WS, 3)),
+    (TypeError, 'layer_instance .*nnx.Linear', lambda: make_nnx(WS, jnp.tanh)),
+    (
+      TypeError,
+      'variable_filter',
+      lambda: make_linen(WS, variable_filter='kernel'),
+    ),
+    (
+      ValueError,
+      'feature_axes=2 is out of range',
+      lambda: make_nnx(WS, feature_axes=2),
     ),
     (TypeError, 'n_steps must be', lambda: make_linen(S, n_steps=1.5)),
     (TypeError, 'n_steps must be', lambda: make_nnx(S, n_steps=1.5)),

@@ -149,7 +149,6 @@ def corrections(
   batch: Centred, old: Centred, epsilon: float, r_max: Array, d_max: Array
 ) -> tuple[Array, Array]:
   """r and d, constants to differentiation; 1 and 0 where no element counts."""
-  batch = Centred(*map(lax.stop_gradient, batch))
   root = reciprocal_root(old.var, epsilon)
   distance = (batch.pivot - old.pivot) + batch.offset
   r = jnp.clip(jnp.sqrt(batch.var + epsilon) * root, 1 / r_max, r_max)

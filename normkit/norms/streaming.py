@@ -127,7 +127,7 @@ def streaming_norm(
   keep, share = (
     jnp.broadcast_to(w, count.shape).reshape(batch.var.shape) for w in weights
   )
-  stats = _weighted(old, batch, jnp.where(held, keep, 1), held * share)
+  stats = _weighted(old, batch, keep, held * share)
   mean = stats.pivot + stats.offset
   is_held = held.reshape(count.shape)
 
@@ -146,7 +146,7 @@ def streaming_norm(
 def _weighted(
   old: Centred, batch: Centred, keep: Array, share: Array
 ) -> Centred:
-  """The two sets as one, by weights that sum to one."""
+  """The two sets as one, by their weights."""
   pivot, offset, var = (
     jnp.stack([jnp.broadcast_to(v, keep.shape) for v in pair])
     for pair in zip(old[:3], batch[:3], strict=True)
