@@ -428,3 +428,48 @@ def test_pooling(tmp_path):
   assert len(errors) == 7
   assert off == ['flax, pmap, axis_name']
   assert (tmp_path / 'pooling.png').stat().st_size > 10_000
+
+
+# Which norm for which batch.
+
+
+def test_batch_size(tmp_path):
+  """Errors of a short run, in the terminal, in files and in a document."""
+  names = 'batch-size', 'skewed', 'costs'
+  document = tmp_path / 'document.md'
+  document.write_text(''.join(f'<!-- {n} -->\n<!-- /{n} -->\n' for n in names))
+  script, out = EXAMPLES / 'batch_size.py', tmp_path / 'out'
+  done = subprocess.run(
+    [sys.executable, script, '--small', '--out', out, '--update', document],
+    env=os.environ | {'JAX_PLATFORMS': 'cpu', 'COLUMNS': '200'},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  assert re.search(r'group: [\d.]+ to [\d.]+ %', done.stdout)
+  for name in names:
+    table = (out / f'{name}.md').read_text()
+    rows = [line.split()[1] for line in table.splitlines()[2:]]
+    assert rows == ['batch', 'renorm', 'group']
+    assert table in document.read_text()
+  for picture in ('batch_size.png', 'skewed.png'):
+    assert (out / picture).read_bytes().startswith(b'\x89PNG')
+
+
+def test_folds_are_disjoint_and_skewed_batches_hold_few_classes(
+  examples_on_path,
+):
+  batch_size = importlib.import_module('batch_size')
+  digits = batch_size.load(folds=5)
+  assert len(np.unique(digits.test)) == digits.test.size == 1795
+  streams = {
+    10: batch_size.mixed(digits, 4000).reshape(5, 100, 40),
+    2: batch_size.skewed(digits, 3, 40, classes=2),
+  }
+  for classes, batches in streams.items():
+    for fold, test in zip(batches, digits.test, strict=True):
+      assert not np.isin(fold, test).any()
+    found = [len(set(digits.labels[b])) for b in batches.reshape(-1, 40)]
+    assert max(found) == classes
+  assert set(found) == {2}
