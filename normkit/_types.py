@@ -274,13 +274,16 @@ def note_path(path: str) -> Iterator[None]:
     raise
 
 
-def check_implementation(implementation: Implementation | None) -> None:
-  """Raises unless there is an implementation of the name."""
+def check_implementation(
+  implementation: Implementation | None,
+) -> Implementation | None:
+  """Returns an implementation's name; raises unless there is one."""
   names = get_args(Implementation)
   if implementation is not None and implementation not in names:
     raise ValueError(
       f'implementation must be None or one of {names}, got {implementation!r}.'
     )
+  return implementation
 
 
 def refuse_kernel(implementation: Implementation | None, why: str) -> None:

@@ -8,12 +8,18 @@ from jax.tree_util import GetAttrKey
 import numpy as np
 
 from normkit.norm import NormParams
+from normkit.norms.dyt import DyTParams
+from normkit.norms.evonorm import EvoNormParams
+from normkit.norms.response import FilterResponseParams
 
 Tree: TypeAlias = Any
 Decays: TypeAlias = Callable[[str, Any], bool | None]
 
 _SCALES = frozenset({'scale', 'scales', 'gain', 'gains'})
 _BIASES = frozenset({'bias', 'offset'})
+_NORMS = NormParams, DyTParams, EvoNormParams, FilterResponseParams
+# What a norm has beside its scale and bias.
+_OTHERS = frozenset({'alpha', 'v', 'threshold'})
 
 
 def decay_mask(params: Tree, where: Decays | None = None) -> Tree:
@@ -23,7 +29,7 @@ def decay_mask(params: Tree, where: Decays | None = None) -> Tree:
   it all that the norm lets through; a bias it has no reason to draw anywhere. A
   leaf does not decay if it is
 
-  1. inside `NormParams`, at any depth of the tree, of any rank;
+  1. inside `NormParams` or the like, at any depth of the tree, of any rank;
   2. a scalar or a vector, whatever its name;
   3. of rank two or more, a `scale` (or `gain`), `bias` or `offset`, and so are
      all leaves of its dictionary: what lies there is a norm, or a bias alone;
@@ -88,9 +94,9 @@ def decay_mask(params: Tree, where: Decays | None = None) -> Tree:
       "example where=lambda path, leaf: True if 'table' in path else None."
     )
   is_norm = jax.tree.map(
-    lambda node: jax.tree.map(lambda _: isinstance(node, NormParams), node),
+    lambda node: jax.tree.map(lambda _: isinstance(node, _NORMS), node),
     params,
-    is_leaf=lambda node: isinstance(node, NormParams),
+    is_leaf=lambda node: isinstance(node, _NORMS),
   )
   groups: dict[Hashable, list[tuple[str, tuple[int, ...]]]] = {}
   for path, leaf in jax.tree.leaves_with_path(params):
@@ -113,7 +119,9 @@ def _is_outside(
   name: str, shape: tuple[int, ...], group: Sequence[tuple[str, Any]]
 ) -> bool:
   """Whether a leaf is a vector, of a norm, or a bias, by those beside it."""
-  if len(shape) < 2 or all(n in _SCALES | _BIASES for n, _ in group):
+  names = {n for n, _ in group}
+  known = _SCALES | _BIASES
+  if len(shape) < 2 or (names & known and names <= known | _OTHERS):
     return True
   is_bias = name in _BIASES or name.endswith('_bias')
   return is_bias and any(_has_features(weight, shape) for _, weight in group)

@@ -337,6 +337,8 @@ class CenteredOptions(Options):
 
 _FIELD_CHECKS: dict[str, Callable[[Any], Any]] = {
   'epsilon': _types.check_epsilon,
+  'implementation': _types.check_implementation,
+  'alpha': lambda alpha: _types.check_real(alpha, 'alpha'),
   'scale_offset': lambda offset: _types.check_real(offset, 'scale_offset'),
   'momentum': _types.check_momentum,
   'axis': lambda axis: (

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 
 from normkit import _types
@@ -344,12 +345,20 @@ def batch_norm_lstm(
   x, (c, h) = _check_cell(params, x, given, 4)
   step, length = carry.step, carry.length
   _check_shapes({'carry.step': (step, x.shape[:-1])})
+  if not jnp.issubdtype(step.dtype, jnp.integer):
+    raise TypeError(
+      f'carry.step must be of integers, the steps so far, got {step.dtype}. '
+      "Take the carry from the cell's initialize_carry."
+    )
   where = None if length is None else (step < length)[..., None]
+  time = jnp.max(step, initial=0)
+  if axis_name is not None:  # devices pool the statistics of one time step
+    time = lax.pmax(time, axis_name)
   states: dict[str, BatchNormState] = {}
 
   def norm(name: str, values: Array) -> Array:
     stats: BatchNormState = getattr(state, name)
-    row = _row(stats, step, train)
+    row = _row(stats, time, train)
     y, new = batch.batch_norm(
       values,
       jax.tree.map(lambda s: s[row], stats),
@@ -437,12 +446,12 @@ def _normed_sums(
   return sum_i, sum_h
 
 
-def _row(stats: BatchNormState, step: Array, train: bool) -> Array:
+def _row(stats: BatchNormState, time: Array, train: bool) -> Array:
   """Which time step's statistics a time step uses."""
   last: Any = stats.count.shape[0] - 1
   if not train:
     last = jnp.maximum(jnp.sum(stats.count[:, 0] > 0) - 1, 0)
-  return jnp.minimum(jnp.max(step), last)
+  return jnp.minimum(time, last)
 
 
 def _check_cell(

@@ -170,8 +170,8 @@ CASES = (
     family.evonorm_s0(num_groups=2),
   ),
   Case(
-    'evonorm_s0_linear',
-    nk.EvoNormS0(num_groups=4, use_nonlinearity=False, use_scale=False),
+    'evonorm_s0_no_scale',
+    nk.EvoNormS0(num_groups=4, use_scale=False),
     (2, 5, 4),
     family.evonorm_s0(num_groups=4),
   ),

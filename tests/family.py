@@ -142,14 +142,14 @@ def scale_norm(epsilon=1e-12, axis=-1):
 
 
 def evonorm_s0(num_groups, epsilon=1e-5):
-  """Liu and others 2020, appendix A, EvoNorm-S0."""
+  """Liu and others 2020, table 2, EvoNorm-S0."""
 
   def formula(params, state, x, train, where):
     v, scale, bias = params
     divide = {x.ndim - 1: x.shape[-1] // num_groups}
     sets = numbered(x.shape, (0, x.ndim - 1), divide)
     _, var, count = moments_of(x, sets, where)
-    y = x if v is None else x / (1 + np.exp(-v * x))
+    y = x / (1 + np.exp(-v * x))
     y = np.where(count > 0, y / np.sqrt(var + epsilon), 0)
     return affine(y, scale, bias), state
 
@@ -173,7 +173,7 @@ def one_a_channel(*values):
 
 
 def evonorm_b0(momentum=0.99, epsilon=1e-5):
-  """Liu and others 2020, appendix A, EvoNorm-B0."""
+  """Liu and others 2020, table 2, EvoNorm-B0."""
 
   def formula(params, state, x, train, where):
     v, scale, bias = params
@@ -184,9 +184,7 @@ def evonorm_b0(momentum=0.99, epsilon=1e-5):
     else:
       var, count = wide(state.var), np.ones(1)
     _, own, _ = moments_of(x, numbered(x.shape, (0, x.ndim - 1)), where)
-    least = np.sqrt(var + epsilon)
-    if v is not None:
-      least = np.maximum(least, v * x + np.sqrt(own + epsilon))
+    least = np.maximum(np.sqrt(var + epsilon), v * x + np.sqrt(own + epsilon))
     return affine(np.where(count > 0, x / least, 0), scale, bias), state
 
   return Family(formula)

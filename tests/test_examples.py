@@ -447,11 +447,11 @@ def test_batch_size(tmp_path):
     check=False,
   )
   assert done.returncode == 0, done.stderr
-  assert re.search(r'group: [\d.]+ to [\d.]+ %', done.stdout)
+  assert re.search(r'renorm: [\d.]+ to [\d.]+ %', done.stdout)
   for name in names:
     table = (out / f'{name}.md').read_text()
     rows = [line.split()[1] for line in table.splitlines()[2:]]
-    assert rows == ['batch', 'renorm', 'group']
+    assert rows == ['batch', 'renorm']
     assert table in document.read_text()
   for picture in ('batch_size.png', 'skewed.png'):
     assert (out / picture).read_bytes().startswith(b'\x89PNG')

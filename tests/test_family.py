@@ -5,6 +5,7 @@ import chex
 import family
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 import optax
 import pytest
@@ -90,6 +91,18 @@ class TestBatchRenorm:
       nk.batch_renorm(jnp.ones((2, 3)), STATE, train=True, **options)
     with pytest.raises(TypeError, match='r_max'):
       nk.BatchRenorm(r_max='3')
+    with pytest.raises(ValueError, match='r_max must give one number'):
+      nk.batch_renorm(
+        jnp.ones((2, 3)), STATE, train=True, r_max=lambda n: jnp.ones(2) * n
+      )
+
+  def test_schedules_stay_in_their_limits(self):
+    x = draw((6, 3))
+    low, _ = nk.batch_renorm(
+      x, STATE, train=True, r_max=lambda n: 0.0, d_max=lambda n: -1.0
+    )
+    same, _ = nk.batch_norm(x, STATE, train=True)
+    np.testing.assert_allclose(low, same, atol=1e-6)
 
 
 class TestStreamingNorm:
@@ -112,6 +125,13 @@ class TestStreamingNorm:
       return nk.streaming_norm(x, STATE, train=True, momentum=0.9)[0].sum()
 
     assert np.all(jax.grad(total)(draw((1, 3))) != 0)
+
+  def test_earlier_batches_are_constant(self):
+    def later(x):
+      _, state = nk.streaming_norm(x, STATE, train=True)
+      return nk.streaming_norm(draw((2, 3)), state, train=True)[0].sum()
+
+    np.testing.assert_array_equal(jax.grad(later)(draw((2, 3), seed=1)), 0)
 
 
 class TestIterativeWhitening:
@@ -168,7 +188,9 @@ CONDITIONED = {
   'group': lambda x, *given: nk.group_norm(x, *given, num_groups=2),
   'instance': nk.instance_norm,
   'response': nk.filter_response_norm,
-  'evonorm': lambda x, *given: nk.evonorm_s0(x, None, *given, num_groups=2),
+  'evonorm': lambda x, *given: nk.evonorm_s0(
+    x, jnp.ones(4), *given, num_groups=2
+  ),
   'renorm': lambda x, *given: nk.batch_renorm(x, STATE4, *given, train=True)[0],
   'streaming': lambda x, *given: nk.streaming_norm(
     x, STATE4, *given, train=True
@@ -211,6 +233,11 @@ def test_adaptive_instance_norm():
   np.testing.assert_allclose(y.std((1, 2)), style.std((1, 2)), rtol=1e-4)
   with pytest.raises(ValueError, match='style has 3 axes'):
     nk.adaptive_instance_norm(x, style[0])
+  for other in style[..., :1], jnp.ones((3, 7, 2, 3)):
+    with pytest.raises(ValueError, match='must have the channels of x'):
+      nk.adaptive_instance_norm(x, other)
+  with pytest.raises(TypeError, match='cannot hold its mean'):
+    nk.adaptive_instance_norm(x, style.astype(jnp.complex64))
 
 
 def test_scale_offset():
@@ -225,6 +252,14 @@ def test_scale_offset():
   np.testing.assert_allclose(y, nk.rms_norm(x, scale), rtol=1e-6)
   with pytest.raises(TypeError, match='scale_offset'):
     nk.LayerNorm(scale_offset='1')
+
+
+def test_whitening_far_from_zero():
+  x = 1e5 + draw((512, 4))
+  norm = nk.IterativeWhitening(group_size=2)
+  params, state = norm.init(x)
+  y, _ = norm.apply(params, state, x, train=True)
+  np.testing.assert_allclose(y.mean(0), 0, atol=1e-5)
 
 
 def test_l2_norm_of_queries():
@@ -247,3 +282,39 @@ def test_parameters_of_another(transform):
   _, state = transform.init(x)
   with pytest.raises(ValueError, match='params must be'):
     transform.apply(nk.NormParams(), state, x, train=True)
+
+
+SHARDED = {
+  'renorm': nk.BatchRenorm(r_max=1.5, d_max=0.5),
+  'streaming': nk.StreamingNorm(),
+  'whitening': nk.IterativeWhitening(group_size=2),
+  'evonorm_s0': nk.EvoNormS0(num_groups=4),
+  'evonorm_b0': nk.EvoNormB0(),
+  'response': nk.FilterResponseNorm(),
+  'scale': nk.ScaleNorm(),
+  'dyt': nk.DyT(),
+}
+
+
+@pytest.mark.parametrize('axis', range(3))
+@pytest.mark.parametrize('name', SHARDED)
+def test_explicit_meshes(name, axis):
+  """Whichever axis is sharded: the same values, sharded as x is."""
+  norm, x = SHARDED[name], draw((8, 4, 8))
+  params, state = norm.init(x)
+
+  def run(params, state, x):
+    def loss(x):
+      y, new = norm.apply(params, state, x, train=True)
+      return (y**3).sum(), (y, new)
+
+    return jax.grad(loss, has_aux=True)(x)
+
+  want = run(params, state, x)
+  mesh = jax.make_mesh((4,), ('d',), axis_types=(AxisType.Explicit,))
+  spec = P(*('d' if a == axis else None for a in range(3)))
+  with jax.set_mesh(mesh):
+    given = jax.device_put((params, state), NamedSharding(mesh, P()))
+    found = jax.jit(run)(*given, jax.device_put(x, NamedSharding(mesh, spec)))
+  assert jax.typeof(found[1][0]).sharding.spec == spec
+  chex.assert_trees_all_close(found, want, rtol=1e-4, atol=1e-4)

@@ -2,6 +2,7 @@
 
 import functools
 
+from cases import CASES as NORMS
 from flax import linen as nn, nnx
 import jax
 import jax.numpy as jnp
@@ -323,3 +324,14 @@ def test_where():
 def test_errors(where, message):
   with pytest.raises(TypeError, match=message):
     decay_mask({'a': ones(3)}, where)
+
+
+@pytest.mark.parametrize('case', NORMS, ids=[c.name for c in NORMS])
+def test_no_norm_decays(case):
+  """Not as a tuple, nor as the dictionary of a module; stacked or not."""
+  params, _ = case.transform.init(jnp.ones(case.shape))
+  stacked = jax.tree.map(lambda p: jnp.stack([p, p]), params)
+  for one in params, stacked, jax.tree.map(lambda p: p[None], stacked):
+    as_dict = {n: p for n, p in one._asdict().items() if p is not None}
+    for tree in one, {'norm': as_dict}:
+      assert not any(jax.tree.leaves(decay_mask(tree)))

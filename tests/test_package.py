@@ -24,8 +24,8 @@ MODULES = (
 LAYERS = (
   ('tools', 'testing'),
   ('linen', 'nnx'),
-  ('recurrent',),
-  ('norms', 'weights', 'masks'),
+  ('recurrent', 'masks'),
+  ('norms', 'weights'),
   ('norm', 'running'),
   ('rows',),
   ('affine',),

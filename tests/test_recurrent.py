@@ -11,6 +11,7 @@ import chex
 from flax import linen as nn, nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec as P
 from jax.test_util import check_grads
 import numpy as np
 import pytest
@@ -162,10 +163,10 @@ def reference_state(max_length):
 
 def run_function(kind, params, x, state=None, lengths=None, **options):
   """The same by the pure functions under `lax.scan`."""
-  zeros = jnp.zeros((x.shape[0], HIDDEN), x.dtype)
+  zeros = jnp.repeat(jnp.zeros_like(x[:, 0, :1]), HIDDEN, axis=1)
   steps = jnp.swapaxes(x, 0, 1)
   if kind == 'BatchNormLSTMCell':
-    carry = BatchNormLSTMCarry(zeros, zeros, jnp.zeros(len(x), jnp.int32))
+    carry = BatchNormLSTMCarry(zeros, zeros, zeros[:, 0].astype(jnp.int32))
 
     def step(loop, x):
       carry, y, state = recurrent.batch_norm_lstm(params, *loop, x, **options)
@@ -564,6 +565,13 @@ def test_pooled_over_an_axis():
   ys, states = jax.jit(each)(*halves)
   close(ys.reshape(y.shape), y)
   close(states, jax.tree.map(lambda a: np.stack([a, a]), stats))
+  sharded = jax.shard_map(  # which checks that the statistics are of both
+    functools.partial(run, axis_name='d'),
+    mesh=jax.make_mesh((2,), ('d',), axis_types=(AxisType.Auto,)),
+    in_specs=(P('d'), P('d')),
+    out_specs=(P('d'), P()),
+  )
+  close(jax.jit(sharded)(X, LENGTHS), (y, stats))
 
 
 @pytest.mark.parametrize('kind', CELLS)

@@ -36,7 +36,7 @@ class EvoNormParams(NamedTuple):
   """The parameters of an EvoNorm, one number a channel.
 
   Attributes:
-    v: the slope inside of the nonlinearity, or None for a linear layer.
+    v: the slope inside of the nonlinearity.
     scale: what its result is multiplied by, or None.
     bias: what is added after that, or None.
 
@@ -47,14 +47,14 @@ class EvoNormParams(NamedTuple):
     [1.0, 1.0, 1.0, 1.0]
   """
 
-  v: Array | None = None
+  v: Array
   scale: Array | None = None
   bias: Array | None = None
 
 
 def evonorm_s0(
   x: ArrayLike,
-  v: ArrayLike | None = None,
+  v: ArrayLike,
   scale: ArrayLike | None = None,
   bias: ArrayLike | None = None,
   *,
@@ -74,8 +74,7 @@ def evonorm_s0(
 
   Args:
     x: array (batch, ..., channels), float16, bfloat16, float32 or float64.
-    v: one a channel, or of x's rank and broadcasting against it. None: linear,
-      x / sqrt(Var[x] + epsilon) * scale + bias.
+    v: one a channel, or of x's rank and broadcasting against it.
     scale: shaped as `v` is. None: one.
     bias: shaped as `v` is. None: zero.
     num_groups: how many groups of contiguous channels; it divides their number.
@@ -94,12 +93,12 @@ def evonorm_s0(
 
   References:
     Liu, Brock, Simonyan and Le, "Evolving Normalization-Activation Layers"
-    (2020), table 2 and appendix A.
+    (2020), table 2.
 
   Examples:
     >>> import jax.numpy as jnp, normkit as nk
     >>> x = jnp.array([[[2.], [0.]]])
-    >>> nk.evonorm_s0(x, num_groups=1, epsilon=0.).tolist()
+    >>> nk.evonorm_s0(x, jnp.full(1, 99.), num_groups=1, epsilon=0.).tolist()
     [[[2.0], [0.0]]]
   """
   x, slope, args = _prepare(x, v, scale, bias, epsilon, where, dtype)
@@ -118,7 +117,7 @@ def evonorm_s0(
 def evonorm_b0(
   x: ArrayLike,
   state: BatchNormState,
-  v: ArrayLike | None = None,
+  v: ArrayLike,
   scale: ArrayLike | None = None,
   bias: ArrayLike | None = None,
   *,
@@ -143,8 +142,7 @@ def evonorm_b0(
   Args:
     x: array (batch, ..., channels), float16, bfloat16, float32 or float64.
     state: the running statistics, one number a channel.
-    v: one a channel, or of x's rank and broadcasting against it. None: linear,
-      x / sqrt(Var_B[x] + epsilon) * scale + bias.
+    v: one a channel, or of x's rank and broadcasting against it.
     scale: shaped as `v` is. None: one.
     bias: shaped as `v` is. None: zero.
     train: take the batch's variance and update the running one.
@@ -166,13 +164,14 @@ def evonorm_b0(
 
   References:
     Liu, Brock, Simonyan and Le, "Evolving Normalization-Activation Layers"
-    (2020), table 2 and appendix A.
+    (2020), table 2.
 
   Examples:
     >>> import jax.numpy as jnp, normkit as nk
     >>> state = nk.BatchNormState(jnp.zeros(1), jnp.ones(1), jnp.zeros(1, int))
     >>> x = jnp.array([[[2.], [0.]]])
-    >>> nk.evonorm_b0(x, state, train=False, epsilon=0.)[0].tolist()
+    >>> v = jnp.zeros(1)
+    >>> nk.evonorm_b0(x, state, v, train=False, epsilon=0.)[0].tolist()
     [[[2.0], [0.0]]]
   """
   x, slope, args = _prepare(x, v, scale, bias, epsilon, where, dtype)
@@ -195,23 +194,20 @@ def evonorm_b0(
     )
   else:
     batch = running(state, x, (last,))
-  statistics = [_root(batch.var + args.epsilon), batch.count > 0]
-  if slope is not None:
-    each = centred(x, tuple(range(1, last)), args.where)
-    statistics.append(_root(each.var + args.epsilon))
-  return _finish(_over_larger, x, slope, tuple(statistics), args), state
+  each = centred(x, tuple(range(1, last)), args.where)
+  roots = (_root(v + args.epsilon) for v in (batch.var, each.var))
+  statistics = *roots, batch.count > 0
+  return _finish(_over_larger, x, slope, statistics, args), state
 
 
-def _swish(x: Array, slope: Array | None, root: Array) -> Array:
-  return (x if slope is None else x * jax.nn.sigmoid(slope * x)) * root
+def _swish(x: Array, slope: Array, root: Array) -> Array:
+  return x * jax.nn.sigmoid(slope * x) * root
 
 
 def _over_larger(
-  x: Array, slope: Array | None, batch: Array, held: Array, *own: Array
+  x: Array, slope: Array, batch: Array, own: Array, held: Array
 ) -> Array:
-  deviation = batch
-  if slope is not None:
-    deviation = jnp.maximum(batch, slope * x + own[0])
+  deviation = jnp.maximum(batch, slope * x + own)
   held = held & (deviation > 0)
   return jnp.where(held, x / jnp.where(held, deviation, 1), 0)
 
@@ -219,7 +215,7 @@ def _over_larger(
 def _finish(
   form: Callable[..., Array],
   x: Array,
-  slope: Array | None,
+  slope: Array,
   statistics: tuple[Array, ...],
   args: Arguments,
 ) -> Array:
@@ -244,13 +240,13 @@ def _root(var: Array) -> Array:
 
 def _prepare(
   x: ArrayLike,
-  v: ArrayLike | None,
+  v: ArrayLike,
   scale: ArrayLike | None,
   bias: ArrayLike | None,
   epsilon: float,
   where: ArrayLike | None,
   dtype: DType | None,
-) -> tuple[Array, Array | None, Arguments]:
+) -> tuple[Array, Array, Arguments]:
   x = norm.check_real(x, 'the nonlinearity is not')
   if x.ndim < 2:
     raise ValueError(
@@ -261,7 +257,10 @@ def _prepare(
   args = norm.check_arguments(
     x, scale, bias, channels, epsilon, where, dtype, None
   )
-  return x, norm.check_feature(v, x.shape, channels, 'v'), args
+  slope = norm.check_feature(v, x.shape, channels, 'v')
+  if slope is None:
+    raise TypeError('v must be an array, one number a channel, got None.')
+  return x, slope, args
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -269,18 +268,13 @@ class _EvoNorm(norm.CenteredOptions):
   """What both share: parameters, one number a channel."""
 
   epsilon: float = 1e-5
-  use_nonlinearity: bool = True
 
   def _init_params(self, x: Array | jax.ShapeDtypeStruct) -> EvoNormParams:
-    v = None
-    if self.use_nonlinearity:
-      v = jnp.ones(x.shape[-1:], self.param_dtype)
+    v = jnp.ones(x.shape[-1:], self.param_dtype)
     return EvoNormParams(v, *norm.init_params(x, -1, self))
 
   def _check_params(self, params: Any) -> EvoNormParams:
-    if not isinstance(params, EvoNormParams) or (
-      (params.v is not None) != self.use_nonlinearity
-    ):
+    if not isinstance(params, EvoNormParams):
       raise ValueError(
         'params must be EvoNormParams as init of this transform makes them, '
         f'got {jax.tree.structure(params)}.'
@@ -303,10 +297,10 @@ class EvoNormS0(_EvoNorm):
 
   Attributes:
     num_groups: how many groups of contiguous channels.
-    use_nonlinearity: whether there is a v.
     epsilon: added to the variance.
     use_scale, scale_offset, use_bias, param_dtype, dtype, axis_name,
-      axis_index_groups, implementation: as `GroupNorm` has them.
+      axis_index_groups: as `GroupNorm` has them.
+    implementation: 'xla', or None to choose.
 
   Examples:
     >>> import jax.numpy as jnp, normkit as nk
@@ -352,10 +346,10 @@ class EvoNormB0(_EvoNorm):
   Attributes:
     momentum: the share of the old running value that is kept, in [0, 1].
     check_batch: raise in training where a channel has one element or none.
-    use_nonlinearity: whether there is a v.
     epsilon: added to the variances.
     use_scale, scale_offset, use_bias, param_dtype, dtype, axis_name,
-      axis_index_groups, implementation: as `BatchNorm` has them.
+      axis_index_groups: as `BatchNorm` has them.
+    implementation: 'xla', or None to choose.
 
   Examples:
     >>> import jax.numpy as jnp, normkit as nk

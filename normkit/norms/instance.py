@@ -138,8 +138,20 @@ def adaptive_instance_norm(
       f'style has {style.ndim} axes and x has {x.ndim}. Give style the axes of '
       'x, in their order; batch and channels must agree.'
     )
+  if jnp.iscomplexobj(style) and not jnp.iscomplexobj(x):
+    raise TypeError(
+      f'style is {style.dtype} and x is {x.dtype}, which cannot hold its mean. '
+      'Make x complex, or take a part of style.'
+    )
   channels = _types.check_axes(axis, x.ndim)
   spatial = norm.spatial_axes(x.ndim, channels, batch_axis)
+  for a in _types.other_axes(spatial, x.ndim):
+    sizes = (x.shape[a],) if a in channels else (x.shape[a], 1)
+    if style.shape[a] not in sizes:
+      raise ValueError(
+        f'style of shape {style.shape} must have the channels of x, of shape '
+        f'{x.shape}, and as many examples or one: axis {a} differs.'
+      )
   epsilon = _types.check_epsilon(epsilon)
   mean, var, _ = moments(style, spatial, keepdims=True)
   return instance_norm(

@@ -63,7 +63,8 @@ def batch_renorm(
   mean_B and std_B = sqrt(var_B + epsilon) of the batch, mean and std the
   running ones before this batch. No gradient passes through r and d. Unclipped,
   y is what the running statistics would give; with r_max=1 and d_max=0 it is
-  batch norm. Evaluation and the state are those of `batch_norm`.
+  batch norm. Evaluation and the state are those of `batch_norm`, which averages
+  variances, where the paper averages deviations.
 
   Args:
     x: array of any shape, float16, bfloat16, float32 or float64.
@@ -78,7 +79,7 @@ def batch_renorm(
     epsilon: added to the variance, not negative.
     r_max: at least 1; a number, or a schedule, a function of the updates so far
       (as optax's are). None takes the paper's: 1 for 5,000 updates, then
-      rising to 3 at 40,000.
+      rising to 3 at 40,000. What a schedule gives below 1 counts as 1.
     d_max: at least 0, likewise. None: 0 for 5,000 updates, then rising to 5 at
       25,000.
     check_batch: raise in training where a feature has one element or none.
@@ -178,8 +179,13 @@ def _limit(
   """The limit of each feature after so many updates."""
   limit = default if limit is None else limit
   if callable(limit):
-    values = jax.vmap(limit)(count.reshape(-1))
-    return jnp.asarray(values, jnp.float32).reshape(count.shape)
+    values = jnp.asarray(jax.vmap(limit)(count.reshape(-1)), jnp.float32)
+    if values.shape != (count.size,):
+      raise ValueError(
+        f'{name} must give one number for a count, got the shape '
+        f'{values.shape[1:]}. Give a schedule such as optax.linear_schedule.'
+      )
+    return jnp.maximum(values, least).reshape(count.shape)
   return jnp.asarray(_check_limit(limit, name, least), jnp.float32)
 
 

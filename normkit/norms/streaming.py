@@ -7,6 +7,7 @@ learning, detection with a few images a device.
 import dataclasses
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 
 from normkit import _types, norm
@@ -120,6 +121,7 @@ def streaming_norm(
     return affine(x, old, args), state
   check_holds_mean(state, x)
   _types.check_not_empty(x.shape, reduced)
+  old = Centred(*map(lax.stop_gradient, old))
   batch = pool(centred(x, reduced, args.where), axis_name, axis_index_groups)
   held = jnp.broadcast_to(batch.count > 0, batch.var.shape)
   count = state.count + 1
@@ -129,11 +131,11 @@ def streaming_norm(
   )
   stats = _weighted(old, batch, keep, held * share)
   mean = stats.pivot + stats.offset
-  is_held = held.reshape(count.shape)
+  is_held = _types.reshard_like(held.reshape(count.shape), count)
 
   def moved(before: Array, now: Array) -> Array:
-    now = jnp.where(is_held, now.reshape(count.shape), before)
-    return now.astype(before.dtype)
+    now = _types.reshard_like(now.reshape(count.shape), before)
+    return jnp.where(is_held, now, before).astype(before.dtype)
 
   y = affine(x, stats._replace(count=held), args)
   return y, BatchNormState(
@@ -148,9 +150,10 @@ def _weighted(
 ) -> Centred:
   """The two sets as one, by their weights."""
   pivot, offset, var = (
-    jnp.stack([jnp.broadcast_to(v, keep.shape) for v in pair])
-    for pair in zip(old[:3], batch[:3], strict=True)
+    jnp.stack([_types.reshard_like(a, b), b])
+    for a, b in zip(old[:3], batch[:3], strict=True)
   )
+  keep = _types.reshard_like(keep, share)
   merged = merge(Centred(pivot, offset, var, jnp.stack([keep, share])), 0)
   return Centred(*(m.squeeze(0) for m in merged))
 

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from normkit import _types, norm
 from normkit._types import Array, ArrayLike, AxisName, DType
 from normkit.affine import Arguments
-from normkit.moments import centred, flatten, pool
+from normkit.moments import Centred, centred, flatten, pool, squeeze
 from normkit.norm import NormParams
 from normkit.running import check_average, check_several, shares
 
@@ -109,30 +110,34 @@ def iterative_whitening(
   momentum = check_average(momentum, debias=False)
   check_state(state, x)
   _check_steps(n_steps, args.epsilon)
+  whole = _types.unshard(x, last)
   if not _types.check_flag(train, 'train'):
-    mean, matrix = state.mean, state.whitening
-    return _whitened(x, mean, matrix, args), state
+    mean = lax.expand_dims(state.mean, range(last))
+    means = mean, jnp.zeros_like(mean)
+    return _whitened(whole, means, state.whitening, args, x), state
   axes = tuple(range(last))
   check_several(x.shape, axes, axis_name, None, None)
-  stats = flatten(pool(centred(x, axes, args.where), axis_name))
-  mean = stats.mean.reshape(-1)
+  stats = pool(centred(whole, axes, args.where), axis_name)
   groups, size, _ = state.whitening.shape
-  covariance = _covariance(x, mean, stats.count, args.where, groups)
+  covariance = _covariance(whole, stats, args.where, groups)
   if axis_name is not None:
     covariance = lax.psum(covariance, axis_name)
   matrix = inverse_root(covariance, args.epsilon, n_steps)
-  held = stats.count.reshape(-1) > 0
-  whole = jnp.all(held.reshape(groups, size), 1)[:, None, None]
+  batch = squeeze(flatten(stats), axes)
+  held = batch.count > 0
   count = state.count + 1
-  weights = shares(count.astype(mean.dtype), momentum, debias=False)
+  weights = shares(count.astype(batch.mean.dtype), momentum, debias=False)
 
   def moved(old: Array, new: Array, held: Array) -> Array:
     keep, share = weights
+    new = _types.reshard_like(new, old)
     return jnp.where(held, keep * old + share * new, old).astype(old.dtype)
 
-  return _whitened(x, mean, matrix, args), WhiteningState(
-    moved(state.mean, mean, held),
-    moved(state.whitening, matrix, whole),
+  known = jnp.all(held.reshape(groups, size), 1)[:, None, None]
+  y = _whitened(whole, (stats.pivot, stats.offset), matrix, args, x)
+  return y, WhiteningState(
+    moved(state.mean, batch.mean, held),
+    moved(state.whitening, matrix, known),
     jnp.where(jnp.any(held), count, state.count),
   )
 
@@ -157,34 +162,52 @@ def _product(a: Array, b: Array) -> Array:
   return jnp.matmul(a, b, precision='highest')
 
 
-@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=4)
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=3)
 def _covariance(
-  x: Array, mean: Array, count: Array, where: Array | None, groups: int
+  x: Array, stats: Centred, where: Array | None, groups: int
 ) -> Array:
   """Of the channels of each group; x is kept for the backward, and no more."""
-  d = _distances(x, mean, where) / jnp.sqrt(jnp.maximum(count, 1))
-  d = d.reshape(-1, groups, x.shape[-1] // groups)
-  return jnp.einsum('ngi,ngj->gij', d, d, precision='highest')
+  d = _distances(x, (stats.pivot, stats.offset), where)
+  d = _grouped(d / jnp.sqrt(jnp.maximum(stats.count, 1)), groups)
+  places = 'abcdefh'[: x.ndim - 1]
+  options: dict[str, Any] = {}
+  if _types.sharded_axes(x):  # summed over devices
+    options['out_sharding'] = P()
+  covariance: Array = jnp.einsum(
+    f'{places}gi,{places}gj->gij', d, d, precision='highest', **options
+  )
+  return covariance
 
 
-def _distances(x: Array, mean: Array, where: Array | None) -> Array:
-  """x less its mean, zero where masked."""
-  mean = lax.expand_dims(mean, range(x.ndim - 1))
-  d = x.astype(mean.dtype) - mean
+def _distances(x: Array, means: Any, where: Array | None) -> Array:
+  """x less both parts of its mean, zero where masked."""
+  pivot, offset = means
+  d = (x.astype(pivot.dtype) - pivot) - offset
   return d if where is None else jnp.where(where, d, 0)
 
 
-def _whitened(x: Array, mean: Array, matrix: Array, args: Arguments) -> Array:
-  def run(x: Array, mean: Array, matrix: Array, args: Any) -> Array:
+def _grouped(d: Array, groups: int) -> Array:
+  return d.reshape(*d.shape[:-1], groups, -1)
+
+
+def _whitened(
+  x: Array, means: Any, matrix: Array, args: Arguments, like: Array
+) -> Array:
+  """The output, in the sharding of `like`."""
+
+  def run(x: Array, means: Any, matrix: Array, args: Any) -> Array:
     scale, bias, where = args
-    d = _distances(x, mean.astype(wide), where)
-    d = d.reshape(-1, *matrix.shape[:2])
-    y = jnp.einsum('gij,ngj->ngi', matrix.astype(wide), d, precision='highest')
-    return norm.scaled(y.reshape(x.shape), scale, bias, dtype)
+    means = [m.astype(wide) for m in means]
+    d = _grouped(_distances(x, means, where), len(matrix))
+    y = jnp.einsum(
+      'gij,...gj->...gi', matrix.astype(wide), d, precision='highest'
+    )
+    y = _types.reshard_like(y.reshape(x.shape), like)
+    return norm.scaled(y, scale, bias, dtype)
 
   wide, dtype = args.statistics_dtype, args.dtype
   given = args.scale, args.bias, args.where
-  y: Array = jax.checkpoint(run, prevent_cse=False)(x, mean, matrix, given)
+  y: Array = jax.checkpoint(run, prevent_cse=False)(x, means, matrix, given)
   return y
 
 
