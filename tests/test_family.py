@@ -1,5 +1,7 @@
 """What the wider family promises beyond the conformance suite."""
 
+import dataclasses
+
 from cases import draw
 import chex
 import family
@@ -318,3 +320,15 @@ def test_explicit_meshes(name, axis):
     found = jax.jit(run)(*given, jax.device_put(x, NamedSharding(mesh, spec)))
   assert jax.typeof(found[1][0]).sharding.spec == spec
   chex.assert_trees_all_close(found, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  'name', [n for n in SHARDED if n not in ('dyt', 'response')]
+)
+def test_no_kernels(name):
+  x = jnp.ones((4, 5, 8))
+  norm = dataclasses.replace(SHARDED[name], implementation='triton')
+  with pytest.raises(NotImplementedError, match='no kernel'):
+    norm.apply(*norm.init(x), x, train=True)
+  with pytest.raises(ValueError, match='implementation must be'):
+    dataclasses.replace(norm, implementation='cudnn')

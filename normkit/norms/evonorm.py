@@ -8,7 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from normkit import _types, norm
-from normkit._types import Array, ArrayLike, AxisName, DType, Groups
+from normkit._types import (
+  Array,
+  ArrayLike,
+  AxisName,
+  DType,
+  Groups,
+  Implementation,
+)
 from normkit.affine import Arguments
 from normkit.kernels.rows import reciprocal_root
 from normkit.moments import (
@@ -64,6 +71,7 @@ def evonorm_s0(
   axis_name: AxisName | None = None,
   axis_index_groups: Groups | None = None,
   dtype: DType | None = None,
+  implementation: Implementation | None = None,
 ) -> Array:
   """Swish over the deviation of a group: no batch statistics.
 
@@ -84,6 +92,7 @@ def evonorm_s0(
     axis_name: names of mapped axes over which statistics are pooled.
     axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
     dtype: dtype of the result; None keeps x's.
+    implementation: 'xla', or None to choose.
 
   Returns:
     An array of the shape of x.
@@ -101,7 +110,9 @@ def evonorm_s0(
     >>> nk.evonorm_s0(x, jnp.full(1, 99.), num_groups=1, epsilon=0.).tolist()
     [[[2.0], [0.0]]]
   """
-  x, slope, args = _prepare(x, v, scale, bias, epsilon, where, dtype)
+  x, slope, args = _prepare(
+    x, v, scale, bias, epsilon, where, dtype, implementation
+  )
   last = x.ndim - 1
   norm.check_groups(x.shape, (last,), num_groups)
   _types.check_not_empty(x.shape, tuple(range(1, x.ndim)))
@@ -129,6 +140,7 @@ def evonorm_b0(
   axis_name: AxisName | None = None,
   axis_index_groups: Groups | None = None,
   dtype: DType | None = None,
+  implementation: Implementation | None = None,
 ) -> tuple[Array, BatchNormState]:
   """Over the larger of two deviations, the batch's and the example's.
 
@@ -155,6 +167,7 @@ def evonorm_b0(
     axis_name: names of mapped axes over which Var_B is pooled.
     axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
     dtype: dtype of the result; None keeps x's.
+    implementation: 'xla', or None to choose.
 
   Returns:
     `(y, state)`: y of the shape of x, and the state in the dtypes it had.
@@ -174,7 +187,9 @@ def evonorm_b0(
     >>> nk.evonorm_b0(x, state, v, train=False, epsilon=0.)[0].tolist()
     [[[2.0], [0.0]]]
   """
-  x, slope, args = _prepare(x, v, scale, bias, epsilon, where, dtype)
+  x, slope, args = _prepare(
+    x, v, scale, bias, epsilon, where, dtype, implementation
+  )
   last = x.ndim - 1
   momentum = check_average(momentum, debias=False)
   check_state(state, x, (last,))
@@ -246,6 +261,7 @@ def _prepare(
   epsilon: float,
   where: ArrayLike | None,
   dtype: DType | None,
+  implementation: Implementation | None,
 ) -> tuple[Array, Array, Arguments]:
   x = norm.check_real(x, 'the nonlinearity is not')
   if x.ndim < 2:
@@ -255,8 +271,9 @@ def _prepare(
     )
   channels = (x.ndim - 1,)
   args = norm.check_arguments(
-    x, scale, bias, channels, epsilon, where, dtype, None
+    x, scale, bias, channels, epsilon, where, dtype, implementation
   )
+  _types.refuse_kernel(implementation, 'EvoNorm has none')
   slope = norm.check_feature(v, x.shape, channels, 'v')
   if slope is None:
     raise TypeError('v must be an array, one number a channel, got None.')
@@ -281,12 +298,6 @@ class _EvoNorm(norm.CenteredOptions):
       )
     scaled = norm.check_params(NormParams(*params[1:]), self)
     return EvoNormParams(params.v, *scaled)
-
-  def _options(self) -> dict[str, Any]:
-    options = self.shared()
-    _types.check_implementation(options['implementation'])
-    _types.refuse_kernel(options.pop('implementation'), 'EvoNorm has none')
-    return options
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -333,7 +344,7 @@ class EvoNormS0(_EvoNorm):
     """Returns `(y, state)`; `train` makes no difference."""
     del train
     norm.check_empty_state(state)
-    options = dict(self._options(), num_groups=self.num_groups, where=where)
+    options = dict(self.shared(), num_groups=self.num_groups, where=where)
     return evonorm_s0(x, *self._check_params(params), **options), state
 
 
@@ -382,7 +393,7 @@ class EvoNormB0(_EvoNorm):
     """Returns `(y, state)`, the state updated if `train`."""
     v, scale, bias = self._check_params(params)
     options = dict(
-      self._options(),
+      self.shared(),
       momentum=self.momentum,
       check_batch=self.check_batch,
       where=where,

@@ -7,7 +7,15 @@ import jax
 import jax.numpy as jnp
 
 from normkit import _types, norm
-from normkit._types import Array, ArrayLike, Axes, AxisName, DType, Groups
+from normkit._types import (
+  Array,
+  ArrayLike,
+  Axes,
+  AxisName,
+  DType,
+  Groups,
+  Implementation,
+)
 from normkit.affine import affine
 from normkit.moments import centred, pool
 from normkit.norm import EmptyState, NormParams
@@ -23,6 +31,7 @@ def l2_norm(
   axis_name: AxisName | None = None,
   axis_index_groups: Groups | None = None,
   dtype: DType | None = None,
+  implementation: Implementation | None = None,
 ) -> Array:
   """Vectors of length one, times a scale.
 
@@ -43,6 +52,7 @@ def l2_norm(
     axis_name: names of mapped axes over which sums are pooled.
     axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
     dtype: dtype of the result; None keeps x's.
+    implementation: 'xla', or None to choose.
 
   Returns:
     An array of the shape of x.
@@ -67,8 +77,9 @@ def l2_norm(
     norm.check_some_axes(axes, x.shape)
   one = scale is not None and jnp.ndim(scale) == 0
   args = norm.check_arguments(
-    x, scale, None, () if one else axes, epsilon, where, dtype, None
+    x, scale, None, () if one else axes, epsilon, where, dtype, implementation
   )
+  _types.refuse_kernel(implementation, 'L2 norm has none')
   _types.check_not_empty(x.shape, axes)
   stats = centred(x, axes, args.where, center=False)
   stats = pool(stats, axis_name, axis_index_groups)
@@ -76,7 +87,7 @@ def l2_norm(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ScaleNorm(norm.ParamOptions):
+class ScaleNorm(norm.Options):
   """L2 normalization with one learned length, as a transform; see `l2_norm`.
 
   The scale is one number, the square root of the vector's size at first; there
@@ -91,6 +102,7 @@ class ScaleNorm(norm.ParamOptions):
     dtype: dtype of the result; None keeps x's.
     axis_name: names of mapped axes over which sums are pooled.
     axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
+    implementation: 'xla', or None to choose.
 
   Examples:
     >>> import jax.numpy as jnp, normkit as nk
@@ -104,8 +116,6 @@ class ScaleNorm(norm.ParamOptions):
 
   axis: Axes = -1
   epsilon: float = 1e-12
-  axis_name: AxisName | None = None
-  axis_index_groups: Groups | None = None
 
   def init(
     self, x: Array | jax.ShapeDtypeStruct
@@ -130,14 +140,5 @@ class ScaleNorm(norm.ParamOptions):
     del train
     scale, _ = norm.check_params(params, self)
     norm.check_empty_state(state)
-    y = l2_norm(
-      x,
-      scale,
-      axis=self.axis,
-      epsilon=self.epsilon,
-      where=where,
-      axis_name=self.axis_name,
-      axis_index_groups=self.axis_index_groups,
-      dtype=self.dtype,
-    )
-    return y, state
+    options = dict(self.shared(), axis=self.axis, where=where)
+    return l2_norm(x, scale, **options), state

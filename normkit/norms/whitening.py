@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from normkit import _types, norm
-from normkit._types import Array, ArrayLike, AxisName, DType
+from normkit._types import Array, ArrayLike, AxisName, DType, Implementation
 from normkit.affine import Arguments
 from normkit.moments import Centred, centred, flatten, pool, squeeze
 from normkit.norm import NormParams
@@ -51,6 +51,7 @@ def iterative_whitening(
   where: ArrayLike | None = None,
   axis_name: AxisName | None = None,
   dtype: DType | None = None,
+  implementation: Implementation | None = None,
 ) -> tuple[Array, WhiteningState]:
   """Batch norm that decorrelates: the channels of a group become white.
 
@@ -78,6 +79,7 @@ def iterative_whitening(
       their covariance, over the geometric mean of their counts.
     axis_name: names of mapped axes over which statistics are pooled.
     dtype: dtype of the result; None keeps x's.
+    implementation: 'xla', or None to choose.
 
   Returns:
     `(y, state)`: y of the shape of x, and the state in the dtypes it had.
@@ -105,8 +107,9 @@ def iterative_whitening(
   x = norm.check_real(x, 'covariances are real here')
   last = x.ndim - 1
   args = norm.check_arguments(
-    x, scale, bias, (last,), epsilon, where, dtype, None
+    x, scale, bias, (last,), epsilon, where, dtype, implementation
   )
+  _types.refuse_kernel(implementation, 'whitening has none')
   momentum = check_average(momentum, debias=False)
   check_state(state, x)
   _check_steps(n_steps, args.epsilon)
@@ -256,6 +259,7 @@ class IterativeWhitening(norm.ParamOptions):
     param_dtype: dtype of the parameters that `init` makes.
     dtype: dtype of the result; None keeps x's.
     axis_name: names of mapped axes over which statistics are pooled.
+    implementation: 'xla', or None to choose.
 
   Examples:
     >>> import jax.numpy as jnp, normkit as nk
@@ -273,6 +277,7 @@ class IterativeWhitening(norm.ParamOptions):
   epsilon: float = 1e-5
   use_bias: bool = True
   axis_name: AxisName | None = None
+  implementation: Implementation | None = None
 
   def __post_init__(self) -> None:
     super().__post_init__()
@@ -321,4 +326,5 @@ class IterativeWhitening(norm.ParamOptions):
       where=where,
       axis_name=self.axis_name,
       dtype=self.dtype,
+      implementation=self.implementation,
     )
