@@ -105,9 +105,9 @@ def normalize_groups(
   """The norm over `axes` and groups of channels, or None for XLA's form."""
   first = channel - len(axes)
   is_ordered = axes == tuple(range(first, channel)) and channel == x.ndim - 1
-  if first > 1 and _types.sharded_axes(x):
-    is_ordered = False
   why = None if is_ordered else 'x is not (batch, ..., channels)'
+  if first > 1 and _types.sharded_axes(x):
+    why = why or f'one of the first {first} axes is sharded'
   if why := why or _refusal(x, args, (*axes, channel), is_pooled):
     _types.refuse_kernel(implementation, why)
     return None

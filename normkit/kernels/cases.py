@@ -1,7 +1,7 @@
 """Which inputs the kernels take, and for which they are chosen.
 
 Chosen by bytes of whole blocks compiled for H200 and v5e, in passes over x, by
-XLA / by kernel (layer norm, bfloat16; `python -m benchmarks kernels`):
+XLA / by kernel (bfloat16, layer or group norm; `python -m benchmarks kernels`)
 
 | | H200 | v5e |
 | --- | ---: | ---: |
@@ -10,9 +10,8 @@ XLA / by kernel (layer norm, bfloat16; `python -m benchmarks kernels`):
 | matmul, norm, matmul: in training | 21.6 / 18.6 | 13.3 / 17.5 |
 | pre-norm: in training | 27.6 / 26.6 | 17.0 / 20.0 |
 | post-norm: in training | 32.6 / 29.6 | 21.5 / 16.5 |
-
-| group norm, relu: in training | 10.3 / 9.2 | 6.0 / 9.0 |
-| conv, group norm, relu, conv: in training | 23.4 / 22.3 | |
+| group norm, relu: in training | 10.3 / 9.2 | 6.2 / 14.5 |
+| conv, group norm, relu, conv: in training | 23.4 / 22.3 | 13.6 / 22.3 |
 
 So `None` takes the kernels in training on NVIDIA GPUs, and XLA's form, which
 joins what stands around it, forward and on TPUs.

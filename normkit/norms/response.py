@@ -84,8 +84,8 @@ def filter_response_norm(
     An array of the shape of x.
 
   Raises:
-    TypeError, ValueError, NotImplementedError: as `normalize` does, and for a
-      threshold of complex values.
+    TypeError, ValueError, NotImplementedError: as `normalize` does, and for
+      complex x with a threshold.
 
   References:
     Singh and Krishnan, "Filter Response Normalization Layer: Eliminating Batch
