@@ -128,12 +128,6 @@ CASES = (
     reference.instance_norm(batch_axis=()),
   ),
   Case(
-    'batch_norm_offset',
-    nk.BatchNorm(scale_offset=1.0),
-    (8, 3),
-    Offset(reference.batch_norm(), 1.0),
-  ),
-  Case(
     'rms_norm_offset',
     nk.RMSNorm(scale_offset=1.0),
     (4, 6),
@@ -158,22 +152,10 @@ CASES = (
     family.filter_response(),
   ),
   Case(
-    'filter_response_norm_no_threshold',
-    nk.FilterResponseNorm(use_threshold=False, use_bias=False, epsilon=1e-4),
-    (2, 5, 3),
-    family.filter_response(epsilon=1e-4, is_real=False),
-  ),
-  Case(
     'evonorm_s0',
     nk.EvoNormS0(num_groups=2),
     (2, 5, 4),
     family.evonorm_s0(num_groups=2),
-  ),
-  Case(
-    'evonorm_s0_no_scale',
-    nk.EvoNormS0(num_groups=4, use_scale=False),
-    (2, 5, 4),
-    family.evonorm_s0(num_groups=4),
   ),
   Case(
     'evonorm_b0',

@@ -264,6 +264,31 @@ def test_whitening_far_from_zero():
   np.testing.assert_allclose(y.mean(0), 0, atol=1e-5)
 
 
+VARIANTS = {
+  'batch offset': (nk.BatchNorm(scale_offset=1.0), nk.BatchNorm()),
+  'no threshold': (
+    nk.FilterResponseNorm(use_threshold=False, use_bias=False),
+    family.filter_response(),
+  ),
+  'no scale': (
+    nk.EvoNormS0(num_groups=4, use_scale=False),
+    family.evonorm_s0(num_groups=4),
+  ),
+}
+
+
+@pytest.mark.parametrize(('norm', 'of'), VARIANTS.values(), ids=VARIANTS)
+def test_variants(norm, of):
+  x = draw((4, 5, 4))
+  params, state = norm.init(x)
+  y, _ = norm.apply(params, state, x, train=True)
+  if isinstance(of, nk.BatchNorm):
+    want, _ = of.apply(of.init(x)[0], state, x, train=True)
+  else:
+    want, _ = of(params, state, x, True)
+  np.testing.assert_allclose(y, want, atol=1e-5)
+
+
 def test_l2_norm_of_queries():
   """QK norm: cosines, times one learned number."""
   q, k = draw((2, 5, 8)), draw((2, 5, 8), seed=1)
