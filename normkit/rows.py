@@ -20,7 +20,7 @@ from normkit import _types
 from normkit._types import Array, Implementation
 from normkit.affine import Arguments, activated
 from normkit.kernels import cases
-from normkit.kernels.rows import Spec, result, statistics
+from normkit.kernels.rows import Spec, statistics
 from normkit.moments import (
   Centred,
   centred,
@@ -328,11 +328,14 @@ def _tangents(
   if implementation and cases.has_backward(implementation, *case):
     names, required = (implementation,), implementation
   wanted = 'dx', *(f'd{n}' for n in moved if n != 'x')
-  # Of what has moved the functions below may keep the shapes alone.
-  shapes = {n: result(a, a.shape, a.dtype) for n, a in moved.items()}
+  kept = tuple(moved)  # no tracers: the functions below outlive the trace
+
+  def like(saved: Arrays) -> Arrays:
+    return {n: saved[n] for n in kept}
 
   def plain_gradients(saved: Arrays, given: Arrays) -> Arrays:
-    transpose = jax.linear_transpose(functools.partial(plain, saved), shapes)
+    run = functools.partial(plain, saved)
+    transpose = jax.linear_transpose(run, like(saved))
     gradients: Arrays = transpose(given)[0]
     return gradients
 
@@ -342,7 +345,7 @@ def _tangents(
     named = {f'd{n}': a for n, a in given.items()}
     given = {n: saved[n] for n in ('x', 'scale', 'bias') if n in saved} | named
     found = _load(name).backward(given, spec, wanted, interpret=interpret)
-    return {n: found[f'd{n}'].astype(a.dtype) for n, a in shapes.items()}
+    return {n: found[f'd{n}'].astype(a.dtype) for n, a in like(saved).items()}
 
   def transpose(saved: Arrays, given: Arrays) -> Arrays:
     kernels = {name: functools.partial(by_kernel, name) for name in names}
