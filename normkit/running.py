@@ -4,6 +4,7 @@ A state takes part in what it normalizes by in evaluation, and moves towards the
 moments of each batch in training.
 """
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from normkit import _types
+from normkit import _types, norm
 from normkit._types import Array, Axes, AxisName, DType, Groups
 from normkit.moments import Centred, Moments
 
@@ -70,9 +71,9 @@ def update(
   batch: Moments,
   momentum: float | None,
   *,
-  debias: bool,
-  unbiased: bool,
-  skip_nonfinite: bool,
+  debias: bool = False,
+  unbiased: bool = False,
+  skip_nonfinite: bool = False,
 ) -> BatchNormState:
   """Moves the running statistics of the features that the batch held."""
   batch = Moments(*map(_types.reshard_like, batch, state))
@@ -170,3 +171,18 @@ def check_several(
       f'over {reduced}: each would become zero. Give a larger batch, or '
       'train=False to use the running statistics.'
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunningOptions(norm.CenteredOptions):
+  """The options of the transforms that keep running statistics."""
+
+  axis: Axes = -1
+  momentum: float | None = 0.99
+  epsilon: float = 1e-5
+
+  def init(
+    self, x: Array | jax.ShapeDtypeStruct
+  ) -> tuple[norm.NormParams, BatchNormState]:
+    """Returns `(params, state)` for inputs like x, an array or its shape."""
+    return norm.init_params(x, self.axis, self), init_state(x, self.axis)

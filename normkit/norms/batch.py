@@ -19,11 +19,11 @@ from normkit.moments import Centred, centred, flatten, merge, pool, squeeze
 from normkit.norm import NormParams
 from normkit.running import (
   BatchNormState,
+  RunningOptions,
   check_average,
   check_holds_mean,
   check_several,
   check_state,
-  init_state,
   running,
   update,
 )
@@ -198,7 +198,7 @@ def count_ghosts(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BatchNorm(norm.CenteredOptions):
+class BatchNorm(RunningOptions):
   """Batch normalization as a transform; see `batch_norm`.
 
   Parameters and running statistics have the shape of the feature axes.
@@ -235,9 +235,6 @@ class BatchNorm(norm.CenteredOptions):
     [1, 1, 1]
   """
 
-  axis: Axes = -1
-  momentum: float | None = 0.99
-  epsilon: float = 1e-5
   debias: bool = False
   unbiased: bool = False
   skip_nonfinite: bool = False
@@ -247,12 +244,6 @@ class BatchNorm(norm.CenteredOptions):
   def __post_init__(self) -> None:
     super().__post_init__()
     check_average(self.momentum, self.debias)
-
-  def init(
-    self, x: Array | jax.ShapeDtypeStruct
-  ) -> tuple[NormParams, BatchNormState]:
-    """Returns `(params, state)` for inputs like x, an array or its shape."""
-    return norm.init_params(x, self.axis, self), init_state(x, self.axis)
 
   def apply(
     self,

@@ -203,9 +203,6 @@ def evonorm_b0(
       state,
       squeeze(flatten(batch), reduced),
       momentum,
-      debias=False,
-      unbiased=False,
-      skip_nonfinite=False,
     )
   else:
     batch = running(state, x, (last,))

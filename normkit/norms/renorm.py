@@ -24,10 +24,10 @@ from normkit.moments import Centred, centred, flatten, pool, squeeze
 from normkit.norm import NormParams
 from normkit.running import (
   BatchNormState,
+  RunningOptions,
   check_average,
   check_several,
   check_state,
-  init_state,
   running,
   update,
 )
@@ -140,9 +140,6 @@ def batch_renorm(
     state,
     squeeze(flatten(stats), reduced),
     momentum,
-    debias=False,
-    unbiased=False,
-    skip_nonfinite=False,
   )
 
 
@@ -200,7 +197,7 @@ def _check_limit(limit: Any, name: str, least: float) -> float:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BatchRenorm(norm.CenteredOptions):
+class BatchRenorm(RunningOptions):
   """Batch renormalization as a transform; see `batch_renorm`.
 
   Parameters and running statistics have the shape of the feature axes.
@@ -235,9 +232,6 @@ class BatchRenorm(norm.CenteredOptions):
     [1, 1, 1]
   """
 
-  axis: Axes = -1
-  momentum: float | None = 0.99
-  epsilon: float = 1e-5
   r_max: Limit = None
   d_max: Limit = None
   check_batch: bool = True
@@ -248,12 +242,6 @@ class BatchRenorm(norm.CenteredOptions):
       limit = getattr(self, name)
       if limit is not None and not callable(limit):
         _check_limit(limit, name, least)
-
-  def init(
-    self, x: Array | jax.ShapeDtypeStruct
-  ) -> tuple[NormParams, BatchNormState]:
-    """Returns `(params, state)` for inputs like x, an array or its shape."""
-    return norm.init_params(x, self.axis, self), init_state(x, self.axis)
 
   def apply(
     self,

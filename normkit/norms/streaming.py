@@ -6,7 +6,6 @@ learning, detection with a few images a device.
 
 import dataclasses
 
-import jax
 from jax import lax
 import jax.numpy as jnp
 
@@ -21,16 +20,17 @@ from normkit._types import (
   Implementation,
 )
 from normkit.affine import affine
-from normkit.moments import Centred, centred, merge, pool
+from normkit.moments import Centred, centred, flatten, merge, pool, squeeze
 from normkit.norm import NormParams
 from normkit.running import (
   BatchNormState,
+  RunningOptions,
   check_average,
   check_holds_mean,
   check_state,
-  init_state,
   running,
   shares,
+  update,
 )
 
 
@@ -130,19 +130,9 @@ def streaming_norm(
     jnp.broadcast_to(w, count.shape).reshape(batch.var.shape) for w in weights
   )
   stats = _weighted(old, batch, keep, held * share)
-  mean = stats.pivot + stats.offset
-  is_held = _types.reshard_like(held.reshape(count.shape), count)
-
-  def moved(before: Array, now: Array) -> Array:
-    now = _types.reshard_like(now.reshape(count.shape), before)
-    return jnp.where(is_held, now, before).astype(before.dtype)
-
-  y = affine(x, stats._replace(count=held), args)
-  return y, BatchNormState(
-    moved(state.mean, mean),
-    moved(state.var, stats.var),
-    jnp.where(is_held, count, state.count),
-  )
+  stats = stats._replace(count=held)
+  moments = squeeze(flatten(stats), reduced)
+  return affine(x, stats, args), update(state, moments, momentum=0.0)
 
 
 def _weighted(
@@ -159,7 +149,7 @@ def _weighted(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StreamingNorm(norm.CenteredOptions):
+class StreamingNorm(RunningOptions):
   """Streaming normalization as a transform; see `streaming_norm`.
 
   Parameters and running statistics have the shape of the feature axes.
@@ -189,20 +179,11 @@ class StreamingNorm(norm.CenteredOptions):
     [1, 1, 1]
   """
 
-  axis: Axes = -1
-  momentum: float | None = 0.99
-  epsilon: float = 1e-5
   debias: bool = False
 
   def __post_init__(self) -> None:
     super().__post_init__()
     check_average(self.momentum, self.debias)
-
-  def init(
-    self, x: Array | jax.ShapeDtypeStruct
-  ) -> tuple[NormParams, BatchNormState]:
-    """Returns `(params, state)` for inputs like x, an array or its shape."""
-    return norm.init_params(x, self.axis, self), init_state(x, self.axis)
 
   def apply(
     self,
