@@ -8,6 +8,7 @@ them is imported here.
 
 from importlib import metadata
 
+from normkit.evonorm import EvoNormParams
 from normkit.masks import decay_mask
 from normkit.moments import Moments, moments
 from normkit.norm import (
@@ -19,13 +20,8 @@ from normkit.norm import (
 )
 from normkit.norms.batch import BatchNorm, batch_norm
 from normkit.norms.dyt import DyT, DyTParams, dyt
-from normkit.norms.evonorm import (
-  EvoNormB0,
-  EvoNormParams,
-  EvoNormS0,
-  evonorm_b0,
-  evonorm_s0,
-)
+from normkit.norms.evonorm_b0 import EvoNormB0, evonorm_b0
+from normkit.norms.evonorm_s0 import EvoNormS0, evonorm_s0
 from normkit.norms.group import GroupNorm, group_norm
 from normkit.norms.instance import (
   InstanceNorm,

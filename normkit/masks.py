@@ -7,9 +7,9 @@ import jax
 from jax.tree_util import GetAttrKey
 import numpy as np
 
+from normkit.evonorm import EvoNormParams
 from normkit.norm import NormParams
 from normkit.norms.dyt import DyTParams
-from normkit.norms.evonorm import EvoNormParams
 from normkit.norms.response import FilterResponseParams
 
 Tree: TypeAlias = Any

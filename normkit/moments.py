@@ -424,23 +424,44 @@ def pool(
         'Name the mapped axis whose indices the groups hold.'
       )
     return stats
-  size, index = lax.axis_size(axis_name), lax.axis_index(axis_name)
   dtype = jnp.result_type(stats.pivot)
   shape = jnp.broadcast_shapes(*(s.shape for s in stats))
   packed = jnp.stack([jnp.broadcast_to(s, shape).astype(dtype) for s in stats])
-  own = lax.expand_dims(jnp.arange(size) == index, range(1, packed.ndim + 1))
-  gathered = lax.psum(jnp.where(own, packed[None], 0), axis_name)
+  gathered = _gathered(packed, axis_name)
   pivot, offset, var, count = jnp.moveaxis(gathered, 1, 0)
   count = count.real
   if axis_index_groups is not None:
-    member = _membership(axis_index_groups, size)[index]
+    member = _membership(axis_index_groups, axis_name)
     count = count * lax.expand_dims(member, range(1, count.ndim))
   merged = merge(Centred(pivot, offset, var.real, count), axis=0)
   return Centred(*(m.squeeze(0) for m in merged))
 
 
-def _membership(groups: Groups, size: int) -> Array:
-  """A (size, size) table: 1 where two indices share a group."""
+def pool_sum(
+  total: Array, axis_name: AxisName | None, axis_index_groups: Groups | None
+) -> Array:
+  """The sum over all devices along named axes, or those of the own group."""
+  if axis_name is None:
+    return total
+  gathered = _gathered(total, axis_name)
+  if axis_index_groups is not None:
+    member = _membership(axis_index_groups, axis_name)
+    member = lax.expand_dims(member, range(1, gathered.ndim))
+    gathered = jnp.where(member, gathered, 0)
+  return jnp.sum(gathered, axis=0)
+
+
+def _gathered(values: Array, axis_name: AxisName) -> Array:
+  """The values of all devices, along a new first axis."""
+  size, index = lax.axis_size(axis_name), lax.axis_index(axis_name)
+  own = lax.expand_dims(jnp.arange(size) == index, range(1, values.ndim + 1))
+  gathered: Array = lax.psum(jnp.where(own, values[None], 0), axis_name)
+  return gathered
+
+
+def _membership(groups: Groups, axis_name: AxisName) -> Array:
+  """Which indices along `axis_name` share a group with the own."""
+  size = lax.axis_size(axis_name)
   if sorted(i for group in groups for i in group) != list(range(size)):
     raise ValueError(
       f'axis_index_groups={groups!r} is not a partition of the {size} indices '
@@ -449,4 +470,4 @@ def _membership(groups: Groups, size: int) -> Array:
   table = np.zeros((size, size), bool)
   for group in groups:
     table[np.ix_(group, group)] = True
-  return jnp.asarray(table)
+  return jnp.asarray(table)[lax.axis_index(axis_name)]

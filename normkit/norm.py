@@ -364,15 +364,22 @@ def init_params(
   )
 
 
-def check_params(params: Any, options: ParamOptions) -> NormParams:
-  """Scale and bias; raises unless `params` holds what the options ask for."""
-  wanted = options.use_scale, _use_bias(options)
-  if not isinstance(params, NormParams) or (
-    tuple(p is not None for p in params) != wanted
+def check_params(
+  params: Any, options: ParamOptions, kind: Any = NormParams, **others: bool
+) -> Any:
+  """Returns `params`, the offset in its scale; raises unless as init makes it.
+
+  `kind` is its type, a NamedTuple with scale and bias; `others` tell which of
+  its other fields may be None, and whether they are.
+  """
+  wanted = {'scale': options.use_scale, 'bias': _use_bias(options), **others}
+  held = {name: wanted.get(name, True) for name in kind._fields}
+  if not isinstance(params, kind) or any(
+    (getattr(params, name) is not None) != hold for name, hold in held.items()
   ):
-    scale, bias = ('an array' if w else 'None' for w in wanted)
+    fields = (f'{n}={"an array" if h else "None"}' for n, h in held.items())
     raise ValueError(
-      f'params must be NormParams(scale={scale}, bias={bias}), got '
+      f'params must be {kind.__name__}({", ".join(fields)}), got '
       f'{jax.tree.structure(params)}. Take them from init of this transform.'
     )
   if params.scale is None or not options.scale_offset:

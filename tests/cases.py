@@ -140,6 +140,12 @@ CASES = (
     family.batch_renorm(1.0, 0.0),
   ),
   Case(
+    'batch_renorm',
+    nk.BatchRenorm(r_max=1.5, d_max=0.3, momentum=0.9),
+    (4, 5, 3),
+    family.batch_renorm(1.5, 0.3, momentum=0.9),
+  ),
+  Case(
     'streaming_norm',
     nk.StreamingNorm(momentum=0.8),
     (4, 2, 3),
@@ -172,6 +178,9 @@ CASES = (
     family.whitening(group_size=2, epsilon=1e-3),
   ),
 )
+
+# The first row of each norm, for the checks that take seconds.
+NORMS = tuple({type(case.transform): case for case in CASES[::-1]}.values())
 
 
 def draw(shape, dtype=jnp.float32, seed=0):

@@ -5,6 +5,7 @@ Gradients are central differences of the reference itself, in float64.
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,7 @@ class Family:
     state: of a parameter's shape, the state at first; None for none.
     is_real: complex inputs are refused.
     is_masked: with every element masked zeros come out, then the bias.
+    is_derivative: the gradient is what finite differences find.
   """
 
   formula: Callable[..., tuple[Any, Any]]
@@ -51,6 +53,7 @@ class Family:
   is_real: bool = True
   is_masked: bool = True
   gradient_error: float = 1e-7
+  is_derivative: bool = True
 
   def __call__(self, params, state, x, train, where=None):
     params = type(params)(*(None if p is None else wide(p) for p in params))
@@ -190,26 +193,44 @@ def evonorm_b0(momentum=0.99, epsilon=1e-5):
   return Family(formula)
 
 
+@dataclasses.dataclass(frozen=True)
+class Renorm(Family):
+  """Batch renorm, whose gradients take r and d for constants."""
+
+  corrections: Callable[..., Any] = tuple
+  is_derivative: bool = False
+
+  def gradients(self, params, x, dy, where=None):
+    held = self.corrections(wide(x), None, where)
+    formula = functools.partial(self.formula, held=held)
+    return Family(formula).gradients(params, x, dy, where)
+
+
 def batch_renorm(r_max, d_max, momentum=0.99, epsilon=1e-5):
   """Ioffe 2017, algorithm 1."""
 
-  def formula(params, state, x, train, where):
-    mean, var, count = moments_of(x, channels(x), where)
+  def corrections(x, state, where):
+    mean, var, _ = moments_of(x, channels(x), where)
     old_mean, old_var = (0.0, 1.0) if state is None else map(wide, state[:2])
-    if train:
-      std = np.sqrt(old_var + epsilon)
-      r = np.clip(np.sqrt(var + epsilon) / std, 1 / r_max, r_max)
-      d = np.clip((mean - old_mean) / std, -d_max, d_max)
-      y = (x - mean) / np.sqrt(var + epsilon) * r + d
-      y = np.where(count > 0, y, 0)
-      if state is not None:
-        now = one_a_channel(mean, var, count)
-        state = moved(state, *now, 1 - momentum)
-    else:
-      y = (x - old_mean) / np.sqrt(old_var + epsilon)
-    return affine(y, *params), state
+    std = np.sqrt(old_var + epsilon)
+    r = np.clip(np.sqrt(var + epsilon) / std, 1 / r_max, r_max)
+    return r, np.clip((mean - old_mean) / std, -d_max, d_max)
 
-  return Family(formula)
+  def formula(params, state, x, train, where, held=None):
+    if not train:
+      y = (x - wide(state.mean)) / np.sqrt(wide(state.var) + epsilon)
+      return affine(y, *params), state
+    r, d = held or corrections(x, state, where)
+    mean, var, count = moments_of(x, channels(x), where)
+    y = (x - mean) / np.sqrt(var + epsilon) * r + d
+    if state is not None:
+      now = one_a_channel(mean, var, count)
+      state = moved(state, *now, 1 - momentum)
+    return affine(np.where(count > 0, y, 0), *params), state
+
+  if (r_max, d_max) == (1, 0):
+    return Family(formula)
+  return Renorm(formula, corrections=corrections)
 
 
 def streaming(momentum=0.99, epsilon=1e-5):

@@ -23,10 +23,12 @@ MODULES = (
 # One way only: a module may import from the rows below its own.
 LAYERS = (
   ('tools', 'testing'),
+  ('tools._layers',),
   ('linen', 'nnx'),
   ('recurrent', 'masks'),
+  ('recurrent.cells',),
   ('norms', 'weights'),
-  ('running',),
+  ('running', 'evonorm', 'covariance'),
   ('norm',),
   ('rows',),
   ('affine',),

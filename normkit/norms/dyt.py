@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from normkit import _types, norm
 from normkit._types import Array, ArrayLike, Axes, DType
-from normkit.norm import EmptyState, NormParams
+from normkit.norm import EmptyState
 
 
 class DyTParams(NamedTuple):
@@ -150,12 +150,7 @@ class DyT(norm.ParamOptions):
   ) -> tuple[Array, EmptyState]:
     """Returns `(y, state)`; `train` makes no difference."""
     del train
-    if not isinstance(params, DyTParams):
-      raise ValueError(
-        f'params must be DyTParams, got {jax.tree.structure(params)}. Take '
-        'them from init of this transform.'
-      )
-    scale, bias = norm.check_params(NormParams(*params[1:]), self)
+    alpha, scale, bias = norm.check_params(params, self, DyTParams)
     norm.check_empty_state(state)
     options = dict[str, Any](axis=self.axis, where=where, dtype=self.dtype)
-    return dyt(x, params.alpha, scale, bias, **options), state
+    return dyt(x, alpha, scale, bias, **options), state

@@ -124,8 +124,8 @@ def batch_renorm(
   if check_batch:
     check_several(x.shape, reduced, axis_name, axis_index_groups, None)
   limits = [
-    lax.expand_dims(jnp.broadcast_to(m, state.count.shape), reduced)
-    for m in (
+    lax.expand_dims(limit.astype(args.statistics_dtype), reduced)
+    for limit in (
       _limit(r_max, state.count, 'r_max', 1, _paper_r_max),
       _limit(d_max, state.count, 'd_max', 0, _paper_d_max),
     )
@@ -136,11 +136,7 @@ def batch_renorm(
   shift = d if args.scale is None else d * args.scale
   shift = shift if args.bias is None else shift + args.bias
   y = affine(x, stats, args._replace(scale=factor, bias=shift))
-  return y, update(
-    state,
-    squeeze(flatten(stats), reduced),
-    momentum,
-  )
+  return y, update(state, squeeze(flatten(stats), reduced), momentum)
 
 
 def corrections(
@@ -176,14 +172,14 @@ def _limit(
   """The limit of each feature after so many updates."""
   limit = default if limit is None else limit
   if callable(limit):
-    values = jnp.asarray(jax.vmap(limit)(count.reshape(-1)), jnp.float32)
+    values = jnp.asarray(jax.vmap(limit)(count.reshape(-1)))
     if values.shape != (count.size,):
       raise ValueError(
         f'{name} must give one number for a count, got the shape '
         f'{values.shape[1:]}. Give a schedule such as optax.linear_schedule.'
       )
     return jnp.maximum(values, least).reshape(count.shape)
-  return jnp.asarray(_check_limit(limit, name, least), jnp.float32)
+  return jnp.full(count.shape, _check_limit(limit, name, least))
 
 
 def _check_limit(limit: Any, name: str, least: float) -> float:

@@ -16,7 +16,7 @@ from normkit._types import (
   Groups,
   Implementation,
 )
-from normkit.norm import EmptyState, NormParams
+from normkit.norm import EmptyState
 
 
 class FilterResponseParams(NamedTuple):
@@ -181,17 +181,10 @@ class FilterResponseNorm(norm.CenteredOptions):
   ) -> tuple[Array, EmptyState]:
     """Returns `(y, state)`; `train` makes no difference."""
     del train
-    if not isinstance(params, FilterResponseParams) or (
-      (params.threshold is not None) != self.use_threshold
-    ):
-      raise ValueError(
-        f'params must be FilterResponseParams as init of this transform makes '
-        f'them, got {jax.tree.structure(params)}.'
-      )
-    scale, bias = norm.check_params(NormParams(*params[:2]), self)
+    scale, bias, least = norm.check_params(
+      params, self, FilterResponseParams, threshold=self.use_threshold
+    )
     norm.check_empty_state(state)
     options = dict(self.shared(), axis=self.axis, batch_axis=self.batch_axis)
-    y = filter_response_norm(
-      x, scale, bias, params.threshold, where=where, **options
-    )
+    y = filter_response_norm(x, scale, bias, least, where=where, **options)
     return y, state

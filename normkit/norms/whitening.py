@@ -1,18 +1,23 @@
 """Iterative whitening (Huang and others 2019): decorrelated batch norm."""
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from normkit import _types, norm
-from normkit._types import Array, ArrayLike, AxisName, DType, Implementation
-from normkit.affine import Arguments
-from normkit.moments import Centred, centred, flatten, pool, squeeze
+from normkit._types import (
+  Array,
+  ArrayLike,
+  AxisName,
+  DType,
+  Groups,
+  Implementation,
+)
+from normkit.covariance import covariance, inverse_root, whitened
+from normkit.moments import centred, flatten, pool, pool_sum, squeeze
 from normkit.norm import NormParams
 from normkit.running import check_average, check_several, shares
 
@@ -50,6 +55,7 @@ def iterative_whitening(
   epsilon: float = 1e-5,
   where: ArrayLike | None = None,
   axis_name: AxisName | None = None,
+  axis_index_groups: Groups | None = None,
   dtype: DType | None = None,
   implementation: Implementation | None = None,
 ) -> tuple[Array, WhiteningState]:
@@ -78,6 +84,7 @@ def iterative_whitening(
       counts as the mean. Of two channels, the places where both are known tell
       their covariance, over the geometric mean of their counts.
     axis_name: names of mapped axes over which statistics are pooled.
+    axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
     dtype: dtype of the result; None keeps x's.
     implementation: 'xla', or None to choose.
 
@@ -117,15 +124,14 @@ def iterative_whitening(
   if not _types.check_flag(train, 'train'):
     mean = lax.expand_dims(state.mean, range(last))
     means = mean, jnp.zeros_like(mean)
-    return _whitened(whole, means, state.whitening, args, x), state
+    return whitened(whole, means, state.whitening, args, x), state
   axes = tuple(range(last))
-  check_several(x.shape, axes, axis_name, None, None)
-  stats = pool(centred(whole, axes, args.where), axis_name)
+  check_several(x.shape, axes, axis_name, axis_index_groups, None)
+  pooled = axis_name, axis_index_groups
+  stats = pool(centred(whole, axes, args.where), *pooled)
   groups, size, _ = state.whitening.shape
-  covariance = _covariance(whole, stats, args.where, groups)
-  if axis_name is not None:
-    covariance = lax.psum(covariance, axis_name)
-  matrix = inverse_root(covariance, args.epsilon, n_steps)
+  covariances = pool_sum(covariance(whole, stats, args.where, groups), *pooled)
+  matrix = inverse_root(covariances, args.epsilon, n_steps)
   batch = squeeze(flatten(stats), axes)
   held = batch.count > 0
   count = state.count + 1
@@ -137,81 +143,12 @@ def iterative_whitening(
     return jnp.where(held, keep * old + share * new, old).astype(old.dtype)
 
   known = jnp.all(held.reshape(groups, size), 1)[:, None, None]
-  y = _whitened(whole, (stats.pivot, stats.offset), matrix, args, x)
+  y = whitened(whole, (stats.pivot, stats.offset), matrix, args, x)
   return y, WhiteningState(
     moved(state.mean, batch.mean, held),
     moved(state.whitening, matrix, known),
     jnp.where(jnp.any(held), count, state.count),
   )
-
-
-def inverse_root(covariance: Array, epsilon: float, n_steps: int) -> Array:
-  """Nearly the inverse square roots of matrices, by Newton's iteration.
-
-  P as above, and P S / tr S beside it: the same numbers, but errors do not grow
-  from step to step as they do in the form with the cube.
-  """
-  eye = jnp.eye(covariance.shape[-1], dtype=covariance.dtype)[None]
-  covariance = covariance + epsilon * eye
-  trace = jnp.trace(covariance, axis1=-2, axis2=-1)[:, None, None]
-  p, root = jnp.broadcast_to(eye, covariance.shape), covariance / trace
-  for _ in range(n_steps):
-    step = (3 * eye - _product(p, root)) / 2
-    p, root = _product(step, p), _product(root, step)
-  return p / jnp.sqrt(trace)
-
-
-def _product(a: Array, b: Array) -> Array:
-  return jnp.matmul(a, b, precision='highest')
-
-
-@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=3)
-def _covariance(
-  x: Array, stats: Centred, where: Array | None, groups: int
-) -> Array:
-  """Of the channels of each group; x is kept for the backward, and no more."""
-  d = _distances(x, (stats.pivot, stats.offset), where)
-  d = _grouped(d / jnp.sqrt(jnp.maximum(stats.count, 1)), groups)
-  places = 'abcdefh'[: x.ndim - 1]
-  options: dict[str, Any] = {}
-  if _types.sharded_axes(x):  # summed over devices
-    options['out_sharding'] = P()
-  covariance: Array = jnp.einsum(
-    f'{places}gi,{places}gj->gij', d, d, precision='highest', **options
-  )
-  return covariance
-
-
-def _distances(x: Array, means: Any, where: Array | None) -> Array:
-  """x less both parts of its mean, zero where masked."""
-  pivot, offset = means
-  d = (x.astype(pivot.dtype) - pivot) - offset
-  return d if where is None else jnp.where(where, d, 0)
-
-
-def _grouped(d: Array, groups: int) -> Array:
-  return d.reshape(*d.shape[:-1], groups, -1)
-
-
-def _whitened(
-  x: Array, means: Any, matrix: Array, args: Arguments, like: Array
-) -> Array:
-  """The output, in the sharding of `like`."""
-
-  def run(x: Array, means: Any, matrix: Array, args: Any) -> Array:
-    scale, bias, where = args
-    means = [m.astype(wide) for m in means]
-    d = _grouped(_distances(x, means, where), len(matrix))
-    y = jnp.einsum(
-      'gij,...gj->...gi', matrix.astype(wide), d, precision='highest'
-    )
-    y = _types.reshard_like(y.reshape(x.shape), like)
-    return norm.scaled(y, scale, bias, dtype)
-
-  wide, dtype = args.statistics_dtype, args.dtype
-  given = args.scale, args.bias, args.where
-  y: Array = jax.checkpoint(run, prevent_cse=False)(x, means, matrix, given)
-  return y
 
 
 def check_state(state: Any, x: Array) -> None:
@@ -242,7 +179,7 @@ def _check_steps(n_steps: Any, epsilon: float) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class IterativeWhitening(norm.ParamOptions):
+class IterativeWhitening(norm.CenteredOptions):
   """Iterative whitening as a transform; see `iterative_whitening`.
 
   Parameters and running means have the shape of the last axis, the channels.
@@ -259,6 +196,7 @@ class IterativeWhitening(norm.ParamOptions):
     param_dtype: dtype of the parameters that `init` makes.
     dtype: dtype of the result; None keeps x's.
     axis_name: names of mapped axes over which statistics are pooled.
+    axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
     implementation: 'xla', or None to choose.
 
   Examples:
@@ -275,9 +213,6 @@ class IterativeWhitening(norm.ParamOptions):
   n_steps: int = 5
   momentum: float | None = 0.9
   epsilon: float = 1e-5
-  use_bias: bool = True
-  axis_name: AxisName | None = None
-  implementation: Implementation | None = None
 
   def __post_init__(self) -> None:
     super().__post_init__()
@@ -314,17 +249,7 @@ class IterativeWhitening(norm.ParamOptions):
   ) -> tuple[Array, WhiteningState]:
     """Returns `(y, state)`, the state updated if `train`."""
     scale, bias = norm.check_params(params, self)
+    options = dict(self.shared(), n_steps=self.n_steps, momentum=self.momentum)
     return iterative_whitening(
-      x,
-      state,
-      scale,
-      bias,
-      train=train,
-      n_steps=self.n_steps,
-      momentum=self.momentum,
-      epsilon=self.epsilon,
-      where=where,
-      axis_name=self.axis_name,
-      dtype=self.dtype,
-      implementation=self.implementation,
+      x, state, scale, bias, train=train, where=where, **options
     )

@@ -1,0 +1,83 @@
+"""Covariances of groups of channels, their inverse roots, and their use."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from normkit import _types
+from normkit._types import Array
+from normkit.affine import Arguments
+from normkit.moments import Centred
+from normkit.norm import scaled
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=3)
+def covariance(
+  x: Array, stats: Centred, where: Array | None, groups: int
+) -> Array:
+  """Of the channels of each group; x is kept for the backward, and no more."""
+  d = _distances(x, (stats.pivot, stats.offset), where)
+  d = _grouped(d / jnp.sqrt(jnp.maximum(stats.count, 1)), groups)
+  places = 'abcdefh'[: x.ndim - 1]
+  options: dict[str, Any] = {}
+  if _types.sharded_axes(x):  # summed over devices
+    options['out_sharding'] = P()
+  matrices: Array = jnp.einsum(
+    f'{places}gi,{places}gj->gij', d, d, precision='highest', **options
+  )
+  return matrices
+
+
+def inverse_root(covariance: Array, epsilon: float, n_steps: int) -> Array:
+  """Nearly the inverse square roots of matrices, by Newton's iteration.
+
+  P as above, and P S / tr S beside it: the same numbers, but errors do not grow
+  from step to step as they do in the form with the cube.
+  """
+  eye = jnp.eye(covariance.shape[-1], dtype=covariance.dtype)[None]
+  covariance = covariance + epsilon * eye
+  trace = jnp.trace(covariance, axis1=-2, axis2=-1)[:, None, None]
+  p, root = jnp.broadcast_to(eye, covariance.shape), covariance / trace
+  for _ in range(n_steps):
+    step = (3 * eye - _product(p, root)) / 2
+    p, root = _product(step, p), _product(root, step)
+  return p / jnp.sqrt(trace)
+
+
+def whitened(
+  x: Array, means: Any, matrix: Array, args: Arguments, like: Array
+) -> Array:
+  """The matrices times x less its mean, scaled, in the sharding of `like`."""
+
+  def run(x: Array, means: Any, matrix: Array, args: Any) -> Array:
+    scale, bias, where = args
+    means = [m.astype(wide) for m in means]
+    d = _grouped(_distances(x, means, where), len(matrix))
+    y = jnp.einsum(
+      'gij,...gj->...gi', matrix.astype(wide), d, precision='highest'
+    )
+    y = _types.reshard_like(y.reshape(x.shape), like)
+    return scaled(y, scale, bias, dtype)
+
+  wide, dtype = args.statistics_dtype, args.dtype
+  given = args.scale, args.bias, args.where
+  y: Array = jax.checkpoint(run, prevent_cse=False)(x, means, matrix, given)
+  return y
+
+
+def _distances(x: Array, means: Any, where: Array | None) -> Array:
+  """x less both parts of its mean, zero where masked."""
+  pivot, offset = means
+  d = (x.astype(pivot.dtype) - pivot) - offset
+  return d if where is None else jnp.where(where, d, 0)
+
+
+def _grouped(d: Array, groups: int) -> Array:
+  return d.reshape(*d.shape[:-1], groups, -1)
+
+
+def _product(a: Array, b: Array) -> Array:
+  return jnp.matmul(a, b, precision='highest')
