@@ -19,11 +19,23 @@ MODULES = (
   'normkit.weights',
   'normkit.masks',
   'normkit.recurrent',
+  'normkit.tools.adapt',
+  'normkit.tools.convert',
+  'normkit.tools.fold',
+  'normkit.tools.freeze',
+  'normkit.tools.inspect',
+  'normkit.tools.recalibrate',
+  'normkit.tools.replace',
 )
 # One way only: a module may import from the rows below its own.
 LAYERS = (
+  ('__main__',),
+  ('tools.cli',),
+  ('tools.adapt', 'tools.convert'),
   ('tools', 'testing'),
-  ('tools._layers',),
+  ('tools._plan', 'tools._template', 'tools._layers'),
+  ('tools._chains', 'tools._frameworks'),
+  ('tools._program', 'tools.files'),
   ('linen', 'nnx'),
   ('recurrent', 'masks'),
   ('recurrent.cells',),
@@ -55,7 +67,10 @@ def imported(path):
       if node.module == 'normkit':
         yield from (alias.name for alias in node.names)
       elif node.module.startswith('normkit.'):
-        yield node.module.removeprefix('normkit.')
+        name = node.module.removeprefix('normkit.')
+        for alias in node.names:
+          inner = ROOT.joinpath(*name.split('.'), f'{alias.name}.py')
+          yield f'{name}.{alias.name}' if inner.exists() else name
     elif isinstance(node, ast.Import):
       for alias in node.names:
         if alias.name.startswith('normkit.'):

@@ -1,0 +1,214 @@
+"""How other frameworks name their arrays and lay them out.
+
+Each reader takes a tree of one framework apart into `Source` arrays. Each
+layout takes the array of one leaf of a layer as its framework holds it, and
+gives it as Flax does: kernels as (*spatial, in, out).
+"""
+
+from collections.abc import Iterator, Mapping
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+import numpy as np
+
+from normkit.tools import files
+
+_TORCH_LEAVES = {
+  'running_mean': 'mean',
+  'running_var': 'var',
+  'num_batches_tracked': 'count',
+}
+_TORCH_REFUSED = re.compile(
+  r'(^|\.)(in_proj_|(weight|bias)_[ih]h|weight_[gv]$|parametrizations\.)'
+)
+_HAIKU_LEAVES = {
+  'w': 'weight',
+  'b': 'bias',
+  'offset': 'bias',
+  'embeddings': 'embedding',
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """An array of another framework.
+
+  Attributes:
+    key: its name there, for messages.
+    layer: the name of its layer there.
+    leaf: what it is: a leaf of Flax, 'weight' (the kernel, embedding or scale,
+      whichever the layer has), or the place in Keras's list, '0', '1', ...
+    value: the array.
+  """
+
+  key: str
+  layer: str
+  leaf: str
+  value: np.ndarray
+
+
+def read_torch(state: Mapping[str, Any]) -> list[Source]:
+  """The arrays of a state dict."""
+  files.check_names(state)
+  if refused := [key for key in state if _TORCH_REFUSED.search(key)]:
+    raise ValueError(
+      f'{refused!s:.300} are of recurrent layers, MultiheadAttention or '
+      'parametrizations, which are not converted. Leave them out by ignore, '
+      'and for a parametrization remove it first.'
+    )
+  sources = []
+  for key, value in state.items():
+    layer, _, leaf = key.rpartition('.')
+    leaf = _TORCH_LEAVES.get(leaf, leaf)
+    sources.append(Source(key, layer, leaf, files.as_numpy(key, value)))
+  return sources
+
+
+def read_keras(weights: Mapping[str, Any]) -> list[Source]:
+  """The arrays of a `.weights.h5` file, or of lists by layer."""
+  files.check_names(weights)
+  sources = []
+  for name, value in weights.items():
+    if isinstance(value, list | tuple):
+      for i, array in enumerate(value):
+        key = f'{name}[{i}]'
+        sources.append(Source(key, name, str(i), files.as_numpy(key, array)))
+      continue
+    *path, vars_, place = ['', *name.split('/')]
+    if vars_ != 'vars' or not place.isdecimal():
+      raise ValueError(
+        f'{name!r} is not a name in the weights of Keras 3, such as '
+        "'layers/dense/vars/0'. Save them by model.save_weights, or give "
+        'lists of arrays by layer.'
+      )
+    if 'optimizer' in path[:2] or 'seed_generator' in path:
+      continue
+    layer = '/'.join(part for part in path if part not in ('', 'layers'))
+    sources.append(Source(name, layer, place, files.as_numpy(name, value)))
+  return sources
+
+
+def read_haiku(
+  params: Mapping[str, Any], state: Mapping[str, Any] | None
+) -> list[Source]:
+  """The arrays of Haiku's parameters, and the averages of its state."""
+  sources = []
+  for module, leaves in [*params.items(), *(state or {}).items()]:
+    layer, _, average = module.rpartition('/~/')
+    if average not in ('mean_ema', 'var_ema'):
+      for name, value in leaves.items():
+        key, leaf = f'{module}/{name}', _HAIKU_LEAVES.get(name, name)
+        sources.append(Source(key, module, leaf, files.as_numpy(key, value)))
+      continue
+    kept = {'average': average.removesuffix('_ema')}
+    if average == 'mean_ema':
+      kept['counter'] = 'count'
+    for name, leaf in kept.items():
+      key = f'{module}/{name}'
+      value = files.as_numpy(key, leaves[name])
+      sources.append(Source(key, layer, leaf, value))
+  files.check_names(source.key for source in sources)
+  return sources
+
+
+def read_equinox(model: Any, state: Any) -> list[Source]:
+  """The arrays of an Equinox module, and the statistics of its state."""
+  import equinox  # noqa: PLC0415
+
+  def is_batch_norm(node: Any) -> bool:
+    return isinstance(node, equinox.nn.BatchNorm)
+
+  sources = []
+  for path, node in jax.tree_util.tree_leaves_with_path(
+    model, is_leaf=is_batch_norm
+  ):
+    names = [_path_part(part) for part in path]
+    leaves = {names[-1] if names else '': node}
+    if is_batch_norm(node):
+      leaves = dict(_equinox_batch_norm('.'.join(names), node, state))
+    else:
+      names = names[:-1]
+    for leaf, value in leaves.items():
+      if hasattr(value, 'shape'):
+        key = '.'.join([*names, leaf])
+        array = files.as_numpy(key, value)
+        sources.append(Source(key, '.'.join(names), leaf, array))
+  return sources
+
+
+def _path_part(part: Any) -> str:
+  for name in ('name', 'key', 'idx'):
+    if hasattr(part, name):
+      return str(getattr(part, name))
+  return str(part)
+
+
+def _equinox_batch_norm(
+  name: str, norm: Any, state: Any
+) -> Iterator[tuple[str, Any]]:
+  """The leaves of a batch norm, its averages without the initial zeros."""
+  if state is None:
+    raise ValueError(
+      f'{name!r} is a batch norm, whose statistics are in the state: give '
+      'state=, the second result of equinox.nn.make_with_state.'
+    )
+  yield from (('weight', norm.weight), ('bias', norm.bias))
+  if norm.mode == 'ema':
+    if state.get(norm.ema_first_time_index):
+      raise ValueError(f'{name!r} has no statistics: it was never trained.')
+    mean, var = state.get(norm.ema_state_index)
+  else:
+    count = np.asarray(state.get(norm.batch_counter))
+    share = 1 - norm.momentum ** int(count) if count else 1
+    mean, var = (
+      np.asarray(x) / share for x in state.get(norm.batch_state_index)
+    )
+    yield 'count', count
+  yield from (('mean', mean), ('var', var))
+
+
+def from_oihw(value: np.ndarray) -> np.ndarray:
+  """(out, in, *spatial) to (*spatial, in, out); a matrix is transposed."""
+  return np.moveaxis(value, (1, 0), (-2, -1))
+
+
+def to_oihw(value: np.ndarray) -> np.ndarray:
+  """The inverse of `from_oihw`."""
+  return np.moveaxis(value, (-2, -1), (1, 0))
+
+
+def flipped(value: np.ndarray) -> np.ndarray:
+  """A kernel with its spatial axes, all but the last two, turned round."""
+  return np.flip(value, tuple(range(value.ndim - 2)))
+
+
+def from_torch_transposed(value: np.ndarray) -> np.ndarray:
+  """(in, out, *spatial), flipped, of ConvTranspose."""
+  return flipped(np.moveaxis(value, (0, 1), (-2, -1)))
+
+
+def to_torch_transposed(value: np.ndarray) -> np.ndarray:
+  """The inverse of `from_torch_transposed`."""
+  return np.moveaxis(flipped(value), (-2, -1), (0, 1))
+
+
+def from_flat(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+  """A kernel of inputs flattened as (C, *spatial): to (*spatial, C)."""
+  split = value.reshape(*shape, -1)
+  return np.moveaxis(split, 0, -2).reshape(value.shape)
+
+
+def to_flat(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+  """The inverse of `from_flat`, given the same (C, *spatial)."""
+  split = value.reshape(*shape[1:], shape[0], -1)
+  return np.moveaxis(split, -2, 0).reshape(value.shape)
+
+
+def from_depthwise(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+  """(*spatial, C, M) of Keras to (*spatial, 1, C * M), if that is asked."""
+  channels = math.prod(value.shape[-2:])
+  grouped = (*value.shape[:-2], 1, channels)
+  return value.reshape(grouped) if shape == grouped else value

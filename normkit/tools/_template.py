@@ -1,0 +1,298 @@
+"""The model that receives weights: its layers, and the account of every array.
+
+Layers are named by their paths, 'Block_0/Conv_1', in linen and in nnx alike.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+import dataclasses
+import fnmatch
+import re
+from typing import Any, TypeAlias
+
+from flax import nnx, traverse_util
+from flax.core import meta
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from normkit.tools._frameworks import Source
+
+Names: TypeAlias = Mapping[str, str] | Callable[[str], str] | str | None
+Leaf: TypeAlias = tuple[str, str]  # the layer's path, the leaf's name
+# What a layer here is given, its leaf and its shape: an array as Flax has it.
+Layout: TypeAlias = Callable[
+  [str, str, np.ndarray, tuple[int, ...]], np.ndarray
+]
+
+_WEIGHTS = ('kernel', 'embedding', 'scale')
+_IN_ORDER = (*_WEIGHTS, 'bias', 'mean', 'var')
+_FILLED = nnx.Any(nnx.Param, nnx.BatchStat)
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+  """A Flax model taken apart.
+
+  Attributes:
+    leaves: arrays, or their shapes and dtypes.
+    rebuild: makes the model of new leaves.
+    transposed: the layers that are seen to be transposed convolutions.
+  """
+
+  leaves: Mapping[Leaf, Any]
+  rebuild: Callable[[Mapping[Leaf, Any]], Any]
+  transposed: frozenset[str] = frozenset()
+
+  def shape(self, leaf: Leaf) -> tuple[int, ...]:
+    """The shape of a leaf."""
+    return tuple(self.leaves[leaf].shape)
+
+  def is_transposed(self, patterns: Sequence[str]) -> Callable[[str], bool]:
+    """Tells of a layer whether it is a transposed convolution."""
+    return lambda layer: layer in self.transposed or matches(layer, patterns)
+
+
+def template_of(variables: Any) -> Template:
+  """Takes linen variables or an nnx.Module apart."""
+  if isinstance(variables, nnx.Module):
+    return _of_module(variables)
+  if not isinstance(variables, Mapping) or not all(
+    isinstance(tree, Mapping) for tree in variables.values()
+  ):
+    raise TypeError(
+      'variables must be an nnx.Module or linen variables, '
+      f"{{'params': {{...}}, ...}}, got {type(variables).__name__}."
+    )
+  flat = traverse_util.flatten_dict(meta.unbox(variables))
+  paths = _unique(((path[1:], path) for path in flat), '/')
+
+  def rebuild(leaves: Mapping[Leaf, Any]) -> Any:
+    new = {paths[leaf]: value for leaf, value in leaves.items()}
+    return traverse_util.unflatten_dict(new)
+
+  return Template({leaf: flat[path] for leaf, path in paths.items()}, rebuild)
+
+
+def _of_module(model: nnx.Module) -> Template:
+  flat = dict(nnx.to_flat_state(nnx.state(model, _FILLED)))
+  paths = _unique(((path, path) for path in flat), '/')
+
+  def rebuild(leaves: Mapping[Leaf, Any]) -> Any:
+    new = [
+      (paths[leaf], flat[paths[leaf]].replace(value))
+      for leaf, value in leaves.items()
+    ]
+    copy = nnx.clone(model)
+    nnx.update(copy, nnx.from_flat_state(new))
+    return copy
+
+  transposed = set()
+  for path, module in nnx.iter_modules(model):
+    if isinstance(module, nnx.ConvTranspose):
+      name = '/'.join(map(str, path))
+      transposed.add(name)
+      if module.transpose_kernel:
+        raise ValueError(
+          f'{name!r} has transpose_kernel=True, which is not converted. Build '
+          'it with False.'
+        )
+  leaves = {leaf: jax.tree.leaves(flat[paths[leaf]])[0] for leaf in paths}
+  return Template(leaves, rebuild, frozenset(transposed))
+
+
+def _unique(paths: Iterable[tuple[Any, Any]], sep: str) -> dict[Leaf, Any]:
+  """Paths by layer and leaf; raises where two have the same."""
+  named: dict[Leaf, Any] = {}
+  for path, whole in paths:
+    *layer, leaf = map(str, path)
+    key = sep.join(layer), leaf
+    if key in named:
+      raise ValueError(
+        f'variables: {whole} and {named[key]} have one name, without the '
+        'collection. Give those that hold the weights alone.'
+      )
+    named[key] = whole
+  return named
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+  """Whether a name fits one of the patterns."""
+  if isinstance(patterns, str):
+    raise TypeError(f"give patterns as a sequence: ('{patterns}',).")
+  return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def fill(
+  template: Template,
+  sources: Sequence[Source],
+  rename: Callable[[str], str],
+  layout: Layout,
+  count: int | None,
+) -> Any:
+  """The model with the arrays of the sources; raises unless all fit."""
+  values: dict[Leaf, Any] = {}
+  origin: dict[Leaf, str] = {}
+  faults = []
+  for source in sources:
+    layer = rename(source.layer)
+    leaf = layer, _leaf_of(source.leaf, layer, template)
+    if leaf in origin:
+      raise ValueError(
+        f'{origin[leaf]!r} and {source.key!r} both go to {"/".join(leaf)!r}. '
+        'Mend names.'
+      )
+    origin[leaf] = source.key
+    if leaf in template.leaves:
+      struct = template.leaves[leaf]
+      value = _laid_out(source.value, leaf, struct, layout)
+      faults += _faults(source, leaf, value, struct)
+      values[leaf] = value
+    elif source.leaf != 'count':
+      faults.append(
+        f'extra: {source.key!r} {source.value.shape}, for {"/".join(leaf)!r}'
+      )
+  for leaf, struct in template.leaves.items():
+    if leaf[1] == 'count' and leaf not in values and count is not None:
+      values[leaf] = np.full(struct.shape, count)
+    elif leaf not in values:
+      faults.append(f'missing: {"/".join(leaf)!r} {tuple(struct.shape)}')
+  if faults:
+    raise ValueError(_report(faults))
+  leaves = template.leaves.items()
+  return template.rebuild(
+    {leaf: jnp.array(values[leaf], struct.dtype) for leaf, struct in leaves}
+  )
+
+
+def _leaf_of(leaf: str, layer: str, template: Template) -> str:
+  """The name here of a leaf of a source."""
+  if leaf == 'weight':
+    held = [name for name in _WEIGHTS if (layer, name) in template.leaves]
+  elif leaf.isdecimal():
+    held = [name for name in _IN_ORDER if (layer, name) in template.leaves]
+    held = held[int(leaf) :]
+  else:
+    held = []
+  return held[0] if held else leaf
+
+
+def _laid_out(
+  value: np.ndarray, leaf: Leaf, struct: Any, layout: Layout
+) -> np.ndarray:
+  """A value as Flax has it; axes of one element come and go in vectors."""
+  shape = tuple(struct.shape)
+  if leaf[1] == 'count' and value.ndim == 0:
+    return np.broadcast_to(value, shape)
+  value = layout(*leaf, value, shape)
+  if len(shape) == 1 and value.shape != shape and value.size == shape[0]:
+    longest = max(value.shape, default=1)
+    return value.reshape(shape) if longest == value.size else value
+  return value
+
+
+def _faults(
+  source: Source, leaf: Leaf, value: np.ndarray, struct: Any
+) -> list[str]:
+  """What is wrong with the value that a leaf is given."""
+  name = '/'.join(leaf)
+  if value.shape != tuple(struct.shape):
+    return [
+      f'shape: {source.key!r} {source.value.shape} becomes {value.shape}, but '
+      f'{name!r} is {tuple(struct.shape)}'
+    ]
+  kinds = jnp.integer, jnp.floating, jnp.complexfloating
+  order = [
+    next((i for i, k in enumerate(kinds) if jnp.issubdtype(dtype, k)), -1)
+    for dtype in (value.dtype, struct.dtype)
+  ]
+  if order[0] > order[1]:
+    return [f'dtype: {source.key!r} {value.dtype}, but {name!r} {struct.dtype}']
+  with np.errstate(over='ignore'):
+    narrow = value.astype(struct.dtype)
+  if np.any(np.isfinite(value) & ~np.isfinite(narrow)):
+    return [f'range: {source.key!r} is too large for {name!r} {struct.dtype}']
+  return []
+
+
+def _report(faults: Sequence[str]) -> str:
+  """One message for all that does not fit."""
+  lines = '\n'.join(f'  {fault}' for fault in sorted(faults))
+  return (
+    f'{len(faults)} arrays do not fit, and nothing was converted:\n{lines}\n'
+    'names= says where a layer goes, ignore= leaves arrays out, count= is for '
+    'a count that is missing.'
+  )
+
+
+def renamer(names: Names, old: str, new: str) -> Callable[[str], str]:
+  """The function from one side's layer names, with `old` between parts."""
+  if callable(names):
+    return names
+  if names is not None and not isinstance(names, Mapping):
+    raise ValueError(
+      f"names must be None, a mapping, a function or 'order', got {names!r}."
+    )
+  prefixes = names or {}
+
+  def rename(layer: str) -> str:
+    parts = layer.split(old)
+    for end in range(len(parts), 0, -1):
+      prefix = old.join(parts[:end])
+      if prefix in prefixes:
+        return new.join(filter(None, (prefixes[prefix], *parts[end:])))
+    return new.join(parts)
+
+  return rename
+
+
+def in_order(
+  template: Template, sources: Sequence[Source]
+) -> Callable[[str], str]:
+  """Pairs the layers of each kind in natural order of their names."""
+  given = _kinds((s.layer, s.leaf, s.value.shape) for s in sources)
+  held = _kinds(
+    (layer, leaf, array.shape)
+    for (layer, leaf), array in template.leaves.items()
+  )
+  for kind in sorted({*given, *held}):
+    theirs, ours = given.get(kind, []), held.get(kind, [])
+    if len(theirs) != len(ours):
+      raise ValueError(
+        f"names='order' finds {len(theirs)} layers of the kind {kind!r} "
+        f'there, {theirs}, but {len(ours)} here, {ours}. Name them.'
+      )
+  pairs = {
+    theirs: ours
+    for kind in held
+    for theirs, ours in zip(given[kind], held[kind], strict=True)
+  }
+  return pairs.__getitem__
+
+
+def _kinds(
+  leaves: Iterable[tuple[str, str, tuple[int, ...]]],
+) -> dict[str, list[str]]:
+  """The layers of each kind, in natural order."""
+  layers: dict[str, dict[str, int]] = {}
+  for layer, leaf, shape in leaves:
+    layers.setdefault(layer, {})[leaf] = len(shape)
+  kinds: dict[str, list[str]] = {}
+  for layer in sorted(layers, key=_natural):
+    kinds.setdefault(_kind(layers[layer]), []).append(layer)
+  return kinds
+
+
+def _kind(ranks: Mapping[str, int]) -> str:
+  """The kind of a layer, by what both sides know of its leaves."""
+  if 'mean' in ranks or {'0', '1', '2'} <= ranks.keys():
+    return 'batch norm'
+  rank = max(ranks.values())
+  return {1: 'norm', 2: 'matrix'}.get(rank, f'kernel of rank {rank}')
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+  """A key that sorts numbers in names as numbers."""
+  return [
+    (int(part), '') if part.isdecimal() else (-1, part)
+    for part in re.split(r'(\d+)', name)
+  ]

@@ -1,0 +1,488 @@
+"""Weights of other frameworks into Flax's layers and normkit's, and back.
+
+Files and trees of weights hold arrays by name and nothing else. So the model
+that receives them tells what each layer is, every array of both sides is
+accounted for, and the options that no file holds (epsilon, momentum) come from
+`batch_norm_options`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import math
+from typing import Any, Literal, TypeAlias
+
+import jax
+import numpy as np
+
+from normkit.tools import _frameworks
+from normkit.tools._frameworks import Source
+from normkit.tools._template import (
+  Names,
+  Template,
+  fill,
+  in_order,
+  matches,
+  renamer,
+  template_of,
+)
+from normkit.tools.files import load_arrays, save_arrays
+
+__all__ = [
+  'batch_norm_options',
+  'from_equinox',
+  'from_haiku',
+  'from_keras',
+  'from_torch',
+  'load_arrays',
+  'save_arrays',
+  'to_torch',
+]
+
+Model: TypeAlias = Any
+Shapes: TypeAlias = Mapping[str, Sequence[int]]
+
+TRANSPOSED = ('*ConvTranspose*',)
+
+_TORCH_LEAVES = {
+  'kernel': 'weight',
+  'embedding': 'weight',
+  'scale': 'weight',
+  'mean': 'running_mean',
+  'var': 'running_var',
+  'count': 'num_batches_tracked',
+}
+# What the layers of each framework do unless told otherwise: epsilon of all its
+# norms, the share of the old statistics that its batch norm keeps, unbiased
+# variances, debiased averages.
+_DEFAULTS: dict[str, tuple[float, float | None, bool, bool]] = {
+  'torch': (1e-5, 0.1, True, False),
+  'keras': (1e-3, 0.99, False, False),
+  'haiku': (1e-5, None, False, True),
+  'equinox': (1e-5, 0.99, False, False),
+}
+
+
+def batch_norm_options(
+  framework: str,
+  *,
+  epsilon: float | None = None,
+  momentum: float | Literal['default'] | None = 'default',
+) -> dict[str, Any]:
+  """What to build a batch norm with so that it acts as another framework's.
+
+  Of the other norms, `epsilon` alone matters, and its default is the same.
+
+  Args:
+    framework: 'torch', 'keras', 'haiku' or 'equinox'.
+    epsilon: as the other framework's layer has it; None takes its default:
+      1e-3 in Keras, 1e-5 elsewhere.
+    momentum: the momentum (Haiku: decay_rate, which has no default) as the
+      other framework's layer has it. PyTorch's is the share of the new value
+      and becomes its complement; its None, a plain average, stays None.
+
+  Returns:
+    `epsilon`, `momentum`, `unbiased` and `debias`, arguments of
+    `normkit.BatchNorm`, `normkit.linen.BatchNorm` and `normkit.nnx.BatchNorm`.
+
+  Raises:
+    ValueError: if the framework is another, or momentum is needed.
+
+  Examples:
+    >>> from normkit.tools import convert
+    >>> convert.batch_norm_options('torch', momentum=0.1)
+    {'epsilon': 1e-05, 'momentum': 0.9, 'unbiased': True, 'debias': False}
+  """
+  if framework not in _DEFAULTS:
+    raise ValueError(
+      f'framework must be one of {", ".join(_DEFAULTS)}, got {framework!r}.'
+    )
+  default, share, unbiased, debias = _DEFAULTS[framework]
+  if momentum == 'default':
+    momentum = share
+    if momentum is None:
+      raise ValueError("momentum: give the decay_rate, Haiku's has no default.")
+  if framework == 'torch' and momentum is not None:
+    momentum = 1 - float(momentum)
+  return {
+    'epsilon': default if epsilon is None else epsilon,
+    'momentum': momentum,
+    'unbiased': unbiased,
+    'debias': debias,
+  }
+
+
+def from_torch(
+  state: Mapping[str, Any],
+  variables: Model,
+  *,
+  names: Names = None,
+  flatten: Shapes | None = None,
+  transposed: Sequence[str] = TRANSPOSED,
+  ignore: Sequence[str] = (),
+  count: int | None = None,
+) -> Model:
+  """Fills a Flax model with the arrays of a PyTorch state dict.
+
+  Converted are linear layers, convolutions of any rank (grouped, depthwise,
+  transposed), embeddings, and batch, layer, group and instance norms; any other
+  parameter goes as it is to one of the same name and shape. Not converted are
+  recurrent layers and `MultiheadAttention`, which pack several kernels in one.
+
+  A linear layer that follows a flatten sees its inputs in another order where
+  channels are last: `flatten={'fc1': (C, H, W)}` gives the shape before it.
+  Flax pads a transposed convolution by its own rule: for PyTorch's padding p
+  and kernel size k give `padding=((k - 1 - p, k - 1 - p), ...)`, and the
+  output_padding in addition to the second.
+
+  Args:
+    state: arrays by name: `model.state_dict()`, or what `load_arrays` gives.
+    variables: the model to fill: linen variables, of arrays or of
+      `jax.ShapeDtypeStruct` as `jax.eval_shape` gives them, or an
+      `nnx.Module`. It is not changed.
+    names: where the layers go. None: 'a.b' to 'a/b'. A mapping of names or
+      their beginnings, {'layer1.0': 'Block_0'}, where what is not named goes
+      as with None; or a function of the name of a layer. 'order': the layers
+      of each kind (batch norms, other norms, matrices, kernels by rank), in
+      natural order of their names on both sides, go to each other.
+    flatten: by the layer's path here, the (C, *spatial) flattened before it.
+    transposed: patterns of the paths here that are transposed convolutions
+      (with `transpose_kernel=False`), which no array tells; in an
+      `nnx.Module` they are seen.
+    ignore: patterns of names in `state` that are left out on purpose.
+    count: the number of updates to store where a batch norm here counts them
+      and the other framework did not.
+
+  Returns:
+    The model filled, of the kind of `variables`: linen variables of arrays, or
+    a new module.
+
+  Raises:
+    TypeError: if something is not an array of numbers, or not a model.
+    ValueError: if an array is missing, left over, of the wrong shape or not to
+      be held by the dtype here, all of them in one message; if two go to one
+      place; or if a layer is of a kind that is not converted.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, numpy as np
+    >>> from flax import linen as nn
+    >>> from normkit.tools import convert
+    >>> model = nn.Sequential([nn.Conv(8, (3, 3)), nn.relu])
+    >>> x = jnp.ones((1, 5, 5, 2))
+    >>> empty = jax.eval_shape(model.init, jax.random.key(0), x)
+    >>> state = {'0.weight': np.ones((8, 2, 3, 3)), '0.bias': np.ones(8)}
+    >>> variables = convert.from_torch(state, empty, names={'0': 'layers_0'})
+    >>> variables['params']['layers_0']['kernel'].shape
+    (3, 3, 2, 8)
+  """
+  template = template_of(variables)
+  shapes = _check_flatten(flatten, template)
+  is_transposed = template.is_transposed(transposed)
+
+  def layout(
+    layer: str, leaf: str, value: np.ndarray, shape: tuple[int, ...]
+  ) -> np.ndarray:
+    if leaf == 'scale' and len(shape) > 1:
+      raise ValueError(
+        f'{layer!r} is a norm over several axes, {shape}, which is not '
+        'converted: no file tells their order.'
+      )
+    if leaf != 'kernel' or value.ndim < 2:
+      return value
+    if value.ndim > 2 and is_transposed(layer):
+      return _frameworks.from_torch_transposed(value)
+    value = _frameworks.from_oihw(value)
+    if layer in shapes and value.shape == shape:
+      return _frameworks.from_flat(value, shapes[layer])
+    return value
+
+  kept = _without(state, ignore)
+  sources = _frameworks.read_torch(kept)
+  return _fill(template, sources, names, '.', layout, count)
+
+
+def to_torch(
+  variables: Model,
+  *,
+  names: Mapping[str, str] | Callable[[str], str] | None = None,
+  flatten: Shapes | None = None,
+  transposed: Sequence[str] = TRANSPOSED,
+) -> dict[str, np.ndarray]:
+  """Gives the arrays of a Flax model as a PyTorch state dict.
+
+  The inverse of `from_torch`, given the same arguments. Load it by
+  `model.load_state_dict({k: torch.from_numpy(v) for k, v in state.items()})`.
+
+  Args:
+    variables: linen variables or an `nnx.Module`. It is not changed.
+    names: None: 'a/b' to 'a.b'. The mapping that `from_torch` takes, of names
+      there to paths here; or a function of the path here.
+    flatten: as in `from_torch`.
+    transposed: as in `from_torch`.
+
+  Returns:
+    NumPy arrays by name. `num_batches_tracked` is the count of a batch norm
+    that has one, and 0 of another.
+
+  Raises:
+    TypeError: if `variables` is not a model, or holds no arrays.
+    ValueError: if two layers get one name, or a shape in `flatten` is wrong.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp
+    >>> from flax import linen as nn
+    >>> from normkit.tools import convert
+    >>> model = nn.Sequential([nn.Dense(3), nn.relu])
+    >>> variables = model.init(jax.random.key(0), jnp.ones((1, 2)))
+    >>> state = convert.to_torch(variables, names={'0': 'layers_0'})
+    >>> state['0.weight'].shape
+    (3, 2)
+  """
+  template = template_of(variables)
+  shapes = _check_flatten(flatten, template)
+  is_transposed = template.is_transposed(transposed)
+  if isinstance(names, Mapping):
+    names = {path: name for name, path in names.items()}
+  rename = renamer(names, '/', '.')
+  state: dict[str, np.ndarray] = {}
+
+  def put(layer: str, leaf: str, array: np.ndarray) -> None:
+    leaf = _TORCH_LEAVES.get(leaf, leaf)
+    key = '.'.join(filter(None, (rename(layer), leaf)))
+    if key in state:
+      raise ValueError(f'two arrays would be {key!r}. Mend names.')
+    state[key] = np.array(array, order='C')
+
+  for (layer, leaf), value in template.leaves.items():
+    if isinstance(value, jax.ShapeDtypeStruct):
+      raise TypeError(f'variables: {layer}/{leaf} is a shape, not an array.')
+    array = np.asarray(value)
+    if leaf == 'kernel' and array.ndim > 2 and is_transposed(layer):
+      array = _frameworks.to_torch_transposed(array)
+    elif leaf == 'kernel':
+      if layer in shapes:
+        array = _frameworks.to_flat(array, shapes[layer])
+      array = _frameworks.to_oihw(array)
+    elif leaf == 'count':
+      array = np.asarray(array.max(initial=0), np.int64)
+    put(layer, leaf, array)
+    if leaf == 'mean' and (layer, 'count') not in template.leaves:
+      put(layer, 'count', np.asarray(0, np.int64))
+  return state
+
+
+def from_keras(
+  weights: Mapping[str, Any],
+  variables: Model,
+  *,
+  names: Names = None,
+  transposed: Sequence[str] = TRANSPOSED,
+  ignore: Sequence[str] = (),
+  count: int | None = None,
+) -> Model:
+  """Fills a Flax model with the weights of a Keras 3 model.
+
+  A layer's arrays have no names in Keras, only an order. They go to the leaves
+  that the layer has here, in the order kernel (embedding, scale), bias, mean,
+  var. So a batch norm with `scale=False` there needs `use_scale=False` here.
+  Arrays of the optimizer and of random seeds are left out.
+
+  Args:
+    weights: what `load_arrays` gives of a `.weights.h5` file, or lists of
+      arrays by layer: `{layer.name: layer.get_weights() for ...}`.
+    variables: the model to fill, as in `from_torch`. It is not changed.
+    names: as in `from_torch`, of layers there such as 'dense_1', or
+      'functional/dense_1' in a file where models are nested.
+    transposed: as in `from_torch`.
+    ignore: patterns of names in `weights` that are left out on purpose.
+    count: as in `from_torch`.
+
+  Returns:
+    The model filled, of the kind of `variables`.
+
+  Raises:
+    TypeError: if something is not an array of numbers, or not a model.
+    ValueError: as `from_torch` raises it.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, numpy as np
+    >>> from flax import linen as nn
+    >>> from normkit.tools import convert
+    >>> model = nn.Sequential([nn.Dense(3)])
+    >>> empty = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 2)))
+    >>> weights = {'dense': [np.ones((2, 3)), np.ones(3)]}
+    >>> variables = convert.from_keras(weights, empty, names='order')
+    >>> variables['params']['layers_0']['bias'].shape
+    (3,)
+  """
+  template = template_of(variables)
+  is_transposed = template.is_transposed(transposed)
+
+  def layout(
+    layer: str, leaf: str, value: np.ndarray, shape: tuple[int, ...]
+  ) -> np.ndarray:
+    if leaf != 'kernel' or value.ndim < 3:
+      return value
+    if is_transposed(layer):
+      return _frameworks.flipped(value.swapaxes(-2, -1))
+    return _frameworks.from_depthwise(value, shape)
+
+  sources = _frameworks.read_keras(_without(weights, ignore))
+  return _fill(template, sources, names, '/', layout, count)
+
+
+def from_haiku(
+  params: Mapping[str, Any],
+  state: Mapping[str, Any] | None,
+  variables: Model,
+  *,
+  names: Names = None,
+  transposed: Sequence[str] = TRANSPOSED,
+  ignore: Sequence[str] = (),
+) -> Model:
+  """Fills a Flax model with the parameters and the state of a Haiku model.
+
+  Of the averages of a batch norm the debiased one is taken, and the counter
+  where a batch norm here counts.
+
+  Args:
+    params: the parameters, `{module: {name: array}}`.
+    state: the state, or None.
+    variables: the model to fill, as in `from_torch`. It is not changed.
+    names: as in `from_torch`, of modules there such as 'net/~/conv_1'.
+    transposed: as in `from_torch`.
+    ignore: patterns of modules that are left out on purpose.
+
+  Returns:
+    The model filled, of the kind of `variables`.
+
+  Raises:
+    TypeError: if something is not an array of numbers, or not a model.
+    ValueError: as `from_torch` raises it.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, numpy as np
+    >>> from flax import linen as nn
+    >>> from normkit.tools import convert
+    >>> model = nn.Sequential([nn.Dense(3)])
+    >>> empty = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 2)))
+    >>> params = {'linear': {'w': np.ones((2, 3)), 'b': np.ones(3)}}
+    >>> names = {'linear': 'layers_0'}
+    >>> variables = convert.from_haiku(params, None, empty, names=names)
+    >>> variables['params']['layers_0']['kernel'].shape
+    (2, 3)
+  """
+  template = template_of(variables)
+  is_transposed = template.is_transposed(transposed)
+
+  def layout(
+    layer: str, leaf: str, value: np.ndarray, shape: tuple[int, ...]
+  ) -> np.ndarray:
+    del shape
+    if leaf == 'kernel' and value.ndim > 2 and is_transposed(layer):
+      return value.swapaxes(-2, -1)
+    return value
+
+  kept = _without(params, ignore), _without(state or {}, ignore)
+  sources = _frameworks.read_haiku(*kept)
+  return _fill(template, sources, names, '/', layout, None)
+
+
+def from_equinox(
+  model: Any,
+  variables: Model,
+  *,
+  state: Any = None,
+  names: Names = None,
+  flatten: Shapes | None = None,
+  ignore: Sequence[str] = (),
+  count: int | None = None,
+) -> Model:
+  """Fills a Flax model with the arrays of an Equinox module.
+
+  Args:
+    model: the module.
+    variables: the model to fill, as in `from_torch`. It is not changed.
+    state: the `equinox.nn.State` of a module with batch norms; of one with
+      `mode='batch'` the debiased averages are taken.
+    names: as in `from_torch`, of attributes there such as 'layers.0'.
+    flatten: as in `from_torch`.
+    ignore: patterns of arrays there, such as 'layers.0.weight', that are left
+      out on purpose.
+    count: as in `from_torch`.
+
+  Returns:
+    The model filled, of the kind of `variables`.
+
+  Raises:
+    TypeError: if something is not an array of numbers, or not a model.
+    ValueError: as `from_torch` raises it; if the state is missing, or holds no
+      statistics yet.
+
+  Examples:
+    >>> import equinox, jax, jax.numpy as jnp
+    >>> from flax import linen as nn
+    >>> from normkit.tools import convert
+    >>> there = equinox.nn.Linear(2, 3, key=jax.random.key(0))
+    >>> here = nn.Dense(3)
+    >>> empty = jax.eval_shape(here.init, jax.random.key(0), jnp.ones((1, 2)))
+    >>> variables = convert.from_equinox(there, empty)
+    >>> variables['params']['kernel'].shape
+    (2, 3)
+  """
+  template = template_of(variables)
+  shapes = _check_flatten(flatten, template)
+
+  def layout(
+    layer: str, leaf: str, value: np.ndarray, shape: tuple[int, ...]
+  ) -> np.ndarray:
+    if leaf != 'kernel' or value.ndim < 2:
+      return value
+    value = _frameworks.from_oihw(value)
+    if layer in shapes and value.shape == shape:
+      return _frameworks.from_flat(value, shapes[layer])
+    return value
+
+  sources = _frameworks.read_equinox(model, state)
+  sources = [s for s in sources if not matches(s.key, ignore)]
+  return _fill(template, sources, names, '.', layout, count)
+
+
+def _fill(
+  template: Template,
+  sources: Sequence[Source],
+  names: Names,
+  separator: str,
+  layout: Callable[..., np.ndarray],
+  count: int | None,
+) -> Model:
+  if names == 'order':
+    rename = in_order(template, sources)
+  else:
+    rename = renamer(names, separator, '/')
+  return fill(template, sources, rename, layout, count)
+
+
+def _without(
+  arrays: Mapping[str, Any], ignore: Sequence[str]
+) -> dict[str, Any]:
+  """What is not left out on purpose."""
+  return {k: v for k, v in arrays.items() if not matches(str(k), ignore)}
+
+
+def _check_flatten(
+  flatten: Shapes | None, template: Template
+) -> dict[str, tuple[int, ...]]:
+  """Returns shapes by layer; raises where one is not that of its inputs."""
+  shapes = {name: tuple(shape) for name, shape in (flatten or {}).items()}
+  for layer, shape in shapes.items():
+    if (layer, 'kernel') not in template.leaves:
+      raise ValueError(
+        f'flatten names {layer!r}, which has no kernel. Give the path of a '
+        'dense layer of the model to fill.'
+      )
+    inputs, *_ = template.shape((layer, 'kernel'))
+    if math.prod(shape) != inputs:
+      raise ValueError(
+        f'flatten gives {layer!r} the shape {shape}, of {math.prod(shape)} '
+        f'elements, but it has {inputs} inputs. Give (C, *spatial).'
+      )
+  return shapes

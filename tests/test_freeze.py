@@ -1,0 +1,373 @@
+"""Nothing frozen moves, all else does, and frozen layers evaluate."""
+
+import functools
+
+import chex
+from flax import linen as nn, nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from sklearn.datasets import load_digits
+
+import normkit as nk
+import normkit.linen
+import normkit.nnx
+from normkit.tools.freeze import (
+  assert_frozen,
+  freeze,
+  frozen,
+  frozen_mask,
+  unfreeze,
+)
+
+close = functools.partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-5)
+equal = chex.assert_trees_all_equal
+
+
+class Backbone(nn.Module):
+  @nn.compact
+  def __call__(self, x, train):
+    x = nn.relu(nn.BatchNorm(not train, name='bn')(nn.Dense(8)(x)))
+    return normkit.linen.BatchNorm(name='told')(x, not train)
+
+
+class Net(nn.Module):
+  @nn.compact
+  def __call__(self, x, train):
+    x = Backbone(name='backbone')(x, train)
+    x = normkit.linen.Norm(nk.BatchNorm(), name='norm')(x, train=train)
+    x = normkit.linen.BatchNorm(not train, name='bn')(x)
+    return nn.Dense(10, name='head')(x)
+
+
+class NnxNet(nnx.Module):
+  def __init__(self, rngs):
+    self.dense = nnx.Linear(64, 8, rngs=rngs)
+    x = jax.ShapeDtypeStruct((1, 8), jnp.float32)
+    self.norms = nnx.List(
+      [
+        nnx.BatchNorm(8, rngs=rngs),
+        normkit.nnx.BatchNorm(8, rngs=rngs),
+        normkit.nnx.Norm(nk.BatchNorm(), x),
+      ]
+    )
+    self.head = nnx.Linear(8, 10, rngs=rngs)
+
+  def __call__(self, x):
+    x = self.dense(x)
+    for norm in self.norms:
+      x = nnx.relu(norm(x))
+    return self.head(x)
+
+
+@pytest.fixture(scope='module')
+def data():
+  bunch = load_digits()
+  return np.float32(bunch.data[:256] / 4), bunch.target[:256]
+
+
+@pytest.fixture(scope='module')
+def trained(data):
+  """A network after a few steps, so that its statistics are not the first."""
+  variables = Net().init(jax.random.key(0), data[0], False)
+  return fit(variables, data, optax.adamw(0.01))[0]
+
+
+@pytest.fixture(scope='module')
+def trained_nnx(data):
+  return fit_nnx(NnxNet(nnx.Rngs(0)), data, optax.adamw(0.01))
+
+
+def cross_entropy(logits, labels):
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+  return losses.mean()
+
+
+def fit(variables, data, tx, match=None, steps=5):
+  """Trains; returns the variables, and the first gradients."""
+
+  def loss(params, stats, x, y):
+    variables = {'params': params, 'batch_stats': stats}
+    logits, updates = Net().apply(variables, x, True, mutable=['batch_stats'])
+    return cross_entropy(logits, y), updates
+
+  @jax.jit
+  def step(variables, opt):
+    chosen = loss if match is None else frozen(match)(loss)
+    grads, updates = jax.grad(chosen, has_aux=True)(*args(variables), *data)
+    moves, opt = tx.update(grads, opt, variables['params'])
+    params = optax.apply_updates(variables['params'], moves)
+    return {'params': params, **updates}, opt, grads, moves
+
+  def args(variables):
+    return variables['params'], variables['batch_stats']
+
+  opt, first = tx.init(variables['params']), None
+  for _ in range(steps):
+    variables, opt, grads, moves = step(variables, opt)
+    first = first or (grads, moves)
+  return variables, *first
+
+
+def fit_nnx(model, data, tx):
+  optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+  @nnx.jit
+  def step(model, optimizer, x, y):
+    grads = nnx.grad(lambda model: cross_entropy(model(x), y))(model)
+    optimizer.update(model, grads)
+
+  for _ in range(5):
+    step(model, optimizer, *data)
+  return model
+
+
+def leaves(tree):
+  flat = jax.tree.leaves_with_path(tree)
+  return {jax.tree_util.keystr(path): leaf for path, leaf in flat}
+
+
+def moved(before, after):
+  before, after = leaves(before), leaves(after)
+  return {n for n in before if not np.array_equal(before[n], after[n])}
+
+
+@pytest.mark.parametrize('params', [True, False])
+def test_statistics_and_parameters(trained, data, params):
+  """All layers frozen, with weight decay, which would move what has no grad."""
+  tx = optax.adamw(0.01, weight_decay=0.1)
+  if params:
+    tx = optax.selective_transform(tx, freeze_mask=frozen_mask(trained))
+  after, grads, moves = fit(trained, data, tx, '*')
+  equal(after['batch_stats'], trained['batch_stats'])
+  assert_frozen(trained, after, params=params)
+  wanted = {
+    n
+    for n in leaves(trained['params'])
+    if not params or 'Dense' in n or 'head' in n
+  }
+  assert moved(trained['params'], after['params']) == wanted
+  assert jnp.any(grads['bn']['scale'] != 0)
+  assert np.any(moves['bn']['scale']) != params
+  if not params:
+    with pytest.raises(AssertionError):
+      assert_frozen(trained, after)
+
+
+def test_zero_gradients_do_not_stop_weight_decay(trained, data):
+  """Why the mask is for the whole optimizer."""
+  mask = frozen_mask(trained)
+  zeros = optax.masked(optax.set_to_zero(), mask)
+  tx = optax.chain(zeros, optax.adamw(0.01, weight_decay=0.1))
+  after, *_ = fit(trained, data, tx, '*')
+  with pytest.raises(AssertionError, match="'backbone/bn/bias'"):
+    assert_frozen(trained, after)
+
+
+@pytest.mark.parametrize(
+  ('match', 'wanted'),
+  [
+    ('backbone/*', {'backbone/bn', 'backbone/told'}),
+    ('*bn', {'backbone/bn', 'bn'}),
+    (('bn', 'norm'), {'bn', 'norm'}),
+    (lambda path: path.startswith('n'), {'norm'}),
+  ],
+)
+def test_part_of_a_model(trained, data, match, wanted):
+  mask = frozen_mask(trained, match)
+  tx = optax.selective_transform(optax.adamw(0.01), freeze_mask=mask)
+  after, *_ = fit(trained, data, tx, match)
+  assert_frozen(trained, after, match)
+  layers = {'backbone/bn', 'backbone/told', 'bn', 'norm'}
+  for path in layers:
+    names = ''.join(f"['{n}']" for n in path.split('/'))
+    of_layer = [
+      n
+      for tree in ('params', 'batch_stats')
+      for n in moved(trained[tree], after[tree])
+      if n.startswith(names)
+    ]
+    assert bool(of_layer) == (path not in wanted)
+
+
+def test_frozen_layers_evaluate(trained, data):
+  x = data[0]
+  with frozen():
+    y, updates = Net().apply(trained, x, True, mutable=['batch_stats'])
+  equal(y, Net().apply(trained, x, False))
+  equal(updates['batch_stats'], trained['batch_stats'])
+  again = Net().apply(trained, x, True, mutable=['batch_stats'])[0]
+  assert not np.allclose(y, again)
+
+
+def test_against_numpy():
+  """One frozen layer below one that is not."""
+
+  class Two(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      x = nn.BatchNorm(False, momentum=0.5, name='one')(x)
+      return nn.BatchNorm(False, momentum=0.5, name='two')(x)
+
+  x = np.random.default_rng(0).normal(1, 2, (16, 3)).astype(np.float32)
+  variables = Two().init(jax.random.key(0), x)
+  variables['batch_stats']['one']['mean'] += 2.0
+  with frozen('one'):
+    y, updates = Two().apply(variables, x, mutable=['batch_stats'])
+  middle = (np.float64(x) - 2) / np.sqrt(1 + 1e-5)
+  mean, var = middle.mean(0), middle.var(0)
+  close(y, (middle - mean) / np.sqrt(var + 1e-5))
+  wanted = {'mean': 0.5 * mean, 'var': 0.5 + 0.5 * var}
+  close(updates['batch_stats']['two'], wanted)
+
+
+@pytest.mark.parametrize('lift', ['scan', 'remat', 'jit'])
+def test_lifted(lift, data):
+  class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _=None):
+      return nn.relu(nn.BatchNorm(False, name='bn')(nn.Dense(4)(x))), None
+
+  if lift == 'scan':
+    block = nn.scan(
+      Block,
+      variable_axes={'params': 0, 'batch_stats': 0},
+      split_rngs={'params': True},
+      length=2,
+    )(name='blocks')
+  else:
+    block = getattr(nn, lift)(Block)(name='blocks')
+
+  class Outer(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return block.copy(parent=self, name='blocks')(x, None)[0]
+
+  x = data[0][:, 20:24]
+  net = Outer()
+  variables = net.init(jax.random.key(0), x)
+
+  @jax.jit
+  def step(variables):
+    with frozen('blocks/bn'):
+      return net.apply(variables, x, mutable=['batch_stats'])[1]
+
+  equal(step(variables)['batch_stats'], variables['batch_stats'])
+
+
+def test_subclass_and_mask(data):
+  class Doubled(nn.BatchNorm):
+    def __call__(self, x, mask):
+      return super().__call__(2 * x, mask=mask)
+
+  x = data[0][:, 20:24]
+  mask = x > 1
+  norm = Doubled(False)
+  variables = norm.init(jax.random.key(0), x, mask)
+  with frozen():
+    y, updates = norm.apply(variables, x, mask, mutable=['batch_stats'])
+  close(y, 2 * np.float64(x) / np.sqrt(1 + 1e-5))
+  equal(updates['batch_stats'], variables['batch_stats'])
+
+
+@pytest.mark.parametrize('params', [True, False])
+def test_nnx(trained_nnx, data, params):
+  before = nnx.clone(trained_nnx)
+  model = freeze(trained_nnx)
+  tx = optax.adamw(0.01, weight_decay=0.1)
+  if params:
+    tx = optax.selective_transform(tx, freeze_mask=frozen_mask(model))
+  model.train()
+  fit_nnx(model, data, tx)
+  assert_frozen(before, model, params=params)
+  changed = moved(nnx.state(before), nnx.state(model))
+  wanted = {
+    n
+    for n in leaves(nnx.state(before, nnx.Param))
+    if 'norms' not in n or not params
+  }
+  assert changed == wanted
+  equal(nnx.state(trained_nnx), nnx.state(before))
+
+
+def test_part_of_an_nnx_model(trained_nnx, data):
+  model = freeze(trained_nnx, 'norms/1')
+  mask = frozen_mask(model, 'norms/1')
+  tx = optax.selective_transform(optax.adamw(0.01), freeze_mask=mask)
+  fit_nnx(model, data, tx)
+  assert_frozen(trained_nnx, model, 'norms/1')
+  for other in (0, 2):
+    with pytest.raises(AssertionError):
+      assert_frozen(trained_nnx, model, f'norms/{other}', params=False)
+
+
+def test_frozen_nnx_layers_evaluate(trained_nnx, data):
+  model = freeze(trained_nnx)
+  before = jax.tree.map(np.array, nnx.state(model))
+  evaluated = nnx.clone(trained_nnx)
+  evaluated.eval()
+  wanted = evaluated(data[0])
+  model.train()
+  equal(model(data[0]), wanted)
+  equal(nnx.view(model, use_running_average=False)(data[0]), wanted)
+  norm = model.norms[1]
+  equal(norm(data[0][:, :8], False), norm(data[0][:, :8], True))
+  equal(nnx.state(model), before)
+  assert isinstance(norm, normkit.nnx.BatchNorm)
+
+
+def test_unfreeze(trained_nnx, data):
+  model = unfreeze(freeze(freeze(trained_nnx), 'norms/0'))
+  assert nnx.graphdef(model) == nnx.graphdef(trained_nnx)
+  model(data[0])
+  for n in range(3):
+    with pytest.raises(AssertionError):
+      assert_frozen(trained_nnx, model, f'norms/{n}', params=False)
+
+
+def test_refuses(trained, trained_nnx, data):
+  x = data[0]
+
+  def run():
+    Net().apply(trained, x, False)
+
+  for match in (3, [], [1], None):
+    with pytest.raises(TypeError, match='match must be a pattern'):
+      frozen_mask(trained, match)
+    with pytest.raises(TypeError, match='match must be a pattern'):
+      freeze(trained_nnx, match)
+    with pytest.raises(TypeError, match='match must be a pattern'):
+      frozen(match)(run)()
+  for match in ('none/*', ['*', 'none'], lambda path: False):
+    with pytest.raises(ValueError, match='backbone/bn'):
+      frozen_mask(trained, match)
+    with pytest.raises(ValueError, match='norms/0'):
+      freeze(trained_nnx, match)
+    with pytest.raises(ValueError, match='inside the compiled function'):
+      frozen(match)(run)()
+  with pytest.raises(TypeError, match=r'must be an nnx\.Module, got dict'):
+    freeze(trained)
+  with pytest.raises(TypeError, match=r'must be an nnx\.Module, got dict'):
+    unfreeze(trained)
+  with pytest.raises(ValueError, match='no layer with running statistics'):
+    frozen_mask({'params': trained['params']})
+
+
+def test_refuses_a_program_that_was_compiled(trained, data):
+  @jax.jit
+  def step(x):
+    return Net().apply(trained, x, True, mutable=['batch_stats'])
+
+  step(data[0])
+  with (
+    pytest.raises(ValueError, match='inside the compiled function'),
+    frozen(),
+  ):
+    step(data[0])
+
+
+def test_errors_inside_come_out(trained):
+  with pytest.raises(ZeroDivisionError), frozen('none'):
+    raise ZeroDivisionError
