@@ -1,0 +1,150 @@
+"""The training loop of the examples: a compiled step, a test now and then.
+
+`fit` is one run of one seed; runs that share model and optimizer share what is
+compiled. The steps are a Python loop: on processors XLA's convolutions are
+several times slower inside `lax.scan`, and under `vmap` too.
+"""
+
+from collections.abc import Iterator
+import functools
+from typing import Any, NamedTuple
+
+from flax import linen as nn
+import jax
+import numpy as np
+import optax
+
+import data
+
+
+class Run(NamedTuple):
+  """What came out of a run.
+
+  Attributes:
+    variables: the variables after the last step.
+    losses: the training loss of each step, (steps,).
+    steps: the number of steps taken before each test, (tests,).
+    accuracies: the test accuracy then, in percent, (tests,).
+  """
+
+  variables: dict[str, Any]
+  losses: np.ndarray
+  steps: np.ndarray
+  accuracies: np.ndarray
+
+
+class State(NamedTuple):
+  """What a step takes and gives back."""
+
+  params: Any
+  batch_stats: Any
+  optimizer: Any
+
+  @property
+  def variables(self) -> dict[str, Any]:
+    """The variables for `model.apply`."""
+    return {'params': self.params, 'batch_stats': self.batch_stats}
+
+
+def fit(
+  model: nn.Module,
+  dataset: data.Dataset,
+  optimizer: optax.GradientTransformation,
+  *,
+  steps: int,
+  seed: int,
+  batch_size: int = 64,
+  tests: int = 10,
+) -> Run:
+  """Trains a model, and tests it `tests` times, at last after the last step.
+
+  The seed chooses the initial weights and the order of the images. A loss that
+  is not finite ends nothing: it is in `losses`.
+  """
+  images = len(dataset.train_labels)
+  if not 1 <= batch_size <= images:
+    raise ValueError(
+      f'batch_size is {batch_size}, but {dataset.name} has {images} training '
+      f'images. Give a number from 1 to {images}.'
+    )
+  state = init(model, optimizer, dataset.train_images, seed)
+  when = np.unique(np.linspace(0, steps, tests + 1).astype(int))[1:]
+  order = batches(images, batch_size, seed)
+  losses, accuracies = [], []
+  for number in range(1, steps + 1):
+    index = next(order)
+    batch = dataset.train_images[index], dataset.train_labels[index]
+    state, loss = step(model, optimizer, state, *batch)
+    losses.append(loss)
+    if number in when:
+      accuracies.append(accuracy(model, state.variables, dataset))
+  return Run(state.variables, np.array(losses), when, np.array(accuracies))
+
+
+def init(
+  model: nn.Module,
+  optimizer: optax.GradientTransformation,
+  images: np.ndarray,
+  seed: int,
+) -> State:
+  """The state before the first step, for images of that shape."""
+  # Of JAX's generators this one compiles fastest.
+  key = jax.random.key(seed, impl='rbg')
+  variables = jax.jit(functools.partial(model.init, train=False))(
+    key, images[:1]
+  )
+  params = variables['params']
+  return State(params, variables.get('batch_stats', {}), optimizer.init(params))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def step(
+  model: nn.Module,
+  optimizer: optax.GradientTransformation,
+  state: State,
+  images: jax.Array,
+  labels: jax.Array,
+) -> tuple[State, jax.Array]:
+  """One step on one batch: the new state and the loss before it."""
+
+  def loss_and_stats(params: Any) -> tuple[jax.Array, Any]:
+    logits, updated = model.apply(
+      state._replace(params=params).variables,
+      images,
+      train=True,
+      mutable=['batch_stats'],
+    )
+    return mean_loss(logits, labels), updated.get('batch_stats', {})
+
+  gradient = jax.value_and_grad(loss_and_stats, has_aux=True)
+  (loss, stats), grads = gradient(state.params)
+  updates, moments = optimizer.update(grads, state.optimizer, state.params)
+  params = optax.apply_updates(state.params, updates)
+  return State(params, stats, moments), loss
+
+
+def mean_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  """The mean cross entropy, of logits or of their log-softmax."""
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+  return losses.mean()
+
+
+def batches(images: int, size: int, seed: int) -> Iterator[np.ndarray]:
+  """Indices of whole batches without end, shuffled anew in each epoch."""
+  rng = np.random.default_rng(seed)
+  while True:
+    order = rng.permutation(images)
+    for start in range(0, images - size + 1, size):
+      yield order[start : start + size]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def predict(model: nn.Module, variables: Any, images: jax.Array) -> jax.Array:
+  """The logits, with running statistics."""
+  return model.apply(variables, images, train=False)
+
+
+def accuracy(model: nn.Module, variables: Any, dataset: data.Dataset) -> float:
+  """The share of test images that the model gets right, in percent."""
+  logits = predict(model, variables, dataset.test_images)
+  return 100 * float((logits.argmax(-1) == dataset.test_labels).mean())
