@@ -11,7 +11,7 @@
 #    "Batch Renormalization", 2017).
 # 3. Time and memory of each norm beside batch norm's.
 #
-# All of it, in a few minutes, or a small part, in seconds, to see it run:
+# All of it, in about a quarter of an hour, or a small part, in seconds, to see it run:
 #
 #     python examples/batch_size.py --out out
 #     python examples/batch_size.py --out out --small
@@ -553,7 +553,7 @@ STYLES = {
 
 def draw(errors: Errors, columns: Sequence[int], title: str) -> Figure:
   """The error against the columns: those of a batch, and all the others."""
-  figure = Figure(figsize=(9, 4.2), layout='constrained')
+  figure = Figure(figsize=(9, 4.8), layout='constrained')
   left, right = figure.subplots(1, 2, sharex=True, sharey=True)
   of_batch = NAMES[: NAMES.index('group')]
   for name, found in errors.items():
@@ -591,7 +591,8 @@ def finish(axes: Axes, columns: Sequence[int]) -> None:
   axes.spines[['top', 'right']].set_visible(False)
   axes.grid(alpha=0.3)
   if axes.lines:
-    axes.legend(frameon=False, loc='upper center')
+    below = {'loc': 'upper center', 'bbox_to_anchor': (0.5, -0.12)}
+    axes.legend(frameon=False, ncols=3, **below)
 
 
 # %%

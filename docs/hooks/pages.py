@@ -1,0 +1,220 @@
+"""Pages that mkdocs makes of other sources: README, examples, docstrings.
+
+The home page is the README, with its links as they are from here. The gallery
+has a page for each script in `examples/` that opens with a markdown cell, and
+its figures. The reference has a page for each module with public names.
+"""
+
+from collections.abc import Iterator
+import importlib
+import inspect
+import pathlib
+import re
+from types import ModuleType
+from typing import Any
+
+import jupytext
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOT = pathlib.Path(__file__).parents[2]
+DOCS = ROOT / 'docs'
+GUIDES = {
+  'Guides': ['choosing', 'flax', 'weights', 'parallel'],
+  'Tools': [
+    'recalibrate',
+    'adapt',
+    'freeze',
+    'fold',
+    'convert',
+    'inspect',
+    'cli',
+  ],
+  'Inside': ['accuracy', 'speed', 'kernels'],
+}
+# Examples whose figures have names of their own.
+FIGURES = {
+  'train_cnn': ['curves.png'],
+  'batch_size': ['batch_size.png', 'skewed.png'],
+}
+MODULES = 'linen', 'nnx', 'weights', 'recurrent', 'testing'
+# The command line has a guide; the other serves the tools.
+NOT_PUBLIC = 'cli', 'files'
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+  """Adds the pages that are made, and puts all of them in order."""
+  examples = dict(read_examples())
+  names = dict(read_names())
+  pages = {
+    'index.md': (ROOT / 'README.md').read_text(),
+    'gallery/index.md': gallery_index(examples),
+    'reference/index.md': reference_index(names),
+  }
+  for name, cells in examples.items():
+    pages[f'gallery/{name}.md'] = gallery_page(name, cells)
+    script = ROOT / 'examples' / f'{name}.py'
+    pages[f'gallery/{name}.py'] = script.read_text()
+    pages[f'gallery/{name}.ipynb'] = jupytext.writes(cells, 'ipynb')
+  for module, members in names.items():
+    pages[f'reference/{module}.md'] = reference_page(module, members)
+  for path, content in pages.items():
+    files.append(File.generated(config, path, content=content))
+  config.nav = navigation(examples, names)
+  return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+  """What code hosts show and mkdocs does not, without a change of the file."""
+  markdown = re.sub(r'(?<=\]\()(?:\.\./)?examples/(\w+)\.py', example, markdown)
+  markdown = re.sub(r'(?<=\]\()\.\./README\.md', 'index.md', markdown)
+  markdown = re.sub(r'(?<=\]\()docs/', '', markdown)
+  return markdown.replace('<details>', '<details markdown="1">')
+
+
+def example(link: re.Match[str]) -> str:
+  """Where the page of a script is."""
+  return f'gallery/{link[1]}.md'
+
+
+def navigation(examples: dict[str, Any], names: dict[str, Any]) -> list[Any]:
+  """All pages; a guide that `GUIDES` lacks comes behind the first ones."""
+  listed = {name for group in GUIDES.values() for name in group}
+  new = sorted({path.stem for path in DOCS.glob('*.md')} - listed)
+  guides = GUIDES | {'Guides': GUIDES['Guides'] + new}
+  parts: dict[str, list[str]] = {}
+  for module in names:
+    parts.setdefault(part(module), []).append(f'reference/{module}.md')
+  return [
+    {'Home': 'index.md'},
+    *({group: [f'{n}.md' for n in pages]} for group, pages in guides.items()),
+    {'Gallery': ['gallery/index.md', *(f'gallery/{n}.md' for n in examples)]},
+    {'Reference': ['reference/index.md', *({k: v} for k, v in parts.items())]},
+  ]
+
+
+def read_examples() -> Iterator[tuple[str, Any]]:
+  """The scripts that open with a title, by name, and their cells."""
+  for path in sorted((ROOT / 'examples').glob('*.py')):
+    if path.read_text().startswith('# %% [markdown]\n# # '):
+      yield path.stem, jupytext.read(path, fmt='py:percent')
+
+
+def gallery_index(examples: dict[str, Any]) -> str:
+  """The title, the beginning and the first figure of each example."""
+  lines = [
+    '# Gallery',
+    'Scripts that are notebooks too, on real data that ship with a package. '
+    "Each runs alone, from a checkout after `pip install '.[examples]'`, "
+    'draws its figures and prints their numbers.',
+  ]
+  for name, notebook in examples.items():
+    title, begin = notebook.cells[0].source.split('\n\n')[:2]
+    lines.append(f'#{title[:2]}[{title[2:]}]({name}.md)\n\n{begin}')
+    lines += [
+      f'[![{title[2:]}]({figure})]({name}.md)' for figure in figures(name)[:1]
+    ]
+  return '\n\n'.join(lines)
+
+
+def gallery_page(name: str, notebook: Any) -> str:
+  """A script: its text, its figures behind the first cell, its code."""
+  first, *cells = notebook.cells
+  parts = [
+    first.source,
+    f'[Script]({name}.py){{ .md-button }} [Notebook]({name}.ipynb)'
+    '{ .md-button }',
+    *(f'![{pathlib.Path(f).stem}]({f})' for f in figures(name)),
+  ]
+  for cell in cells:
+    source = cell.source.strip()
+    is_code = cell.cell_type == 'code'
+    parts.append(f'```python\n{source}\n```' if is_code else source)
+  return '\n\n'.join(parts)
+
+
+def figures(name: str) -> list[str]:
+  """Links to the figures of an example, from its page."""
+  of_gallery = sorted((DOCS / 'figures' / 'gallery').glob(f'{name}_*.png'))
+  return [
+    *(f'../figures/{file}' for file in FIGURES.get(name, [])),
+    *(f'../figures/gallery/{path.name}' for path in of_gallery),
+  ]
+
+
+def read_names() -> Iterator[tuple[str, list[str]]]:
+  """The modules with public names, and these as one imports them."""
+  root = importlib.import_module('normkit')
+  home: dict[str, list[str]] = {}
+  for name in root.__all__:
+    home.setdefault(getattr(root, name).__module__, []).append(
+      f'normkit.{name}'
+    )
+  yield from sorted(
+    home.items(), key=lambda item: ('norms' not in item[0], item)
+  )
+  tools = sorted((ROOT / 'normkit' / 'tools').glob('[a-z]*.py'))
+  public = [f'tools.{t.stem}' for t in tools if t.stem not in NOT_PUBLIC]
+  for name in (*MODULES, *public):
+    module = importlib.import_module(f'normkit.{name}')
+    yield (
+      module.__name__,
+      [f'{module.__name__}.{member}' for member in public_names(module)],
+    )
+
+
+def public_names(module: ModuleType) -> list[str]:
+  """`__all__`, or else the classes and functions that are defined there."""
+  return getattr(module, '__all__', None) or [
+    name
+    for name, value in vars(module).items()
+    if not name.startswith('_')
+    and callable(value)
+    and getattr(value, '__module__', None) == module.__name__
+  ]
+
+
+def part(module: str) -> str:
+  """Under which heading a module's page is listed."""
+  if module.startswith('normkit.tools.'):
+    return 'normkit.tools'
+  is_own = module.removeprefix('normkit.') in MODULES
+  return 'Other modules' if is_own else 'normkit'
+
+
+def reference_index(names: dict[str, list[str]]) -> str:
+  """A table of all names, with the first line of each docstring."""
+  lines = ['# Reference', '']
+  for module, members in names.items():
+    lines += [
+      '',
+      f'## [{title(module)}]({module}.md)',
+      '',
+      '| | |',
+      '| --- | --- |',
+    ]
+    for member in members:
+      lines.append(f'| [`{member}`][{member}] | {first_line(member)} |')
+  return '\n'.join(lines)
+
+
+def reference_page(module: str, members: list[str]) -> str:
+  """What a module's docstring says, and then each of its public names."""
+  text = inspect.getdoc(importlib.import_module(module))
+  entries = '\n\n'.join(f'::: {member}' for member in members)
+  return f'# {title(module)}\n\n{text}\n\n{entries}'
+
+
+def title(module: str) -> str:
+  """The name of a module to import, or what one behind `normkit` is about."""
+  if part(module) != 'normkit':
+    return module
+  first = inspect.getdoc(importlib.import_module(module)).splitlines()[0]
+  return re.split(r' \(|[:,.]', first)[0]
+
+
+def first_line(name: str) -> str:
+  """The first line of a name's docstring."""
+  module, _, member = name.rpartition('.')
+  value = getattr(importlib.import_module(module), member)
+  return inspect.getdoc(value).splitlines()[0]
