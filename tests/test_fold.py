@@ -1,0 +1,601 @@
+"""Norms folded into layers: the model before and after, in float64."""
+
+import chex
+from flax import nnx
+import flax.linen as nn
+import jax
+from jax import export, lax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import normkit as nk
+import normkit.linen
+import normkit.nnx
+from normkit.tools.fold import fold
+
+# What a folded program may hold beside the layers themselves.
+NORMS = {'sub', 'mul', 'div', 'rsqrt', 'sqrt', 'square', 'reduce_sum'}
+
+
+def flax_norm(**options):
+  return nn.BatchNorm(use_running_average=True, **options)
+
+
+def drop_in(**options):
+  return normkit.linen.BatchNorm(use_running_average=True, **options)
+
+
+class Transformed(nn.Module):
+  transform: nk.Norm
+
+  @nn.compact
+  def __call__(self, x):
+    return normkit.linen.Norm(self.transform)(x, train=False)
+
+
+def drawn(variables, seed=0):
+  """The variables with numbers of a trained model, some scales odd."""
+  rng = np.random.default_rng(seed)
+
+  def draw(path, leaf):
+    name = jax.tree_util.keystr(path)
+    if leaf.dtype == jnp.int32:
+      return leaf
+    if 'var' in name:
+      values = rng.uniform(0.3, 3, leaf.shape)
+    else:
+      values = rng.normal(size=leaf.shape)
+      if 'kernel' in name:
+        values /= np.sqrt(np.prod(leaf.shape[:-1]))
+    if 'scale' in name:
+      values.flat[:2] = 0, -2
+    return jnp.asarray(values, leaf.dtype)
+
+  return jax.tree_util.tree_map_with_path(draw, variables)
+
+
+def image(*shape, seed=1, dtype=jnp.float32):
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def in_float64(call, variables, x):
+  """What the model itself gives, in float64."""
+
+  def widen(a):
+    kind = jnp.issubdtype(a.dtype, jnp.floating)
+    return np.asarray(a, np.float64) if kind else a
+
+  with jax.enable_x64(True):
+    y = jax.jit(call)(*jax.tree.map(widen, (variables, x)))
+    return jax.tree.map(np.asarray, y)
+
+
+def primitives(folded, x):
+  jaxpr = jax.make_jaxpr(folded.apply)(folded.params, x)
+  return [eqn.primitive.name for eqn in jaxpr.eqns]
+
+
+def check(model, x, rows, **options):
+  """Folds a linen model drawn at random; returns what is folded."""
+  variables = drawn(jax.jit(model.init)(jax.random.key(0), x))
+  copy = jax.tree.map(np.array, variables)
+  folded = fold(model.apply, variables, x, **options)
+  chex.assert_trees_all_equal(variables, copy)
+  wanted = in_float64(model.apply, variables, x)
+  given = jax.jit(folded.apply)(folded.params, x)
+  size = np.abs(wanted).max()
+  chex.assert_trees_all_close(given / size, wanted / size, atol=3e-6)
+  assert [(row.norm, row.layer) for row in folded.report.rows] == rows
+  return folded
+
+
+LAYERS = {
+  'same': nn.Conv(6, (3, 3)),
+  'without bias': nn.Conv(6, (3, 3), use_bias=False),
+  'valid': nn.Conv(6, (3, 3), padding='VALID'),
+  'strided': nn.Conv(6, (3, 2), strides=(2, 1)),
+  'grouped': nn.Conv(6, (3, 3), feature_group_count=2),
+  'depthwise': nn.Conv(8, (3, 3), feature_group_count=4),
+  'dilated': nn.Conv(6, (3, 3), kernel_dilation=2),
+  'transposed': nn.ConvTranspose(6, (3, 3), strides=(2, 2)),
+  'one axis': nn.Conv(6, (3,)),
+  'dense': nn.Dense(6),
+  'two axes': nn.DenseGeneral((2, 3), axis=(-2, -1)),
+  'einsum': nn.Einsum((4, 2, 3), 'abcd,def->abcef'),
+}
+
+
+@pytest.mark.parametrize('layer', LAYERS)
+def test_after_a_layer(layer):
+  norm = (flax_norm, drop_in)[list(LAYERS).index(layer) % 2]
+  model = nn.Sequential([LAYERS[layer].copy(), norm()])
+  x = image(2, 6, 5, 4)
+  folded = check(model, x, [('layers_1', 'layers_0')])
+  program = primitives(folded, x)
+  assert not NORMS.intersection(program)
+  assert program.count('add') == 1
+  kernel = 'params/layers_0/kernel'
+  assert sorted(folded.params) == [kernel, f'{kernel}:bias']
+
+
+@pytest.mark.parametrize(
+  'norm',
+  [
+    nk.BatchNorm(),
+    nk.BatchNorm(use_scale=False, use_bias=False),
+    nk.BatchRenorm(),
+    nk.BatchNorm(axis=(2, 3)),
+  ],
+  ids=repr,
+)
+def test_transforms(norm):
+  layer = nn.DenseGeneral((2, 3))
+  if norm.axis == -1:
+    layer = nn.Conv(6, (3, 3))
+  model = nn.Sequential([layer, Transformed(norm)])
+  x = image(2, 6, 5, 4) if norm.axis == -1 else image(2, 6, 4)
+  folded = check(model, x, [('layers_1/Norm_0', 'layers_0')])
+  assert not NORMS.intersection(primitives(folded, x))
+
+
+BEFORE = {
+  'valid': nn.Conv(6, (3, 3), padding='VALID'),
+  'strided': nn.Conv(6, (3, 2), strides=(2, 1), padding='VALID'),
+  'grouped': nn.Conv(6, (3, 3), feature_group_count=2, padding='VALID'),
+  'depthwise': nn.Conv(
+    8, (3, 3), feature_group_count=4, padding='VALID', use_bias=False
+  ),
+  'dilated': nn.Conv(6, (3, 2), kernel_dilation=2, padding='VALID'),
+  'pointwise': nn.Conv(6, (1, 1)),
+  'dense': nn.Dense(6),
+  'einsum': nn.Einsum((4, 2, 3), 'abcd,def->abcef'),
+}
+
+
+@pytest.mark.parametrize('layer', BEFORE)
+def test_before_a_layer(layer):
+  model = nn.Sequential([nn.relu, drop_in(), BEFORE[layer].copy()])
+  x = image(2, 8, 7, 4)
+  folded = check(model, x, [('layers_1', 'layers_2')])
+  program = primitives(folded, x)
+  assert not NORMS.intersection(program)
+  assert program.count('add') == 1
+
+
+def test_before_two_axes():
+  model = nn.Sequential([drop_in(axis=(2, 3)), nn.DenseGeneral(6, (-2, -1))])
+  check(model, image(2, 3, 5, 4), [('layers_0', 'layers_1')])
+
+
+@pytest.mark.parametrize(
+  'layer',
+  [nn.Conv(6, (3, 3)), nn.ConvTranspose(6, (2, 2), (2, 2), padding='VALID')],
+  ids=['same', 'transposed'],
+)
+def test_padding_keeps_the_shift(layer):
+  model = nn.Sequential([flax_norm(), layer.copy()])
+  x = image(2, 6, 5, 4)
+  folded = check(model, x, [('layers_0', None)])
+  assert 'pads with zeros' in folded.report.rows[0].reason
+  assert 'rsqrt' not in primitives(folded, x)
+
+
+def test_scale_alone_goes_through_padding():
+  """Gains of the inputs of a padded, grouped convolution: no shift, no harm."""
+  kernel, gain = image(6, 2, 3, 3), image(4, 1, 1, seed=2)
+
+  def call(variables, x):
+    return lax.conv_general_dilated(
+      x * variables['gain'][None],
+      variables['kernel'],
+      (1, 1),
+      'SAME',
+      feature_group_count=2,
+    )
+
+  variables, x = {'kernel': kernel, 'gain': gain}, image(2, 4, 5, 5)
+  folded = fold(call, variables, x)
+  wanted = in_float64(call, variables, x)
+  chex.assert_trees_all_close(
+    folded.apply(folded.params, x), wanted.astype(np.float32), atol=1e-4
+  )
+  assert folded.report.rows == (('gain', 'kernel', ''),)
+  assert primitives(folded, x) == ['conv_general_dilated']
+
+
+def test_channels_first_and_kernels_left_of_the_input():
+  """Features on axis 1, and an einsum whose kernel is the first operand."""
+
+  def call(variables, x):
+    y = lax.conv_general_dilated(x, variables['first'], (1, 1), 'VALID')
+    y = (y - variables['mean'][:, None, None]) / variables['std'][:, None, None]
+    y = jax.nn.relu(y)
+    y = jnp.einsum('oc,bchw->bohw', variables['second'], y)
+    return (y * variables['gain'][:, None, None]).reshape(2, -1)
+
+  variables = {
+    'first': image(5, 3, 2, 2),
+    'mean': image(5, seed=2),
+    'std': 1 + image(5, seed=3) ** 2,
+    'second': image(4, 5, seed=4),
+    'gain': image(4, seed=5),
+  }
+  x = image(2, 3, 4, 4)
+  with jax.numpy_rank_promotion('allow'):
+    folded = fold(call, variables, x)
+    wanted = in_float64(call, variables, x)
+    given = folded.apply(folded.params, x)
+  chex.assert_trees_all_close(
+    given, wanted.astype(np.float32), rtol=1e-4, atol=1e-4
+  )
+  assert sorted(folded.params) == ['first', 'first:bias', 'second']
+  assert [row.layer for row in folded.report.rows] == ['first', 'second']
+
+
+def test_dense_against_numpy():
+  """Both sides of one dense layer, by the formula."""
+  rng = np.random.default_rng(0)
+  shapes = {'k': (3, 2), 'a': (1, 3), 'b': (1, 3), 'c': (1, 2), 'd': (1, 2)}
+  v = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+
+  def call(v, x):
+    return ((x * v['a'] + v['b']) @ v['k'] - v['c']) * v['d']
+
+  x = rng.normal(size=(4, 3))
+  folded = fold(call, jax.tree.map(jnp.float32, v), jnp.float32(x))
+  chex.assert_trees_all_close(
+    dict(folded.params),
+    {
+      'k': (v['a'].T * v['k'] * v['d']).astype(np.float32),
+      'k:bias': ((v['b'] @ v['k'] - v['c']) * v['d']).astype(np.float32),
+    },
+    rtol=1e-5,
+    atol=1e-6,
+  )
+
+
+class Block(nn.Module):
+  """A pre-activation residual block (He et al. 2016)."""
+
+  @nn.compact
+  def __call__(self, x):
+    y = nn.relu(flax_norm(name='first')(x))
+    short = nn.Conv(8, (1, 1), name='short')(y)
+    y = nn.Conv(8, (3, 3), use_bias=False, name='in')(y)
+    y = nn.relu(drop_in(name='second')(y))
+    return short + nn.Conv(8, (3, 3), name='out')(y)
+
+
+class Residual(nn.Module):
+  """Input norm, stem, two blocks, and a head."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = flax_norm(name='pixels')(x)
+    x = nn.Conv(8, (2, 2), padding='VALID', name='stem')(x)
+    x = flax_norm(name='stem_norm')(x)
+    for i in range(2):
+      x = Block(name=f'block_{i}')(x)
+    x = nn.relu(flax_norm(name='last')(x)).mean((1, 2))
+    x = nn.LayerNorm(name='layer_norm')(x)
+    return nn.Dense(5, name='head')(flax_norm(name='head_norm')(x))
+
+
+@pytest.fixture(scope='module')
+def residual():
+  model, x = Residual(), image(2, 9, 9, 3)
+  variables = drawn(jax.jit(model.init)(jax.random.key(0), x))
+  return model, variables, x, fold(model.apply, variables, x)
+
+
+def test_residual_network(residual):
+  model, variables, x, folded = residual
+  fates = {row.norm: row.layer for row in folded.report.rows}
+  assert fates == {
+    'pixels': 'stem',
+    'stem_norm': 'stem',
+    'block_0/first': 'stem',
+    'block_0/second': 'block_0/in',
+    'block_1/first': None,
+    'block_1/second': 'block_1/in',
+    'last': None,
+    'layer_norm': None,
+    'head_norm': 'head',
+  }
+  reasons = {row.norm: row.reason for row in folded.report.rows}
+  assert reasons['block_1/first'] == 'follows add, goes to relu'
+  assert 'its own input' in reasons['layer_norm']
+  for row in folded.report.rows:
+    assert row.norm in str(folded.report)
+  wanted = in_float64(model.apply, variables, x)
+  chex.assert_trees_all_close(
+    folded.apply(folded.params, x),
+    wanted.astype(np.float32),
+    rtol=1e-4,
+    atol=1e-4,
+  )
+  assert not [name for name in folded.params if 'second' in name]
+
+
+def test_other_batch_sizes(residual):
+  model, variables, _, folded = residual
+  x = image(5, 9, 9, 3, seed=7)
+  chex.assert_trees_all_close(
+    jax.jit(folded.apply)(folded.params, x),
+    jax.jit(model.apply)(variables, x),
+    atol=1e-4,
+  )
+
+
+def test_transformations(residual):
+  model, variables, x, folded = residual
+  wanted = jax.jit(model.apply)(variables, x)
+
+  def loss(call, v):
+    return lambda x: jnp.sum(jnp.sin(call(v, x)))
+
+  given = jax.jit(jax.grad(loss(folded.apply, folded.params)))(x)
+  true = jax.jit(jax.grad(loss(model.apply, variables)))(x)
+  chex.assert_trees_all_close(given, true, rtol=1e-3, atol=1e-4)
+  stacked = jnp.stack([x, x])
+  apply = jax.jit(jax.vmap(folded.apply, (None, 0)))
+  chex.assert_trees_all_close(
+    apply(folded.params, stacked)[1], wanted, atol=1e-4
+  )
+  exported = export.export(jax.jit(folded.apply))(folded.params, x)
+  chex.assert_trees_all_close(
+    exported.call(folded.params, x), wanted, atol=1e-4
+  )
+
+
+class Net(nnx.Module):
+  def __init__(self, rngs, kind=nnx):
+    self.conv = nnx.Conv(3, 4, (3, 3), rngs=rngs)
+    self.norms = nnx.List([kind.BatchNorm(4, rngs=rngs)])
+    self.drop = nnx.Dropout(0.5, rngs=rngs)
+    self.out = nnx.LinearGeneral((5, 4), (2, 3), axis=(-2, -1), rngs=rngs)
+    self.norm = kind.BatchNorm(3, rngs=rngs)
+
+  def __call__(self, x):
+    x = nnx.relu(self.norms[0](self.conv(x)))
+    return self.norm(self.out(self.drop(x)))
+
+
+@pytest.mark.parametrize('kind', [nnx, normkit.nnx], ids=['flax', 'normkit'])
+def test_nnx(kind):
+  model, x = Net(nnx.Rngs(0), kind), image(2, 6, 5, 3)
+  for _ in range(3):
+    model(x * 3 + 1)
+  model.eval()
+  before = jax.tree.map(np.array, nnx.state(model, nnx.Param))
+  folded = fold(lambda model, x: model(x), model, x)
+  assert folded.report.rows == (
+    ('norms/0', 'conv', ''),
+    ('norm', 'out', ''),
+  )
+  assert sorted(folded.params) == [
+    'conv/kernel',
+    'conv/kernel:bias',
+    'out/kernel',
+    'out/kernel:bias',
+  ]
+  chex.assert_trees_all_close(
+    folded.apply(folded.params, x), model(x), rtol=1e-5, atol=1e-5
+  )
+  chex.assert_trees_all_equal(nnx.state(model, nnx.Param), before)
+
+
+@pytest.mark.parametrize(
+  'dtypes',
+  [
+    dict(dtype=jnp.bfloat16),
+    dict(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16),
+  ],
+  ids=['computed', 'stored'],
+)
+@pytest.mark.parametrize('out', [jnp.bfloat16, jnp.float32])
+def test_half_precision(dtypes, out):
+  model = nn.Sequential(
+    [nn.Conv(6, (3, 3), **dtypes), drop_in(dtype=out), nn.relu]
+  )
+  x = image(2, 6, 5, 4, dtype=jnp.bfloat16)
+  variables = drawn(model.init(jax.random.key(0), x))
+  folded = fold(model.apply, variables, x)
+  y = folded.apply(folded.params, x)
+  assert y.dtype == out
+  wanted = in_float64(model.apply, variables, x)
+  size = np.abs(wanted).max()
+  chex.assert_trees_all_close(
+    y.astype(jnp.float32) / size, np.float32(wanted / size), atol=1e-2
+  )
+  assert folded.params['params/layers_0/kernel'].dtype == jnp.bfloat16
+  assert folded.params['params/layers_0/kernel:bias'].dtype == jnp.float32
+  assert folded.report.rows == (('layers_1', 'layers_0', ''),)
+
+
+@pytest.mark.parametrize('use_bias', [False, True])
+def test_input_used_twice(use_bias):
+  class Twice(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      y = nn.Conv(4, (3, 3), use_bias=use_bias)(x)
+      return nn.relu(flax_norm()(y)) + y
+
+  folded = check(Twice(), image(2, 5, 5, 3), [('BatchNorm_0', None)])
+  assert 'shares its input' in folded.report.rows[0].reason
+  assert 'params/BatchNorm_0/bias' in folded.params
+
+
+def test_gains_of_places_stay():
+  """One number for each place is not one for each feature of the layer."""
+
+  def call(v, x):
+    y = lax.conv_general_dilated(x, v['kernel'], (1, 1), 'SAME')
+    return y * v['places'] * v['gain']
+
+  v = {
+    'kernel': image(4, 3, 3, 3),
+    'places': image(1, 1, 5, 5, seed=2),
+    'gain': image(1, 4, 1, 1, seed=3),
+  }
+  x = image(2, 3, 5, 5, seed=4)
+  folded = fold(call, v, x)
+  assert [row.layer for row in folded.report.rows] == [None, None]
+  chex.assert_trees_all_close(
+    folded.apply(folded.params, x),
+    np.float32(in_float64(call, v, x)),
+    atol=1e-4,
+  )
+
+
+def test_shared_layer_takes_two_norms():
+  """One kernel under two norms becomes two kernels."""
+
+  class Shared(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      dense = nn.Dense(4, name='dense')
+      return drop_in()(dense(x)) + nn.relu(drop_in()(dense(x + 1)))
+
+  rows = [('BatchNorm_0', 'dense'), ('BatchNorm_1', 'dense')]
+  folded = check(Shared(), image(3, 5), rows)
+  kernel = 'params/dense/kernel'
+  assert {kernel, f'{kernel}:2'} <= set(folded.params)
+
+
+def test_layer_norm_gives_its_scale_to_the_next_layer():
+  def call(v, x):
+    x = nk.layer_norm(x) * v['norm']['scale'] + v['norm']['bias']
+    return x @ v['kernel']
+
+  v = {
+    'norm': {'scale': image(1, 5), 'bias': image(1, 5, seed=2)},
+    'kernel': image(5, 4, seed=3),
+  }
+  x = image(3, 5, seed=4)
+  folded = fold(call, v, x)
+  assert ('norm', 'kernel', '') in folded.report.rows
+  wanted = in_float64(call, v, x)
+  chex.assert_trees_all_close(
+    folded.apply(folded.params, x), np.float32(wanted), atol=1e-5
+  )
+
+
+@pytest.mark.parametrize('norm', [nk.LayerNorm(), nk.GroupNorm(num_groups=2)])
+def test_own_statistics_are_reported(norm):
+  model = nn.Sequential([nn.Conv(4, (3, 3)), Transformed(norm)])
+  folded = check(model, image(2, 5, 5, 3), [('layers_1/Norm_0', None)])
+  assert 'its own input' in folded.report.rows[0].reason
+
+
+def test_loops_are_reported():
+  def call(v, x):
+    def layer(x, v):
+      y = (x @ v['kernel'] - v['mean']) * lax.rsqrt(v['var'])
+      return jnp.tanh(y), None
+
+    return lax.scan(layer, x, v)[0]
+
+  v = {
+    'kernel': image(3, 4, 4),
+    'mean': image(3, 1, 4, seed=2),
+    'var': 1 + image(3, 1, 4, seed=3) ** 2,
+  }
+  x = image(2, 4)
+  folded = fold(call, v, x)
+  (row,) = folded.report.rows
+  assert row.layer is None
+  assert 'loop' in row.reason
+  chex.assert_trees_all_close(
+    folded.apply(folded.params, x),
+    np.float32(in_float64(call, v, x)),
+    atol=1e-5,
+  )
+
+
+def test_inputs_far_from_zero_are_not_folded_forward():
+  model = nn.Sequential([drop_in(), nn.Dense(4)])
+  x = image(64, 3) + 1e4
+  variables = model.init(jax.random.key(0), x)
+  stats = {'mean': x.mean(0), 'var': x.var(0)}
+  variables = {**variables, 'batch_stats': {'layers_0': stats}}
+  folded = fold(model.apply, variables, x)
+  (row,) = folded.report.rows
+  assert row.layer is None
+  assert 'far from zero' in row.reason
+  chex.assert_trees_all_close(
+    folded.apply(folded.params, x), model.apply(variables, x), atol=1e-5
+  )
+
+
+@pytest.mark.parametrize('kind', [nn, normkit.linen], ids=['flax', 'normkit'])
+def test_training_is_refused(kind):
+  model = nn.Sequential(
+    [nn.Dense(4), kind.BatchNorm(use_running_average=False)]
+  )
+  x = image(4, 3)
+  variables = model.init(jax.random.key(0), x)
+
+  def call(variables, x):
+    return model.apply(variables, x, mutable=['batch_stats'])[0]
+
+  with pytest.raises(ValueError, match='call the model in evaluation'):
+    fold(call, variables, x)
+
+
+def test_training_of_nnx_is_refused():
+  model = Net(nnx.Rngs(0))
+  with pytest.raises(ValueError, match=r'the call changes .* model\.eval\(\)'):
+    fold(lambda model, x: model(x), model, image(2, 6, 5, 3))
+
+
+def dense(v, x):
+  return x @ v['kernel'] * v['gain']
+
+
+@pytest.mark.parametrize(
+  ('call', 'change', 'x', 'options', 'error', 'match'),
+  [
+    (3, {}, None, {}, TypeError, 'call must be a function'),
+    (dense, {'gain': 1.0}, None, {}, TypeError, r"variables\['gain'\]"),
+    (dense, {}, jax.ShapeDtypeStruct((2, 3), 'float32'), {}, TypeError, 'x '),
+    (dense, {}, None, {'tolerance': 0}, ValueError, 'tolerance must be'),
+    (dense, {}, None, {'tolerance': 1e-30}, ValueError, 'beyond the tolerance'),
+    (
+      dense,
+      {'gain': jnp.full((1, 2), jnp.nan)},
+      None,
+      {},
+      ValueError,
+      'finite',
+    ),
+    (
+      lambda v, x: dense(v, x).argmax(-1),
+      {},
+      None,
+      {},
+      ValueError,
+      'no floating-point',
+    ),
+  ],
+)
+def test_broken_inputs(call, change, x, options, error, match):
+  v = {'kernel': image(3, 2), 'gain': image(1, 2, seed=3), **change}
+  with pytest.raises(error, match=match):
+    fold(call, v, image(5, 3, seed=5) if x is None else x, **options)
+
+
+def test_tracers_are_refused():
+  v = {'kernel': image(3, 2), 'gain': image(1, 2)}
+  with pytest.raises(TypeError, match='outside of jit'):
+    jax.jit(lambda x: fold(dense, v, x).params)(image(5, 3))
+
+
+def test_params_that_do_not_fit():
+  v, x = {'kernel': image(3, 2), 'gain': image(1, 2)}, image(5, 3)
+  folded = fold(dense, v, x)
+  with pytest.raises(ValueError, match=r"'kernel'.*\(3, 2\)"):
+    folded.apply({'kernel': image(2, 3)}, x)
+  with pytest.raises(ValueError, match="'kernel'"):
+    folded.apply({}, x)
