@@ -1,0 +1,377 @@
+"""The command line: convert, inspect and fold files of weights.
+
+`normkit`, or `python -m normkit`. A model is a function without arguments that
+makes a linen or an nnx module, named as `package.module:function`. A checkpoint
+is a safetensors file with the names of the model's leaves, such as
+`Conv_0/kernel`, as `normkit convert` writes it, or a folder of orbax.
+"""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+import importlib
+import inspect as signatures
+import json
+import math
+import os
+import pathlib
+import sys
+from typing import Any, NamedTuple
+
+from flax import linen, nnx
+import jax
+from jax import export
+import jax.numpy as jnp
+import numpy as np
+
+from normkit.tools import convert, files
+from normkit.tools._template import template_of
+from normkit.tools.fold import fold
+from normkit.tools.inspect import inspect
+
+# What models call the switch of training, and its value in evaluation.
+_SWITCHES = {
+  'train': False,
+  'training': False,
+  'is_training': False,
+  'deterministic': True,
+  'use_running_average': True,
+}
+_READERS: dict[str, Callable[..., Any]] = {
+  'torch': convert.from_torch,
+  'keras': convert.from_keras,
+}
+
+
+class Loaded(NamedTuple):
+  """A model as a command needs it.
+
+  Attributes:
+    variables: what to fill: shapes of linen variables, or an nnx module.
+    evaluate: `evaluate(variables, x)`, the outputs in evaluation.
+    train: `train(variables, x)` in training, as `inspect` takes it.
+  """
+
+  variables: Any
+  evaluate: Callable[[Any, Any], Any]
+  train: Callable[[Any, Any], Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs a command; returns 0, or 2 after an error, told in one line.
+
+  Examples:
+    >>> from normkit.tools import cli
+    >>> cli.main(['fold', 'none.safetensors', 'folded.safetensors',
+    ...           '--model', 'no_such_module:make', '--input', '1x8'])
+    2
+  """
+  args = _parser().parse_args(argv)
+  try:
+    args.run(args)
+  except (AttributeError, ImportError, OSError, TypeError, ValueError) as error:
+    line = ' '.join(str(error).split())
+    print(f'normkit {args.command}: error: {line}', file=sys.stderr)
+    return 2
+  return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(prog='normkit', description=__doc__)
+  commands = parser.add_subparsers(dest='command', required=True)
+
+  def command(
+    name: str, run: Callable[[Any], None], text: str, example: str
+  ) -> argparse.ArgumentParser:
+    made = commands.add_parser(
+      name,
+      help=text,
+      description=text,
+      epilog=f'example:\n  {example}',
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.set_defaults(run=run)
+    made.add_argument('source', type=pathlib.Path, help='the file to read')
+    if name != 'inspect':
+      made.add_argument('target', type=pathlib.Path, help='the file to write')
+      made.add_argument(
+        '--overwrite', action='store_true', help='replace files that are there'
+      )
+    made.add_argument(
+      '--model',
+      required=True,
+      metavar='MODULE:FUNCTION',
+      help='what makes the model, without arguments',
+    )
+    made.add_argument(
+      '--input',
+      required=True,
+      type=_shape,
+      metavar='1x32x32x3',
+      help='the shape of an input, the batch first',
+    )
+    return made
+
+  made = command(
+    'convert',
+    _convert,
+    'weights of PyTorch or Keras, for a Flax model',
+    'normkit convert net.safetensors flax.safetensors --model zoo:net '
+    '--input 1x32x32x3 --names names.json --flatten Dense_0=8x4x4',
+  )
+  made.add_argument(
+    '--from', dest='framework', choices=_READERS, default='torch'
+  )
+  made.add_argument(
+    '--names',
+    help="'order', or a JSON file: names there to paths here; else as they are",
+  )
+  made.add_argument(
+    '--flatten',
+    nargs='*',
+    type=_named_shape,
+    default=[],
+    metavar='LAYER=CxHxW',
+    help='PyTorch: the shape that was flattened before a dense layer',
+  )
+  made.add_argument(
+    '--ignore',
+    nargs='*',
+    default=[],
+    metavar='PATTERN',
+    help='names in the file to leave out',
+  )
+  made = command(
+    'inspect',
+    _inspect,
+    'running statistics beside those of data, and advice',
+    'normkit inspect flax.safetensors --model zoo:net --input 64x32x32x3 '
+    '--data images.npz --framework torch --figure layers.png',
+  )
+  _add_data(made, required=True)
+  made.add_argument('--steps', type=int, help='how many the run had')
+  made.add_argument('--framework', help='where the weights come from')
+  made.add_argument('--figure', type=pathlib.Path, help='a picture to write')
+  made.add_argument(
+    '--overwrite', action='store_true', help='replace files that are there'
+  )
+  made = command(
+    'fold',
+    _fold,
+    'norms into the layers beside them, for inference',
+    'normkit fold flax.safetensors folded.safetensors --model zoo:net '
+    '--input 1x32x32x3 --program folded.jax',
+  )
+  _add_data(made, required=False)
+  made.add_argument(
+    '--program',
+    type=pathlib.Path,
+    help='also write the folded model, by jax.export, for inputs of this shape',
+  )
+  return parser
+
+
+def _add_data(parser: argparse.ArgumentParser, required: bool) -> None:
+  parser.add_argument(
+    '--data',
+    type=pathlib.Path,
+    required=required,
+    help='inputs: an .npz or safetensors file of one array, or of several, '
+    "one of them 'images' or 'x'"
+    + ('' if required else '; else they are drawn at random'),
+  )
+
+
+def _convert(args: argparse.Namespace) -> None:
+  _check_free(args.overwrite, args.target)
+  model = _load_model(args.model, args.input)
+  options: dict[str, Any] = {'names': _names(args.names), 'ignore': args.ignore}
+  if args.framework == 'torch':
+    options['flatten'] = dict(args.flatten)
+  elif args.flatten:
+    raise ValueError(
+      '--flatten is for PyTorch: in Keras channels are last too.'
+    )
+  arrays = files.load_arrays(args.source)
+  filled = _READERS[args.framework](arrays, model.variables, **options)
+  leaves = template_of(filled).leaves
+  named = {'/'.join(leaf): value for leaf, value in leaves.items()}
+  files.save_arrays(args.target, named, overwrite=args.overwrite)
+  print(f'{args.target}: {len(named)} arrays')
+
+
+def _inspect(args: argparse.Namespace) -> None:
+  if args.figure is not None:
+    _check_free(args.overwrite, args.figure)
+  model = _load_model(args.model, args.input)
+  variables = _restore(args.source, model)
+  found = inspect(
+    model.train,
+    variables,
+    _batches(args.data, args.input),
+    steps=args.steps,
+    framework=args.framework,
+  )
+  if sys.stdout.isatty():
+    from rich.console import Console  # noqa: PLC0415
+
+    Console().print(found.table())
+    print('\n'.join(map(str, found.advice)))
+  else:
+    print(found)
+  if args.figure is not None:
+    found.figure().savefig(args.figure)
+
+
+def _fold(args: argparse.Namespace) -> None:
+  outputs = [args.target, *([args.program] if args.program else [])]
+  _check_free(args.overwrite, *outputs)
+  model = _load_model(args.model, args.input)
+  variables = _restore(args.source, model)
+  if args.data is None:
+    x = jax.random.normal(jax.random.key(0), args.input)
+    print('inputs drawn at random: give --data to check on real ones')
+  else:
+    x = next(iter(_batches(args.data, args.input)))
+  folded = fold(model.evaluate, variables, x)
+  print(folded.report)
+  program = None
+  if args.program is not None:
+    exported = export.export(jax.jit(folded.apply))(folded.params, x)
+    program = bytes(exported.serialize())
+  files.save_arrays(args.target, folded.params, overwrite=args.overwrite)
+  if program is not None:
+    files.save_bytes(args.program, program, overwrite=args.overwrite)
+
+
+def _load_model(name: str, shape: tuple[int, ...]) -> Loaded:
+  """Makes the model that `name` names, for inputs of a shape."""
+  module, _, function = name.partition(':')
+  if not module or not function:
+    raise ValueError(
+      f'--model {name!r} must be MODULE:FUNCTION, such as zoo:net for the '
+      'function net in zoo.py.'
+    )
+  sys.path.insert(0, os.getcwd())
+  model = getattr(importlib.import_module(module), function)()
+  if isinstance(model, nnx.Module):
+    return Loaded(model, _nnx_call(False), _nnx_call(True))
+  if not isinstance(model, linen.Module):
+    raise TypeError(
+      f'--model {name!r} made {type(model).__name__}, where a linen or an nnx '
+      'module is needed.'
+    )
+  known = signatures.signature(model.__call__).parameters
+  off: Any = {key: value for key, value in _SWITCHES.items() if key in known}
+  on: Any = {key: not value for key, value in off.items()}
+
+  def evaluate(variables: Any, x: Any) -> Any:
+    return model.apply(variables, x, **off)
+
+  def train(variables: Any, x: Any) -> Any:
+    rngs = {'dropout': jax.random.key(0)}
+    return model.apply(variables, x, **on, rngs=rngs, mutable=['batch_stats'])
+
+  empty = jax.eval_shape(
+    lambda: model.init(jax.random.key(0), jnp.zeros(shape), **off)
+  )
+  return Loaded(empty, evaluate, train)
+
+
+def _nnx_call(train: bool) -> Callable[[Any, Any], Any]:
+  def call(model: Any, x: Any) -> Any:
+    (model.train if train else model.eval)()
+    return model(x)
+
+  return call
+
+
+def _restore(path: pathlib.Path, model: Loaded) -> Any:
+  """The model with the arrays of a checkpoint; raises unless all fit."""
+  template = template_of(model.variables)
+  wanted = {'/'.join(leaf): leaf for leaf in template.leaves}
+  arrays = _read_folder(path) if path.is_dir() else files.load_arrays(path)
+  shapes = {name: template.shape(leaf) for name, leaf in wanted.items()}
+  found = {name: tuple(array.shape) for name, array in arrays.items()}
+  if found != shapes:
+    faults = [
+      f'{name}: {found.get(name, "missing")} in the file, '
+      f'{shapes.get(name, "nothing")} in the model'
+      for name in sorted(found.keys() | shapes.keys())
+      if found.get(name) != shapes.get(name)
+    ]
+    raise ValueError(f'{str(path)!r} is of another model: {"; ".join(faults)}')
+  return template.rebuild(
+    {
+      leaf: jnp.asarray(arrays[name], template.leaves[leaf].dtype)
+      for name, leaf in wanted.items()
+    }
+  )
+
+
+def _read_folder(path: pathlib.Path) -> Mapping[str, np.ndarray]:
+  """The arrays of a checkpoint of orbax, by the names of a model's leaves."""
+  import orbax.checkpoint as ocp  # noqa: PLC0415
+
+  with ocp.StandardCheckpointer() as checkpointer:
+    tree = checkpointer.restore(path.resolve())
+  leaves = template_of(tree).leaves
+  return {'/'.join(leaf): np.asarray(v) for leaf, v in leaves.items()}
+
+
+def _batches(path: pathlib.Path, shape: tuple[int, ...]) -> list[Any]:
+  """The data of a file, in batches of the shape; the rest is left out."""
+  arrays = files.load_arrays(path)
+  names = [n for n in ('images', 'x', *arrays) if n in arrays]
+  if len(arrays) > 1 and names[0] not in ('images', 'x'):
+    raise ValueError(
+      f"{str(path)!r} holds {', '.join(arrays)}: name the inputs 'images' or "
+      "'x'."
+    )
+  data = jnp.asarray(arrays[names[0]], jnp.float32)
+  size = shape[0]
+  if data.shape[1:] != shape[1:] or len(data) < size:
+    raise ValueError(
+      f'{str(path)!r} holds {names[0]} of shape {data.shape}, where --input '
+      f'{"x".join(map(str, shape))} needs {size} or more of {shape[1:]}.'
+    )
+  whole = len(data) // size * size
+  return list(data[:whole].reshape(-1, *shape))
+
+
+def _names(given: str | None) -> Any:
+  """What `names` of the converters takes, from the option."""
+  if given in (None, 'order'):
+    return given
+  try:
+    names = json.loads(pathlib.Path(given).read_text())
+  except ValueError as error:
+    raise ValueError(f'--names {given}: not JSON: {error}') from error
+  if not isinstance(names, dict) or not all(
+    isinstance(value, str) for value in names.values()
+  ):
+    raise ValueError(f'--names {given}: not an object of strings.')
+  return names
+
+
+def _check_free(overwrite: bool, *paths: pathlib.Path) -> None:
+  """Raises before any work if a file is there and may not be replaced."""
+  for path in paths:
+    if path.exists() and not overwrite:
+      raise FileExistsError(
+        f'{str(path)!r} exists: choose another name, or give --overwrite'
+      )
+
+
+def _shape(text: str) -> tuple[int, ...]:
+  try:
+    shape = tuple(map(int, text.split('x')))
+  except ValueError:
+    shape = ()
+  if not shape or min(shape) < 1 or math.prod(shape) > 2**31:
+    raise argparse.ArgumentTypeError(f'{text!r} is no shape, such as 1x32x32x3')
+  return shape
+
+
+def _named_shape(text: str) -> tuple[str, tuple[int, ...]]:
+  name, _, shape = text.rpartition('=')
+  return name, _shape(shape)

@@ -1,0 +1,237 @@
+"""The command line, from a file of PyTorch's names to a folded program."""
+
+import json
+import subprocess
+import sys
+
+import chex
+import jax
+from jax import export
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from normkit.tools import cli, files
+
+ZOO = """
+from flax import linen as nn, nnx
+import jax, jax.numpy as jnp
+import normkit.linen, normkit.nnx
+
+class Net(nn.Module):
+  @nn.compact
+  def __call__(self, x, *, train):
+    x = nn.Conv(4, (3, 3))(x)
+    x = normkit.linen.BatchNorm(use_running_average=not train)(x)
+    return nn.Dense(3)(nn.relu(x).reshape(len(x), -1))
+
+def net():
+  return Net()
+
+class Small(nnx.Module):
+  def __init__(self):
+    self.fc = nnx.Linear(6, 4, rngs=nnx.Rngs(0))
+    self.bn = normkit.nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+  def __call__(self, x):
+    return self.bn(self.fc(x))
+
+def number():
+  return 3
+"""
+MODEL = ['--model', 'zoo_of_cli:net', '--input', '5x6x6x2']
+
+
+@pytest.fixture
+def zoo(tmp_path, monkeypatch):
+  """A folder with a module of models, a file of weights and one of images."""
+  (tmp_path / 'zoo_of_cli.py').write_text(ZOO)
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.syspath_prepend(str(tmp_path))
+  monkeypatch.delitem(sys.modules, 'zoo_of_cli', raising=False)
+  rng = np.random.default_rng(0)
+  files.save_arrays('torch.safetensors', state(rng))
+  images = np.float32(3 + rng.normal(size=(13, 6, 6, 2)))
+  np.savez('images.npz', images=images, labels=np.arange(13))
+  names = {'conv': 'Conv_0', 'bn': 'BatchNorm_0', 'fc': 'Dense_0'}
+  (tmp_path / 'names.json').write_text(json.dumps(names))
+  return tmp_path
+
+
+def state(rng):
+  """Arrays as PyTorch has them, of the network in the zoo."""
+  shapes = {
+    'conv.weight': (4, 2, 3, 3),
+    'conv.bias': (4,),
+    'bn.weight': (4,),
+    'bn.bias': (4,),
+    'bn.running_mean': (4,),
+    'fc.weight': (3, 4 * 6 * 6),
+    'fc.bias': (3,),
+  }
+  arrays = {k: np.float32(rng.normal(size=s)) for k, s in shapes.items()}
+  return arrays | {'bn.running_var': np.float32(rng.uniform(0.5, 2, 4))}
+
+
+def by_hand(arrays, images):
+  """The network in float64, straight from PyTorch's arrays."""
+  w = {k: np.float64(v) for k, v in arrays.items()}
+  x = np.pad(np.float64(images), ((0, 0), (1, 1), (1, 1), (0, 0)))
+  shifts = [(i, j) for i in range(3) for j in range(3)]
+  y = w['conv.bias'] + sum(
+    np.einsum(
+      'nhwc,oc->nhwo', x[:, i : i + 6, j : j + 6], w['conv.weight'][:, :, i, j]
+    )
+    for i, j in shifts
+  )
+  y = (y - w['bn.running_mean']) / np.sqrt(w['bn.running_var'] + 1e-5)
+  y = np.maximum(y * w['bn.weight'] + w['bn.bias'], 0).transpose(0, 3, 1, 2)
+  return y.reshape(len(y), -1) @ w['fc.weight'].T + w['fc.bias']
+
+
+def run(*args):
+  return cli.main([*map(str, args)])
+
+
+CONVERT = [
+  'convert',
+  'torch.safetensors',
+  'flax.safetensors',
+  '--names',
+  'names.json',
+  '--flatten',
+  'Dense_0=4x6x6',
+]
+
+
+def test_convert_inspect_fold(zoo, capsys):
+  assert run(*CONVERT, *MODEL) == 0
+  assert set(files.load_arrays('flax.safetensors')) == {
+    'Conv_0/kernel',
+    'Conv_0/bias',
+    'BatchNorm_0/scale',
+    'BatchNorm_0/bias',
+    'BatchNorm_0/mean',
+    'BatchNorm_0/var',
+    'Dense_0/kernel',
+    'Dense_0/bias',
+  }
+  data = ['--data', 'images.npz']
+  options = ['--framework', 'torch', '--figure', 'layers.png']
+  assert run('inspect', 'flax.safetensors', *MODEL, *data, *options) == 0
+  told = capsys.readouterr().out
+  assert 'BatchNorm_0' in told
+  assert 'recalibrate' in told
+  assert (zoo / 'layers.png').read_bytes().startswith(b'\x89PNG')
+  options = ['--program', 'folded.jax']
+  fold = ['fold', 'flax.safetensors', 'folded.safetensors', *MODEL, *data]
+  assert run(*fold, *options) == 0
+  assert 'BatchNorm_0' in capsys.readouterr().out
+  params = files.load_arrays('folded.safetensors')
+  assert not [name for name in params if 'BatchNorm' in name]
+  program = export.deserialize((zoo / 'folded.jax').read_bytes())
+  images = np.load('images.npz')['images'][:5]
+  y = program.call(jax.tree.map(jnp.asarray, params), jnp.asarray(images))
+  want = by_hand(files.load_arrays('torch.safetensors'), images)
+  chex.assert_trees_all_close(np.float64(y), want, rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_is_overwritten(zoo, capsys):
+  assert run(*CONVERT, *MODEL) == 0
+  before = (zoo / 'flax.safetensors').read_bytes()
+  assert run(*CONVERT, *MODEL) == 2
+  assert 'exists' in capsys.readouterr().err
+  assert (zoo / 'flax.safetensors').read_bytes() == before
+  assert run(*CONVERT, *MODEL, '--overwrite') == 0
+  (zoo / 'taken.jax').write_text('mine')
+  fold = ['fold', 'flax.safetensors', 'folded.safetensors', *MODEL]
+  assert run(*fold, '--program', 'taken.jax') == 2
+  assert not (zoo / 'folded.safetensors').exists()
+  assert (zoo / 'taken.jax').read_text() == 'mine'
+
+
+def test_nnx_and_orbax(zoo, capsys):
+  model = ['--model', 'zoo_of_cli:Small', '--input', '4x6']
+  tree = {
+    'fc': {'kernel': np.ones((6, 4), np.float32), 'bias': np.zeros(4)},
+    'bn': {k: np.full(4, 2.0) for k in ('scale', 'bias', 'mean', 'var')},
+  }
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(zoo / 'saved', {'params': tree})
+  assert run('fold', 'saved', 'folded.safetensors', *model) == 0
+  assert 'drawn at random' in capsys.readouterr().out
+  kernel = files.load_arrays('folded.safetensors')['fc/kernel']
+  want = np.full((6, 4), 2 / np.sqrt(2 + 1e-5))
+  chex.assert_trees_all_close(np.float64(kernel), want, rtol=1e-6)
+
+
+ERRORS = {
+  'no_file': (['nothing.safetensors', 'out', *MODEL], 'nothing.safetensors'),
+  'no_module': (
+    ['torch.safetensors', 'out', '--model', 'no_zoo:f', '--input', '1x2'],
+    "No module named 'no_zoo'",
+  ),
+  'no_colon': (
+    ['torch.safetensors', 'out', '--model', 'zoo_of_cli', '--input', '1x2'],
+    'MODULE:FUNCTION',
+  ),
+  'no_model': (
+    ['torch.safetensors', 'o', '--model', 'zoo_of_cli:number', '--input', '1'],
+    'made int',
+  ),
+  'other_names': (['torch.safetensors', 'out', *MODEL], 'of another model'),
+  'pickle': (['pickle.safetensors', 'out', *MODEL], 'pickle'),
+  'truncated': (['cut.safetensors', 'out', *MODEL], 'cut.safetensors'),
+  'data': (
+    ['torch.safetensors', 'out', *MODEL, '--data', 'torch.safetensors'],
+    'of another model',
+  ),
+}
+
+
+@pytest.mark.parametrize('case', ERRORS)
+def test_errors_take_one_line(zoo, capsys, case):
+  args, message = ERRORS[case]
+  whole = (zoo / 'torch.safetensors').read_bytes()
+  (zoo / 'cut.safetensors').write_bytes(whole[:-9])
+  (zoo / 'pickle.safetensors').write_bytes(b'\x80\x04N.')
+  assert run('fold', *args) == 2
+  told = capsys.readouterr().err
+  assert told.startswith('normkit fold: error: ')
+  assert message in told
+  assert told.count('\n') == 1
+  assert not (zoo / 'out').exists()
+
+
+def test_data_of_another_shape(zoo, capsys):
+  assert run(*CONVERT, *MODEL) == 0
+  np.savez('small.npz', images=np.ones((4, 6, 6, 2), np.float32))
+  data = ['--data', 'small.npz']
+  assert run('inspect', 'flax.safetensors', *MODEL, *data) == 2
+  assert 'needs 5 or more' in capsys.readouterr().err
+  np.savez('many.npz', a=np.ones(3), b=np.ones(3))
+  data = ['--data', 'many.npz']
+  assert run('inspect', 'flax.safetensors', *MODEL, *data) == 2
+  assert "name the inputs 'images' or 'x'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('names', ['{"conv": 3}', '[1]', '{'])
+def test_names_must_be_names(zoo, capsys, names):
+  (zoo / 'bad.json').write_text(names)
+  args = ['convert', 'torch.safetensors', 'out', '--names', 'bad.json']
+  assert run(*args, *MODEL) == 2
+  assert 'bad.json' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('command', ['convert', 'inspect', 'fold'])
+def test_help_shows_an_example(command, capsys):
+  with pytest.raises(SystemExit, match='0'):
+    cli.main([command, '--help'])
+  assert f'normkit {command} ' in capsys.readouterr().out.split('example:')[1]
+
+
+def test_as_a_module():
+  line = [sys.executable, '-m', 'normkit', 'fold', '--input', '1xa']
+  done = subprocess.run(line, capture_output=True, text=True, check=False)
+  assert done.returncode == 2
+  assert 'is no shape' in done.stderr
