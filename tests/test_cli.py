@@ -38,6 +38,12 @@ class Small(nnx.Module):
 
 def number():
   return 3
+
+def broken():
+  raise KeyError('of the model')
+
+def leaves():
+  raise SystemExit('bye')
 """
 MODEL = ['--model', 'zoo_of_cli:net', '--input', '5x6x6x2']
 
@@ -179,6 +185,23 @@ ERRORS = {
     ['torch.safetensors', 'o', '--model', 'zoo_of_cli:number', '--input', '1'],
     'made int',
   ),
+  'broken_model': (
+    ['torch.safetensors', 'o', '--model', 'zoo_of_cli:broken', '--input', '1'],
+    'of the model',
+  ),
+  'model_that_exits': (
+    ['torch.safetensors', 'o', '--model', 'zoo_of_cli:leaves', '--input', '1'],
+    'bye',
+  ),
+  'other_input': (
+    ['torch.safetensors', 'o', *MODEL[:3], '1x6'],
+    'does not take an --input of (1, 6)',
+  ),
+  'no_folder': (['torch.safetensors', 'none/out', *MODEL], "'none'"),
+  'one_file_for_two': (
+    ['torch.safetensors', 'out', *MODEL, '--program', './out'],
+    'given for two files',
+  ),
   'other_names': (['torch.safetensors', 'out', *MODEL], 'of another model'),
   'pickle': (['pickle.safetensors', 'out', *MODEL], 'pickle'),
   'truncated': (['cut.safetensors', 'out', *MODEL], 'cut.safetensors'),
@@ -201,6 +224,16 @@ def test_errors_take_one_line(zoo, capsys, case):
   assert message in told
   assert told.count('\n') == 1
   assert not (zoo / 'out').exists()
+
+
+@pytest.mark.parametrize('dtype', [np.complex64, np.int8])
+def test_other_numbers_are_refused(zoo, capsys, dtype):
+  assert run(*CONVERT, *MODEL) == 0
+  arrays = files.load_arrays('flax.safetensors')
+  cast = {name: array.astype(dtype) for name, array in arrays.items()}
+  files.save_arrays('cast.safetensors', cast)
+  assert run('fold', 'cast.safetensors', 'out', *MODEL) == 2
+  assert 'floating (4,) in the model' in capsys.readouterr().err
 
 
 def test_data_of_another_shape(zoo, capsys):

@@ -68,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   args = _parser().parse_args(argv)
   try:
     args.run(args)
-  except (AttributeError, ImportError, OSError, TypeError, ValueError) as error:
-    line = ' '.join(str(error).split())
+  except (Exception, SystemExit) as error:  # whatever the model's code raises
+    line = ' '.join(str(error).split()) or type(error).__name__
     print(f'normkit {args.command}: error: {line}', file=sys.stderr)
     return 2
   return 0
@@ -139,6 +139,15 @@ def _parser() -> argparse.ArgumentParser:
     default=[],
     metavar='PATTERN',
     help='names in the file to leave out',
+  )
+  made.add_argument(
+    '--transposed',
+    nargs='*',
+    metavar='PATTERN',
+    help='PyTorch: layers here that are transposed convolutions',
+  )
+  made.add_argument(
+    '--count', type=int, help='updates to store where a batch norm counts them'
   )
   made = command(
     'inspect',
@@ -271,9 +280,14 @@ def _load_model(name: str, shape: tuple[int, ...]) -> Loaded:
     rngs = {'dropout': jax.random.key(0)}
     return model.apply(variables, x, **on, rngs=rngs, mutable=['batch_stats'])
 
-  empty = jax.eval_shape(
-    lambda: model.init(jax.random.key(0), jnp.zeros(shape), **off)
-  )
+  try:
+    empty = jax.eval_shape(
+      lambda: model.init(jax.random.key(0), jnp.zeros(shape), **off)
+    )
+  except Exception as error:
+    raise ValueError(
+      f'{name} does not take an --input of {shape}: {error}'
+    ) from error
   return Loaded(empty, evaluate, train)
 
 
@@ -290,14 +304,14 @@ def _restore(path: pathlib.Path, model: Loaded) -> Any:
   template = template_of(model.variables)
   wanted = {'/'.join(leaf): leaf for leaf in template.leaves}
   arrays = _read_folder(path) if path.is_dir() else files.load_arrays(path)
-  shapes = {name: template.shape(leaf) for name, leaf in wanted.items()}
-  found = {name: tuple(array.shape) for name, array in arrays.items()}
-  if found != shapes:
+  needed = {n: _told(template.leaves[leaf]) for n, leaf in wanted.items()}
+  found = {name: _told(array) for name, array in arrays.items()}
+  if found != needed:
     faults = [
       f'{name}: {found.get(name, "missing")} in the file, '
-      f'{shapes.get(name, "nothing")} in the model'
-      for name in sorted(found.keys() | shapes.keys())
-      if found.get(name) != shapes.get(name)
+      f'{needed.get(name, "nothing")} in the model'
+      for name in sorted(found.keys() | needed.keys())
+      if found.get(name) != needed.get(name)
     ]
     raise ValueError(f'{str(path)!r} is of another model: {"; ".join(faults)}')
   return template.rebuild(
@@ -306,6 +320,13 @@ def _restore(path: pathlib.Path, model: Loaded) -> Any:
       for name, leaf in wanted.items()
     }
   )
+
+
+def _told(array: Any) -> str:
+  """The kind of number and the shape, which a file and a model must share."""
+  kinds: Any = (jnp.floating, jnp.complexfloating, jnp.integer, jnp.bool_)
+  kind = next(k for k in kinds if jnp.issubdtype(array.dtype, k))
+  return f'{kind.__name__} {tuple(array.shape)}'
 
 
 def _read_folder(path: pathlib.Path) -> Mapping[str, np.ndarray]:
@@ -321,6 +342,8 @@ def _read_folder(path: pathlib.Path) -> Mapping[str, np.ndarray]:
 def _batches(path: pathlib.Path, shape: tuple[int, ...]) -> list[Any]:
   """The data of a file, in batches of the shape; the rest is left out."""
   arrays = files.load_arrays(path)
+  if not arrays:
+    raise ValueError(f'{str(path)!r} holds no array.')
   names = [n for n in ('images', 'x', *arrays) if n in arrays]
   if len(arrays) > 1 and names[0] not in ('images', 'x'):
     raise ValueError(
@@ -354,8 +377,12 @@ def _names(given: str | None) -> Any:
 
 
 def _check_free(overwrite: bool, *paths: pathlib.Path) -> None:
-  """Raises before any work if a file is there and may not be replaced."""
+  """Raises before any work if a file could not, or may not, be written."""
+  if len({path.resolve() for path in paths}) < len(paths):
+    raise ValueError(f'{str(paths[0])!r} is given for two files')
   for path in paths:
+    if not path.parent.is_dir():
+      raise FileNotFoundError(f'{str(path.parent)!r} is not a folder')
     if path.exists() and not overwrite:
       raise FileExistsError(
         f'{str(path)!r} exists: choose another name, or give --overwrite'
