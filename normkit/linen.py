@@ -10,6 +10,7 @@ from dataclasses import KW_ONLY
 from typing import Any
 
 from flax import linen as nn
+from flax.core.scope import union_filters
 from flax.linen import dtypes
 from flax.linen.recurrent import DenseParams
 import jax
@@ -1036,6 +1037,12 @@ class RNN(nn.RNN):
       initial_carry = carry if initial_carry is None else initial_carry
     if isinstance(initial_carry, recurrent.BatchNormLSTMCarry):
       initial_carry = initial_carry.with_lengths(seq_lengths)
+    if self.variable_carry == 'batch_stats' and not (
+      self.is_mutable_collection('batch_stats')
+    ):  # what cannot change cannot be carried; this is the module of one call
+      broadcast = union_filters(self.variable_broadcast, 'batch_stats')
+      object.__setattr__(self, 'variable_broadcast', broadcast)
+      object.__setattr__(self, 'variable_carry', False)
     return super().__call__(
       inputs,
       initial_carry=initial_carry,
