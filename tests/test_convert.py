@@ -269,13 +269,76 @@ def test_beginning_of_a_name_is_of_whole_parts():
 
 
 def test_order_lists_both_sides():
-  state = {'a.weight': np.ones((2, 3)), 'b.weight': np.ones((2, 3))}
+  state = {'a0.weight': np.ones((2, 3)), 'a1.weight': np.ones((2, 3))}
   template = {'params': {'Dense_0': {'kernel': jnp.ones((3, 2))}}}
-  with pytest.raises(ValueError, match=r"2 layers .*'a', 'b'.*1.*'Dense_0'"):
+  with pytest.raises(ValueError, match=r"2 layers .*'a0', 'a1'.*1.*'Dense_0'"):
     convert.from_torch(state, template, names='order')
 
 
+@pytest.mark.parametrize(
+  ('there', 'here'),
+  [
+    (('encoder', 'decoder'), ('Dense_0', 'Dense_1')),
+    (('net.0', 'net.2'), ('encoder', 'decoder')),
+  ],
+)
+def test_order_refuses_names_that_have_none(there, here):
+  state = {f'{name}.weight': draw(0, 4, 4) for name in there}
+  kernels = {name: {'kernel': jnp.ones((4, 4))} for name in here}
+  with pytest.raises(ValueError, match=r"'decoder' and 'encoder'.*Give names="):
+    convert.from_torch(state, {'params': kernels}, names='order')
+
+
+def test_order_takes_a_first_layer_without_a_number():
+  kernels = {f'Dense_{i}': {'kernel': jnp.ones((4, 4))} for i in range(2)}
+  state = {'dense_1': [draw(1, 4, 4)], 'dense': [draw(0, 4, 4)]}
+  got = convert.from_keras(state, {'params': kernels}, names='order')
+  for i in range(2):
+    kernel = np.asarray(got['params'][f'Dense_{i}']['kernel'])
+    chex.assert_trees_all_equal(kernel, draw(i, 4, 4))
+
+
+def test_a_parameter_called_kernel_goes_as_it_is():
+  value = draw(0, 4, 4)
+  template = {'params': {'layer': {'kernel': jnp.ones((4, 4))}}}
+  got = convert.from_torch({'layer.kernel': value}, template)
+  chex.assert_trees_all_equal(
+    np.asarray(got['params']['layer']['kernel']), value
+  )
+
+
 # The account.
+
+
+@pytest.mark.parametrize(
+  ('key', 'value', 'fault'),
+  [
+    ('fc.bias', np.ones(4, np.int8), "dtype: 'fc.bias' int8"),
+    ('fc.bias', np.ones(4, bool), "dtype: 'fc.bias' bool"),
+    ('bn.running_var', -np.ones(6), "value: 'bn.running_var' is negative"),
+    ('bn.running_var', np.full(6, np.nan), "value: 'bn.running_var' is"),
+  ],
+)
+def test_values_that_would_be_wrong_are_refused(key, value, fault, template):
+  with pytest.raises(ValueError, match=fault):
+    converted(torch_state() | {key: value}, template)
+
+
+@pytest.mark.parametrize(
+  ('count', 'fault'),
+  [(2**32 + 5, 'range'), (-1, 'value'), (1.5, 'dtype')],
+)
+def test_counts_that_would_be_wrong_are_refused(count, fault):
+  options = convert.batch_norm_options('torch', momentum=None)
+  norm = normkit.linen.BatchNorm(use_running_average=True, **options)
+  here = empty(norm, np.ones((2, 6), np.float32))
+  state = {k[3:]: v for k, v in torch_state().items() if k.startswith('bn.')}
+  del state['num_batches_tracked']
+  with pytest.raises(ValueError, match=f"{fault}: 'count='"):
+    convert.from_torch(state, here, count=count)
+  state['num_batches_tracked'] = np.asarray(count)
+  with pytest.raises(ValueError, match=f"{fault}: 'num_batches_tracked'"):
+    convert.from_torch(state, here)
 
 
 def test_all_faults_are_in_one_message(template):
@@ -403,7 +466,32 @@ def test_wrong_kinds_of_argument():
     )
 
 
+def test_norms_of_equinox_over_several_axes_are_refused():
+  eqx = pytest.importorskip(
+    'equinox', reason="needs equinox: pip install 'normkit[benchmarks]'"
+  )
+  here = {name: jnp.ones((4, 4)) for name in ('scale', 'bias')}
+  with pytest.raises(ValueError, match='norm over several axes'):
+    convert.from_equinox(eqx.nn.LayerNorm((4, 4)), {'params': here})
+
+
 # Options.
+
+
+@pytest.mark.parametrize(
+  ('options', 'error'),
+  [
+    ({'momentum': 5}, ValueError),
+    ({'momentum': float('nan')}, ValueError),
+    ({'momentum': '0.1'}, TypeError),
+    ({'epsilon': -1}, ValueError),
+    ({'epsilon': 'x'}, TypeError),
+  ],
+)
+def test_options_that_no_norm_has_are_refused(options, error):
+  (name,) = options
+  with pytest.raises(error, match=f'{name} must'):
+    convert.batch_norm_options('torch', **options)
 
 
 def test_options_of_each_framework():
@@ -492,6 +580,23 @@ def test_keras_layouts_without_keras(tmp_path):
   close(z, y)
   with pytest.raises(ValueError, match='not a name in the weights of Keras'):
     convert.from_keras({'dense/kernel:0': np.ones(1)}, template)
+
+
+@pytest.mark.parametrize('leaf', ['scale', 'bias'])
+def test_gamma_and_beta_of_keras_are_told_by_name_alone(leaf):
+  there = {'scale': 'gamma', 'bias': 'beta'}[leaf]
+  value, mean, var = draw(0, 4), draw(1, 4), np.square(draw(2, 4))
+  here = {
+    'params': {'bn': {leaf: jnp.ones(4)}},
+    'batch_stats': {'bn': {'mean': jnp.ones(4), 'var': jnp.ones(4)}},
+  }
+  with pytest.raises(ValueError, match=f"'bn' has a {leaf} alone.*by name"):
+    convert.from_keras({'bn': [value, mean, var]}, here)
+  named = {there: value, 'moving_mean': mean, 'moving_variance': var}
+  got = convert.from_keras({'bn': named}, here)
+  expected = {leaf: value, 'mean': mean, 'var': var}
+  flat = got['params']['bn'] | got['batch_stats']['bn']
+  chex.assert_trees_all_equal(jax.tree.map(np.asarray, flat), expected)
 
 
 # The frameworks themselves, where they are installed.
@@ -954,6 +1059,27 @@ def test_hdf5_that_points_elsewhere_is_refused(tmp_path):
   with h5py.File(path, 'w') as file:
     file['layers'] = h5py.ExternalLink(str(secret), '/')
   assert files.load_arrays(path) == {}
+
+
+def test_arrays_out_of_proportion_to_the_file_are_refused(
+  tmp_path, monkeypatch
+):
+  h5py = pytest.importorskip('h5py', reason='makes HDF5 files')
+  path = tmp_path / 'x'
+  with h5py.File(path, 'w') as file:
+    for name in 'ab':  # 32 MiB and a byte each
+      file.create_dataset(name, (2**25 + 1,), 'i1', chunks=(2**20,))
+  refused(path, path.read_bytes(), "'b' the arrays take 67108866 bytes")
+  with h5py.File(path, 'w') as file:  # one element, in a chunk of 128 MiB
+    file.create_dataset('a', (1,), 'i1', chunks=(2**27,), maxshape=(None,))
+  refused(path, path.read_bytes(), "'a' the arrays take 134217728 bytes")
+  packed = io.BytesIO()
+  np.savez_compressed(packed, a=np.zeros(1), b=np.zeros(2**20, np.int8))
+  path.write_bytes(packed.getvalue())
+  assert files.load_arrays(path)['b'].size == 2**20  # little in all
+  monkeypatch.setattr(files, '_MIN_LIMIT', 2**20)
+  monkeypatch.setattr(files, '_MAX_RATIO', 100)
+  refused(path, packed.getvalue(), "'b' the arrays take")
 
 
 def test_nothing_is_half_written(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import chex
 from flax import linen as nn, nnx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -169,6 +170,20 @@ def test_layer_and_instance_norm(transform, linen, module):
   close(y, reference_group_norm(x, **first, groups=groups))
 
 
+@pytest.mark.parametrize('own', [None, jnp.float16])
+def test_the_dtype_stays(own):
+  norm = nk.GroupNorm(num_groups=2, dtype=own)
+  expected = own or jnp.bfloat16
+  rngs = nnx.Rngs(0)
+  model = nnx.Sequential(nnx.BatchNorm(8, dtype=jnp.bfloat16, rngs=rngs))
+  assert replace.replace_norms(model, norm)(X).dtype == expected
+  model = nn.BatchNorm(use_running_average=True, dtype=jnp.bfloat16)
+  with replace.replacing_norms(norm):
+    y, variables = model.init_with_output(KEY, X)
+  assert y.dtype == expected
+  chex.assert_type(jax.tree.leaves(variables), jnp.float32)
+
+
 def test_masks_reach_the_new_norm():
   mask = np.arange(3)[:, None] < 2
   model = normkit.linen.BatchNorm(use_running_average=True)
@@ -177,6 +192,27 @@ def test_masks_reach_the_new_norm():
     y = model.apply(variables, X, mask=mask[None, :, None])
   kept = reference_group_norm(X[:, :2], np.ones(8), np.zeros(8), 8)
   close(y[:, :2], kept)
+
+
+@pytest.mark.parametrize(
+  'context',
+  [
+    lambda where: replace.replacing_norms(GROUPS, where=where),
+    lambda where: replace.synchronizing_norms(None, where=where),
+  ],
+)
+def test_where_that_chooses_nothing_is_refused(context):
+  model = nn.Sequential([nn.BatchNorm(use_running_average=True)])
+  with (
+    pytest.raises(ValueError, match=r"none of the batch norms \['layers_0'\]"),
+    context(lambda path: path == 'layers_1'),
+  ):
+    model.init(KEY, X)
+  with context(lambda path: False):
+    pass  # nothing is called, so nothing is known
+  with pytest.raises(RuntimeError), context(lambda path: False):
+    model.init(KEY, X)
+    raise RuntimeError  # an error of the block is the one that is seen
 
 
 def test_what_has_no_parameters_gets_none():

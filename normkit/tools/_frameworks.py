@@ -16,14 +16,35 @@ import numpy as np
 
 from normkit.tools import files
 
+# The epsilon of the norms of each framework unless told otherwise.
+EPSILONS = {
+  'equinox': 1e-5,
+  'flax': 1e-5,
+  'haiku': 1e-5,
+  'keras': 1e-3,
+  'torch': 1e-5,
+}
 _TORCH_LEAVES = {
   'running_mean': 'mean',
   'running_var': 'var',
   'num_batches_tracked': 'count',
 }
+# The names in PyTorch of the leaves of Flax.
+TORCH_NAMES = {
+  **dict.fromkeys(('kernel', 'embedding', 'scale'), 'weight'),
+  **{leaf: name for name, leaf in _TORCH_LEAVES.items()},
+}
 _TORCH_REFUSED = re.compile(
   r'(^|\.)(in_proj_|(weight|bias)_[ih]h|weight_[gv]$|parametrizations\.)'
 )
+_KERAS_LEAVES = {
+  'kernel': 'weight',
+  'embeddings': 'embedding',
+  'gamma': 'scale',
+  'beta': 'bias',
+  'moving_mean': 'mean',
+  'moving_variance': 'var',
+}
 _HAIKU_LEAVES = {
   'w': 'weight',
   'b': 'bias',
@@ -68,7 +89,7 @@ def read_torch(state: Mapping[str, Any]) -> list[Source]:
 
 
 def read_keras(weights: Mapping[str, Any]) -> list[Source]:
-  """The arrays of a `.weights.h5` file, or of lists by layer."""
+  """The arrays of a `.weights.h5` file, or by layer: lists, or by name."""
   files.check_names(weights)
   sources = []
   for name, value in weights.items():
@@ -76,6 +97,11 @@ def read_keras(weights: Mapping[str, Any]) -> list[Source]:
       for i, array in enumerate(value):
         key = f'{name}[{i}]'
         sources.append(Source(key, name, str(i), files.as_numpy(key, array)))
+      continue
+    if isinstance(value, Mapping):
+      for variable, array in value.items():
+        key, leaf = f'{name}/{variable}', _KERAS_LEAVES.get(variable, variable)
+        sources.append(Source(key, name, leaf, files.as_numpy(key, array)))
       continue
     *path, vars_, place = ['', *name.split('/')]
     if vars_ != 'vars' or not place.isdecimal():

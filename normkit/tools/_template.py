@@ -144,8 +144,8 @@ def fill(
     origin[leaf] = source.key
     if leaf in template.leaves:
       struct = template.leaves[leaf]
-      value = _laid_out(source.value, leaf, struct, layout)
-      faults += _faults(source, leaf, value, struct)
+      value = _laid_out(source, leaf, struct, layout)
+      faults += _faults(source, leaf, value, template)
       values[leaf] = value
     elif source.leaf != 'count':
       faults.append(
@@ -154,6 +154,8 @@ def fill(
   for leaf, struct in template.leaves.items():
     if leaf[1] == 'count' and leaf not in values and count is not None:
       values[leaf] = np.full(struct.shape, count)
+      given = Source('count=', '', 'count', values[leaf])
+      faults += _faults(given, leaf, values[leaf], template)
     elif leaf not in values:
       faults.append(f'missing: {"/".join(leaf)!r} {tuple(struct.shape)}')
   if faults:
@@ -170,6 +172,11 @@ def _leaf_of(leaf: str, layer: str, template: Template) -> str:
     held = [name for name in _WEIGHTS if (layer, name) in template.leaves]
   elif leaf.isdecimal():
     held = [name for name in _IN_ORDER if (layer, name) in template.leaves]
+    if held[:1] in (['scale'], ['bias']) and held[1:2] != ['bias']:
+      raise ValueError(
+        f'{layer!r} has a {held[0]} alone, and no order tells whether gamma or '
+        "beta is there. Give its arrays by name, {'beta': ..., ...}."
+      )
     held = held[int(leaf) :]
   else:
     held = []
@@ -177,13 +184,14 @@ def _leaf_of(leaf: str, layer: str, template: Template) -> str:
 
 
 def _laid_out(
-  value: np.ndarray, leaf: Leaf, struct: Any, layout: Layout
+  source: Source, leaf: Leaf, struct: Any, layout: Layout
 ) -> np.ndarray:
   """A value as Flax has it; axes of one element come and go in vectors."""
-  shape = tuple(struct.shape)
+  value, shape = source.value, tuple(struct.shape)
   if leaf[1] == 'count' and value.ndim == 0:
     return np.broadcast_to(value, shape)
-  value = layout(*leaf, value, shape)
+  if source.leaf != leaf[1]:  # what has Flax's name there goes as it is
+    value = layout(*leaf, value, shape)
   if len(shape) == 1 and value.shape != shape and value.size == shape[0]:
     longest = max(value.shape, default=1)
     return value.reshape(shape) if longest == value.size else value
@@ -191,26 +199,32 @@ def _laid_out(
 
 
 def _faults(
-  source: Source, leaf: Leaf, value: np.ndarray, struct: Any
+  source: Source, leaf: Leaf, value: np.ndarray, template: Template
 ) -> list[str]:
   """What is wrong with the value that a leaf is given."""
-  name = '/'.join(leaf)
+  name, struct = '/'.join(leaf), template.leaves[leaf]
   if value.shape != tuple(struct.shape):
     return [
       f'shape: {source.key!r} {source.value.shape} becomes {value.shape}, but '
       f'{name!r} is {tuple(struct.shape)}'
     ]
   kinds = jnp.integer, jnp.floating, jnp.complexfloating
-  order = [
+  theirs, ours = (
     next((i for i, k in enumerate(kinds) if jnp.issubdtype(dtype, k)), -1)
     for dtype in (value.dtype, struct.dtype)
-  ]
-  if order[0] > order[1]:
+  )
+  is_count = leaf[1] == 'count' and theirs == 0
+  # Integers are no floats: those of quantized weights need their scales.
+  if theirs > ours or (theirs < min(ours, 1) and not is_count):
     return [f'dtype: {source.key!r} {value.dtype}, but {name!r} {struct.dtype}']
   with np.errstate(over='ignore'):
     narrow = value.astype(struct.dtype)
-  if np.any(np.isfinite(value) & ~np.isfinite(narrow)):
+  wraps = ours < 1 and np.any(narrow != value)
+  if wraps or np.any(np.isfinite(value) & ~np.isfinite(narrow)):
     return [f'range: {source.key!r} is too large for {name!r} {struct.dtype}']
+  is_batch_norm = (leaf[0], 'mean') in template.leaves
+  if is_batch_norm and leaf[1] in ('var', 'count') and not np.all(value >= 0):
+    return [f'value: {source.key!r} is negative or NaN, for {name!r}']
   return []
 
 
@@ -273,21 +287,35 @@ def _kinds(
   leaves: Iterable[tuple[str, str, tuple[int, ...]]],
 ) -> dict[str, list[str]]:
   """The layers of each kind, in natural order."""
-  layers: dict[str, dict[str, int]] = {}
+  layers: dict[str, dict[str, tuple[int, ...]]] = {}
   for layer, leaf, shape in leaves:
-    layers.setdefault(layer, {})[leaf] = len(shape)
+    layers.setdefault(layer, {})[leaf] = tuple(shape)
   kinds: dict[str, list[str]] = {}
+  first: dict[frozenset[Any], str] = {}
   for layer in sorted(layers, key=_natural):
-    kinds.setdefault(_kind(layers[layer]), []).append(layer)
+    shapes = layers[layer]
+    alike = first.setdefault(frozenset(shapes.items()), layer)
+    if _unnumbered(alike) != _unnumbered(layer):
+      raise ValueError(
+        f"names='order' cannot tell which of {alike!r} and {layer!r} comes "
+        'first: they have the same shapes, and their names differ in more '
+        'than numbers. Give names= as a mapping.'
+      )
+    kinds.setdefault(_kind(shapes), []).append(layer)
   return kinds
 
 
-def _kind(ranks: Mapping[str, int]) -> str:
+def _kind(shapes: Mapping[str, tuple[int, ...]]) -> str:
   """The kind of a layer, by what both sides know of its leaves."""
-  if 'mean' in ranks or {'0', '1', '2'} <= ranks.keys():
+  if 'mean' in shapes or {'0', '1', '2'} <= shapes.keys():
     return 'batch norm'
-  rank = max(ranks.values())
+  rank = max(len(shape) for shape in shapes.values())
   return {1: 'norm', 2: 'matrix'}.get(rank, f'kernel of rank {rank}')
+
+
+def _unnumbered(name: str) -> str:
+  """A name without its numbers: that of 'dense_1' is that of 'dense'."""
+  return re.sub(r'_?\d+', '', name)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

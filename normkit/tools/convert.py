@@ -13,9 +13,11 @@ from typing import Any, Literal, TypeAlias
 import jax
 import numpy as np
 
+from normkit import _types
 from normkit.tools import _frameworks
 from normkit.tools._frameworks import Source
 from normkit.tools._template import (
+  Layout,
   Names,
   Template,
   fill,
@@ -42,22 +44,13 @@ Shapes: TypeAlias = Mapping[str, Sequence[int]]
 
 TRANSPOSED = ('*ConvTranspose*',)
 
-_TORCH_LEAVES = {
-  'kernel': 'weight',
-  'embedding': 'weight',
-  'scale': 'weight',
-  'mean': 'running_mean',
-  'var': 'running_var',
-  'count': 'num_batches_tracked',
-}
-# What the layers of each framework do unless told otherwise: epsilon of all its
-# norms, the share of the old statistics that its batch norm keeps, unbiased
-# variances, debiased averages.
-_DEFAULTS: dict[str, tuple[float, float | None, bool, bool]] = {
-  'torch': (1e-5, 0.1, True, False),
-  'keras': (1e-3, 0.99, False, False),
-  'haiku': (1e-5, None, False, True),
-  'equinox': (1e-5, 0.99, False, False),
+# What the batch norm of each framework does unless told otherwise: its
+# momentum, unbiased variances, debiased averages.
+_DEFAULTS: dict[str, tuple[float | None, bool, bool]] = {
+  'torch': (0.1, True, False),
+  'keras': (0.99, False, False),
+  'haiku': (None, False, True),
+  'equinox': (0.99, False, False),
 }
 
 
@@ -84,7 +77,9 @@ def batch_norm_options(
     `normkit.BatchNorm`, `normkit.linen.BatchNorm` and `normkit.nnx.BatchNorm`.
 
   Raises:
-    ValueError: if the framework is another, or momentum is needed.
+    TypeError: if epsilon or momentum is not a number.
+    ValueError: if the framework is another, momentum is needed or not in
+      [0, 1], or epsilon is negative or not finite.
 
   Examples:
     >>> from normkit.tools import convert
@@ -95,16 +90,19 @@ def batch_norm_options(
     raise ValueError(
       f'framework must be one of {", ".join(_DEFAULTS)}, got {framework!r}.'
     )
-  default, share, unbiased, debias = _DEFAULTS[framework]
+  default, unbiased, debias = _DEFAULTS[framework]
   if momentum == 'default':
-    momentum = share
+    momentum = default
     if momentum is None:
       raise ValueError("momentum: give the decay_rate, Haiku's has no default.")
-  if framework == 'torch' and momentum is not None:
-    momentum = 1 - float(momentum)
+  share = _types.check_momentum(momentum)
+  if framework == 'torch' and share is not None:
+    share = 1 - share
+  if epsilon is None:
+    epsilon = _frameworks.EPSILONS[framework]
   return {
-    'epsilon': default if epsilon is None else epsilon,
-    'momentum': momentum,
+    'epsilon': _types.check_epsilon(epsilon),
+    'momentum': share,
     'unbiased': unbiased,
     'debias': debias,
   }
@@ -142,7 +140,8 @@ def from_torch(
       their beginnings, {'layer1.0': 'Block_0'}, where what is not named goes
       as with None; or a function of the name of a layer. 'order': the layers
       of each kind (batch norms, other norms, matrices, kernels by rank), in
-      natural order of their names on both sides, go to each other.
+      natural order of their names on both sides, go to each other; refused
+      where names of layers of one shape differ in more than numbers.
     flatten: by the layer's path here, the (C, *spatial) flattened before it.
     transposed: patterns of the paths here that are transposed convolutions
       (with `transpose_kernel=False`), which no array tells; in an
@@ -157,9 +156,10 @@ def from_torch(
 
   Raises:
     TypeError: if something is not an array of numbers, or not a model.
-    ValueError: if an array is missing, left over, of the wrong shape or not to
-      be held by the dtype here, all of them in one message; if two go to one
-      place; or if a layer is of a kind that is not converted.
+    ValueError: if an array is missing, left over, of the wrong shape, not to
+      be held by the dtype here, or of integers where floats are held, or a
+      variance is negative or NaN, all of them in one message; if two go to
+      one place; or if a layer is of a kind that is not converted.
 
   Examples:
     >>> import jax, jax.numpy as jnp, numpy as np
@@ -175,27 +175,8 @@ def from_torch(
   """
   template = template_of(variables)
   shapes = _check_flatten(flatten, template)
-  is_transposed = template.is_transposed(transposed)
-
-  def layout(
-    layer: str, leaf: str, value: np.ndarray, shape: tuple[int, ...]
-  ) -> np.ndarray:
-    if leaf == 'scale' and len(shape) > 1:
-      raise ValueError(
-        f'{layer!r} is a norm over several axes, {shape}, which is not '
-        'converted: no file tells their order.'
-      )
-    if leaf != 'kernel' or value.ndim < 2:
-      return value
-    if value.ndim > 2 and is_transposed(layer):
-      return _frameworks.from_torch_transposed(value)
-    value = _frameworks.from_oihw(value)
-    if layer in shapes and value.shape == shape:
-      return _frameworks.from_flat(value, shapes[layer])
-    return value
-
-  kept = _without(state, ignore)
-  sources = _frameworks.read_torch(kept)
+  layout = _channels_first(shapes, template.is_transposed(transposed))
+  sources = _frameworks.read_torch(_without(state, ignore))
   return _fill(template, sources, names, '.', layout, count)
 
 
@@ -208,7 +189,8 @@ def to_torch(
 ) -> dict[str, np.ndarray]:
   """Gives the arrays of a Flax model as a PyTorch state dict.
 
-  The inverse of `from_torch`, given the same arguments. Load it by
+  The inverse of `from_torch`, given the same arguments; but every kernel
+  becomes a `weight`, also one that is a `kernel` in PyTorch. Load it by
   `model.load_state_dict({k: torch.from_numpy(v) for k, v in state.items()})`.
 
   Args:
@@ -245,7 +227,7 @@ def to_torch(
   state: dict[str, np.ndarray] = {}
 
   def put(layer: str, leaf: str, array: np.ndarray) -> None:
-    leaf = _TORCH_LEAVES.get(leaf, leaf)
+    leaf = _frameworks.TORCH_NAMES.get(leaf, leaf)
     key = '.'.join(filter(None, (rename(layer), leaf)))
     if key in state:
       raise ValueError(f'two arrays would be {key!r}. Mend names.')
@@ -280,14 +262,18 @@ def from_keras(
 ) -> Model:
   """Fills a Flax model with the weights of a Keras 3 model.
 
-  A layer's arrays have no names in Keras, only an order. They go to the leaves
-  that the layer has here, in the order kernel (embedding, scale), bias, mean,
-  var. So a batch norm with `scale=False` there needs `use_scale=False` here.
-  Arrays of the optimizer and of random seeds are left out.
+  A layer's arrays have no names in a file of Keras, only an order. They go to
+  the leaves that the layer has here, in the order kernel (embedding, scale),
+  bias, mean, var. A norm with one of scale and bias is refused, since no order
+  tells gamma from beta: give its arrays by name,
+  `{**weights, 'norm': {'beta': ..., 'moving_mean': ...}}`, or add the ones or
+  zeros that are missing. Arrays of the optimizer and of random seeds are left
+  out.
 
   Args:
-    weights: what `load_arrays` gives of a `.weights.h5` file, or lists of
-      arrays by layer: `{layer.name: layer.get_weights() for ...}`.
+    weights: what `load_arrays` gives of a `.weights.h5` file; or by layer
+      lists of arrays, `{layer.name: layer.get_weights() for ...}`, or arrays
+      by name, `{layer.name: {v.name: v for v in layer.weights} for ...}`.
     variables: the model to fill, as in `from_torch`. It is not changed.
     names: as in `from_torch`, of layers there such as 'dense_1', or
       'functional/dense_1' in a file where models are nested.
@@ -429,21 +415,36 @@ def from_equinox(
     (2, 3)
   """
   template = template_of(variables)
-  shapes = _check_flatten(flatten, template)
+  layout = _channels_first(_check_flatten(flatten, template))
+  sources = _frameworks.read_equinox(model, state)
+  sources = [s for s in sources if not matches(s.key, ignore)]
+  return _fill(template, sources, names, '.', layout, count)
+
+
+def _channels_first(
+  shapes: Mapping[str, tuple[int, ...]],
+  is_transposed: Callable[[str], bool] = lambda layer: False,
+) -> Layout:
+  """The layout of PyTorch, and without transposed ones of Equinox."""
 
   def layout(
     layer: str, leaf: str, value: np.ndarray, shape: tuple[int, ...]
   ) -> np.ndarray:
+    if leaf == 'scale' and len(shape) > 1:
+      raise ValueError(
+        f'{layer!r} is a norm over several axes, {shape}, which is not '
+        'converted: no file tells their order.'
+      )
     if leaf != 'kernel' or value.ndim < 2:
       return value
+    if value.ndim > 2 and is_transposed(layer):
+      return _frameworks.from_torch_transposed(value)
     value = _frameworks.from_oihw(value)
     if layer in shapes and value.shape == shape:
       return _frameworks.from_flat(value, shapes[layer])
     return value
 
-  sources = _frameworks.read_equinox(model, state)
-  sources = [s for s in sources if not matches(s.key, ignore)]
-  return _fill(template, sources, names, '.', layout, count)
+  return layout
 
 
 def _fill(
@@ -451,7 +452,7 @@ def _fill(
   sources: Sequence[Source],
   names: Names,
   separator: str,
-  layout: Callable[..., np.ndarray],
+  layout: Layout,
   count: int | None,
 ) -> Model:
   if names == 'order':

@@ -6,6 +6,7 @@ What a file is, its first bytes tell, not its name. No pickle is ever loaded.
 from collections.abc import Callable, Iterable, Mapping
 import io
 import json
+import math
 import os
 import pathlib
 from typing import Any
@@ -22,6 +23,9 @@ _PICKLE = (
   "model.state_dict(), 'model.safetensors')."
 )
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library
+# What the arrays of a file may take: so many times its bytes, or this at least.
+_MAX_RATIO = 1000
+_MIN_LIMIT = 2**26
 _DTYPES = {
   'BOOL': np.bool_,
   'U8': np.uint8,
@@ -46,8 +50,9 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
   """Reads the arrays of a file: safetensors, NumPy's .npz or HDF5.
 
   Pickles are refused, inside a zip archive too, which is what `torch.save`
-  writes; so is a file that is cut short, that holds anything but numbers, or
-  whose names could not be those of arrays in a model. HDF5 covers the
+  writes; so is a file that is cut short, that holds anything but numbers,
+  whose names could not be those of arrays in a model, or whose arrays would
+  take more than 64 MiB and 1,000 times the file. HDF5 covers the
   `.weights.h5` of Keras 3, with names such as 'layers/dense/vars/0'.
 
   Args:
@@ -221,7 +226,8 @@ def _once(pairs: list[tuple[str, Any]]) -> None:
 
 def _zip(data: bytes) -> dict[str, np.ndarray]:
   with zipfile.ZipFile(io.BytesIO(data)) as archive:
-    members = archive.namelist()
+    sizes = [(m.filename, m.file_size) for m in archive.infolist()]
+  members = [name for name, _ in sizes]
   if any(member.endswith('.pkl') for member in members):
     raise ValueError(_PICKLE)
   if 'model.weights.h5' in members:
@@ -230,6 +236,10 @@ def _zip(data: bytes) -> dict[str, np.ndarray]:
     raise ValueError(f'a zip archive of {members!s:.200}, not of .npy arrays.')
   if len({*members}) < len(members):
     raise ValueError(f'a name comes twice in {members!s:.200}.')
+  total = 0
+  for name, size in sizes:
+    total += size
+    _check_total(name.removesuffix('.npy'), total, data)
   with np.load(io.BytesIO(data), allow_pickle=False) as file:
     return {name: file[name] for name in file.files}
 
@@ -238,23 +248,45 @@ def _hdf5(data: bytes) -> dict[str, np.ndarray]:
   import h5py  # noqa: PLC0415
 
   arrays = {}
+  total = 0
 
   def read(name: str, item: Any) -> None:
+    nonlocal total
     if isinstance(item, h5py.Dataset):
-      arrays[name] = _dataset(name, item)
+      _check_dataset(name, item)
+      largest = max(item.size, math.prod(item.chunks or ()))
+      total += largest * item.dtype.itemsize
+      _check_total(name, total, data)
+      arrays[name] = _dataset(item)
 
   with h5py.File(io.BytesIO(data), 'r') as file:
     file.visititems(read)
   return arrays
 
 
-def _dataset(name: str, item: Any) -> np.ndarray:
-  """An HDF5 dataset that lies in its file, in full."""
+def _check_total(name: str, total: int, data: bytes) -> None:
+  """Raises if arrays, of which this is the last, are too large for a file."""
+  if total > max(_MIN_LIMIT, _MAX_RATIO * len(data)):
+    raise ValueError(
+      f'with {name!r} the arrays take {total} bytes, and the file has '
+      f'{len(data)}. Save it without compression if that is meant.'
+    )
+
+
+def _check_dataset(name: str, item: Any) -> None:
+  """Raises unless an HDF5 dataset lies in its file, in full, of numbers."""
   if item.is_virtual or item.external:
     raise ValueError(f'{name!r} points to another file.')
   if item.chunks is None and item.id.get_storage_size() < item.nbytes:
     raise ValueError(f'{name!r} claims more than the file holds.')
-  if item.attrs.get('dtype') == 'bfloat16':  # as Keras marks them
-    return np.asarray(item[()]).view(ml_dtypes.bfloat16)
-  check_numbers(name, np.empty(0, item.dtype))
-  return np.asarray(item[()])
+  if not _is_bfloat16(item):
+    check_numbers(name, np.empty(0, item.dtype))
+
+
+def _dataset(item: Any) -> np.ndarray:
+  array = np.asarray(item[()])
+  return array.view(ml_dtypes.bfloat16) if _is_bfloat16(item) else array
+
+
+def _is_bfloat16(item: Any) -> bool:
+  return bool(item.attrs.get('dtype') == 'bfloat16')  # as Keras marks them

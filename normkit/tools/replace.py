@@ -6,6 +6,7 @@ anew at each call, so there the exchange is a context around the call.
 
 from collections.abc import Callable, Iterator
 import contextlib
+import dataclasses
 from typing import Any, TypeAlias, TypeVar
 
 from flax import linen as nn, nnx
@@ -27,14 +28,15 @@ def replace_norms(
 ) -> Model:
   """Copies an nnx model with another norm for each batch norm.
 
-  Scale and bias are carried over; the running statistics are dropped. What the
-  model computes changes, and it has to be trained on.
+  Scale, bias and `dtype` are carried over; the running statistics are dropped.
+  What the model computes changes, and it has to be trained on.
 
   Args:
     model: the model, of `flax.nnx` or `normkit.nnx` batch norms. It is not
       changed.
     transform: a norm without state over the last axis, such as
-      `normkit.GroupNorm(num_groups=8)` or `normkit.LayerNorm()`.
+      `normkit.GroupNorm(num_groups=8)` or `normkit.LayerNorm()`. A `dtype`
+      of its own beats that of the batch norm.
     where: chooses the batch norms by path, 'blocks/0/norm'; None takes all.
 
   Returns:
@@ -68,7 +70,7 @@ def replace_norms(
     x = jax.ShapeDtypeStruct((1, 1, 1, old.num_features), jnp.float32)
     params, _ = _init(name, transform, x, old.axis)
     new = modules.Norm(
-      transform, x, use_running_average=old.use_running_average
+      _typed(transform, old), x, use_running_average=old.use_running_average
     )
     for field in ('scale', 'bias'):
       value = getattr(old, field)
@@ -140,7 +142,8 @@ def replacing_norms(
     TypeError: at the call, if the transform keeps a state, or other parameters
       than scale and bias.
     ValueError: at the call, if a batch norm normalizes another axis than the
-      last, or the transform has no place for its scale or bias.
+      last, or the transform has no place for its scale or bias; at the end, if
+      batch norms were called and `where` chose none.
 
   Examples:
     >>> import jax, jax.numpy as jnp, normkit as nk
@@ -171,20 +174,17 @@ def replacing_norms(
           field, init, initial.shape, module.param_dtype
         )
     y: Array
-    y, _ = transform.apply(
+    y, _ = _typed(transform, module).apply(
       norm.NormParams(**values), state, x, train=False, where=mask
     )
     return y
 
-  def intercept(
-    call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
-  ) -> Any:
-    if not _chosen(context, where):
-      return call(*args, **kwargs)
+  def instead(module: Any, call: Any, args: Any, kwargs: Any) -> Any:
+    del call
     x = args[0] if args else kwargs['x']
-    return replaced(context.module, x, kwargs.get('mask'))
+    return replaced(module, x, kwargs.get('mask'))
 
-  with nn.intercept_methods(intercept):
+  with _intercepting(instead, where):
     yield
 
 
@@ -205,6 +205,9 @@ def synchronizing_norms(
   Yields:
     Nothing.
 
+  Raises:
+    ValueError: at the end, if batch norms were called and `where` chose none.
+
   Examples:
     >>> import jax, jax.numpy as jnp
     >>> from flax import linen as nn
@@ -221,12 +224,7 @@ def synchronizing_norms(
     [-1.0, 1.0]
   """
 
-  def intercept(
-    call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
-  ) -> Any:
-    if not _chosen(context, where):
-      return call(*args, **kwargs)
-    module = context.module
+  def pooled(module: Any, call: Any, args: Any, kwargs: Any) -> Any:
     before = module.axis_name
     # A bound module is frozen, and its copy would need variables of its own.
     object.__setattr__(module, 'axis_name', axis_name)
@@ -235,7 +233,7 @@ def synchronizing_norms(
     finally:
       object.__setattr__(module, 'axis_name', before)
 
-  with nn.intercept_methods(intercept):
+  with _intercepting(pooled, where):
     yield
 
 
@@ -263,13 +261,35 @@ def _mapped(
   return copied
 
 
-def _chosen(context: nn.module.InterceptorContext, where: Where | None) -> bool:
-  module = context.module
-  return (
-    isinstance(module, _LINEN)
-    and context.method_name == '__call__'
-    and (where is None or where('/'.join(module.path)))
-  )
+@contextlib.contextmanager
+def _intercepting(
+  instead: Callable[..., Any], where: Where | None
+) -> Iterator[None]:
+  """Calls another function in place of the chosen batch norms of linen."""
+  chosen: dict[str, bool] = {}
+
+  def intercept(
+    call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
+  ) -> Any:
+    module = context.module
+    if isinstance(module, _LINEN) and context.method_name == '__call__':
+      name = '/'.join(module.path)
+      chosen[name] = where is None or where(name)
+      if chosen[name]:
+        return instead(module, call, args, kwargs)
+    return call(*args, **kwargs)
+
+  with nn.intercept_methods(intercept):
+    yield
+  if chosen and not any(chosen.values()):
+    raise ValueError(f'where= chose none of the batch norms {[*chosen]}.')
+
+
+def _typed(transform: Any, module: Any) -> Any:
+  """The transform with the dtype of the batch norm, if it has none itself."""
+  if getattr(transform, 'dtype', module.dtype) is not None:
+    return transform
+  return dataclasses.replace(transform, dtype=module.dtype)
 
 
 def _init(
