@@ -349,6 +349,32 @@ def test_transformations(residual):
   )
 
 
+def gain_and_layer(v, x):
+  """An affine map on both sides of one kernel, by x.shape[0]."""
+  y = x @ v['k1']
+  if x.shape[0] == 1:
+    y = y * v['g']
+  return jnp.tanh(jnp.tanh(y) @ v['k2']) * v['g']
+
+
+def gain_of_batch(v, x):
+  return jnp.tanh(x @ v['k1'] * (v['g'] / x.shape[0]))
+
+
+def root_of_gain(v, x):
+  y = jnp.tanh(x @ v['k1'])
+  return jnp.tanh(y * jnp.exp(v['g']) if x.shape[0] == 1 else y * v['g'])
+
+
+@pytest.mark.parametrize('call', [gain_and_layer, gain_of_batch, root_of_gain])
+def test_other_folds_for_other_shapes_are_refused(call):
+  v = {'k1': image(4, 4), 'k2': image(4, 4, seed=2), 'g': image(1, 4, seed=3)}
+  folded = fold(call, v, image(1, 4))
+  folded.apply(folded.params, image(1, 4, seed=5))
+  with pytest.raises(ValueError, match=r'float32\[3,4\].*Fold the model again'):
+    folded.apply(folded.params, image(3, 4))
+
+
 class Net(nnx.Module):
   def __init__(self, rngs, kind=nnx):
     self.conv = nnx.Conv(3, 4, (3, 3), rngs=rngs)
@@ -412,6 +438,86 @@ def test_half_precision(dtypes, out):
   assert folded.params['params/layers_0/kernel'].dtype == jnp.bfloat16
   assert folded.params['params/layers_0/kernel:bias'].dtype == jnp.float32
   assert folded.report.rows == (('layers_1', 'layers_0', ''),)
+
+
+def test_kernels_that_overflow_stay():
+  """Zeros times the infinite kernel would be NaN."""
+
+  def call(v, x):
+    dims = ('NHWC', 'HWIO', 'NHWC')
+    x = jax.nn.relu(x).astype(jnp.float16)
+    y = lax.conv_general_dilated(
+      x, v['kernel'], (1, 1), 'SAME', dimension_numbers=dims
+    )
+    y = jnp.tanh(y.astype(jnp.float32) * v['gain'])
+    return (y @ v['dense'] - v['mean']) * v['std']
+
+  v = {
+    'kernel': image(3, 3, 3, 4, dtype=jnp.float16) * 100,
+    'gain': jnp.full((1, 1, 1, 4), 2000.0),
+    'dense': image(4, 2, seed=2),
+    'mean': image(1, 1, 1, 2, seed=3),
+    'std': image(1, 1, 1, 2, seed=4),
+  }
+  x = image(2, 5, 5, 3, seed=5)
+  folded = fold(call, v, x)
+  assert [(row.norm, row.layer) for row in folded.report.rows] == [
+    ('gain', None),
+    ('std', 'dense'),
+  ]
+  assert 'too large for the dtype' in folded.report.rows[0].reason
+  for batch in (x, x[:1]):
+    chex.assert_trees_all_close(
+      folded.apply(folded.params, batch), jax.jit(call)(v, batch), atol=1e-5
+    )
+
+
+def test_outputs_that_overflow_are_refused():
+  """The kernel fits, what it gives does not: infinity by infinity."""
+
+  def call(v, x):
+    y = (x @ v['kernel']).astype(jnp.float32) * v['gain']
+    return y / y.max()
+
+  v = {
+    'kernel': jnp.ones((3, 2), jnp.float16),
+    'gain': jnp.full((1, 2), 6e4),
+  }
+  with pytest.raises(ValueError, match='differ by inf'):
+    fold(call, v, jnp.ones((4, 3), jnp.float16))
+
+
+def test_each_output_has_its_own_tolerance():
+  """Random numbers stand for an error of 1e-3; the other output is bfloat16."""
+
+  def call(v, x):
+    y = dense(v, x)
+    draw = jax.pure_callback(lambda: next(noise), jax.typeof(jnp.float32(0)))
+    return y + draw, y.astype(jnp.bfloat16)
+
+  v = {'kernel': jnp.eye(2), 'gain': jnp.full((1, 2), 3.0)}
+  noise = iter(np.float32([0, 1e-2]))
+  with pytest.raises(ValueError, match=r'tolerance of 1\.0e-04'):
+    fold(call, v, jnp.ones((3, 2)))
+
+
+def test_complex_gains_of_real_layers_stay():
+  def call(v, x):
+    return x @ v['kernel'] * v['gain'] * v['phase']
+
+  v = {
+    'kernel': image(3, 2),
+    'gain': image(1, 2, seed=2),
+    'phase': jnp.exp(1j * image(1, 2, seed=3)),
+  }
+  x = image(4, 3, seed=4)
+  folded = fold(call, v, x)
+  fates = [(row.norm, row.layer) for row in folded.report.rows]
+  assert fates == [('gain', 'kernel'), ('phase', None)]
+  wanted = np.asarray(x) @ v['kernel'] * v['gain'] * v['phase']
+  chex.assert_trees_all_close(
+    folded.apply(folded.params, x), np.complex64(wanted), atol=1e-5
+  )
 
 
 @pytest.mark.parametrize('use_bias', [False, True])
@@ -514,6 +620,51 @@ def test_loops_are_reported():
   )
 
 
+def in_evaluation(v, x):
+  return (x @ v['kernel'] - v['mean']) * lax.rsqrt(v['var'])
+
+
+def on_custom_jvp(v, x):
+  call = jax.custom_jvp(in_evaluation)
+  call.defjvp(lambda p, t: jax.jvp(in_evaluation, p, t))
+  return call(v, x.mean(0, keepdims=True))
+
+
+def on_condition(v, x):
+  return lax.cond(x.sum() > 0, in_evaluation, dense, v, x)
+
+
+@pytest.mark.parametrize(
+  ('call', 'reason'),
+  [
+    (on_custom_jvp, 'is inside custom_jvp_call'),
+    (on_condition, 'is inside cond'),
+  ],
+)
+def test_norms_inside_operations_are_reported(call, reason):
+  """The sums beside them are none of their statistics."""
+  v = {
+    'kernel': image(3, 2),
+    'gain': image(1, 2, seed=2),
+    'mean': image(1, 2, seed=3),
+    'var': 1 + image(1, 2, seed=4) ** 2,
+  }
+  folded = fold(call, v, image(4, 3, seed=5))
+  (row,) = folded.report.rows
+  assert (row.layer, row.reason) == (None, reason)
+
+
+def test_own_statistics_inside_operations():
+  def call(v, x):
+    norm = jax.custom_vjp(lambda x: nk.layer_norm(x))
+    norm.defvjp(lambda x: (norm(x), None), lambda _, g: (g,))
+    return norm(x) @ v['kernel']
+
+  folded = fold(call, {'kernel': image(3, 2)}, image(4, 3))
+  (row,) = folded.report.rows
+  assert 'its own input' in row.reason
+
+
 def test_inputs_far_from_zero_are_not_folded_forward():
   model = nn.Sequential([drop_in(), nn.Dense(4)])
   x = image(64, 3) + 1e4
@@ -544,10 +695,39 @@ def test_training_is_refused(kind):
     fold(call, variables, x)
 
 
+def test_training_beside_evaluation_is_reported():
+  model = nn.Sequential([nn.Dense(4), flax_norm(), nn.relu, nn.Dense(3)])
+  last = nn.BatchNorm(use_running_average=False)
+  x = image(4, 3)
+  variables = {'model': model.init(jax.random.key(0), x)}
+  variables['last'] = last.init(jax.random.key(1), x)  # of three features
+
+  def call(v, x):
+    y = model.apply(v['model'], x)
+    return last.apply(v['last'], y, mutable=['batch_stats'])[0]
+
+  rows = {row.norm: row for row in fold(call, variables, x).report.rows}
+  assert rows['model/params/layers_1'].layer == 'model/params/layers_0'
+  assert 'call the model in evaluation' in rows['last/params'].reason
+
+
 def test_training_of_nnx_is_refused():
   model = Net(nnx.Rngs(0))
   with pytest.raises(ValueError, match=r'the call changes .* model\.eval\(\)'):
     fold(lambda model, x: model(x), model, image(2, 6, 5, 3))
+
+
+def test_sown_values_of_nnx_are_no_change():
+  class Sown(Net):
+    def __call__(self, x):
+      y = super().__call__(x)
+      self.a = nnx.Intermediate(y)  # what sow does
+      return y
+
+  model, x = Sown(nnx.Rngs(0)), image(2, 6, 5, 3)
+  model.eval()
+  folded = fold(lambda model, x: model(x), model, x)
+  assert [row.layer for row in folded.report.rows] == ['conv', 'out']
 
 
 def dense(v, x):
@@ -561,6 +741,14 @@ def dense(v, x):
     (dense, {'gain': 1.0}, None, {}, TypeError, r"variables\['gain'\]"),
     (dense, {}, jax.ShapeDtypeStruct((2, 3), 'float32'), {}, TypeError, 'x '),
     (dense, {}, None, {'tolerance': 0}, ValueError, 'tolerance must be'),
+    (
+      dense,
+      {},
+      jnp.ones((0, 3)),
+      {},
+      ValueError,
+      r'x must have elements.*0, 3',
+    ),
     (dense, {}, None, {'tolerance': 1e-30}, ValueError, 'beyond the tolerance'),
     (
       dense,

@@ -188,7 +188,7 @@ def _walk(op: Op | None, base: Value, layer: Layer | None) -> Chain:
   allowed = set(layer.outs.values() if layer else chain.axes)
   while op is not None:
     axes = _follow(op, chain.end, chain.axes)
-    if axes is None:
+    if axes is None or (layer and _turns_complex(op, layer)):
       break
     if op.name in ARITHMETIC:
       step = _step(op, chain.end, axes)
@@ -199,6 +199,13 @@ def _walk(op: Op | None, base: Value, layer: Layer | None) -> Chain:
     chain.end, chain.axes = op.outputs[0], axes
     op = chain.end.uses[0] if len(chain.end.uses) == 1 else None
   return chain
+
+
+def _turns_complex(op: Op, layer: Layer) -> bool:
+  """Whether the result is complex, and the kernel of the layer is not."""
+  dtypes = op.outputs[0].aval.dtype, layer.kernel.aval.dtype
+  out, kernel = (jnp.issubdtype(d, jnp.complexfloating) for d in dtypes)
+  return out and not kernel
 
 
 def _follow(

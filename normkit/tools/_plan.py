@@ -24,6 +24,7 @@ from normkit.tools._program import (
   Graph,
   Op,
   Value,
+  bodies,
   read,
   struct,
   trace,
@@ -92,8 +93,6 @@ class Plan:
   graph: Graph
   folds: dict[Op, _Fold]
   rows: list[Row]
-  forward: bool  # whether a norm is folded into the layer after it
-  tries_forward: bool
 
   def __post_init__(self) -> None:
     chains = [c for f in self.folds.values() for c in (f.before, f.after) if c]
@@ -111,6 +110,11 @@ class Plan:
   @property
   def tree(self) -> Any:
     return self.graph.tree
+
+  @property
+  def looks_ahead(self) -> bool:
+    """Whether a norm is folded into the layer after it."""
+    return any(fold.before for fold in self.folds.values())
 
   def _live(self) -> tuple[list[Op], list[Value]]:
     """The operations that the outputs need, and the arrays."""
@@ -182,6 +186,35 @@ class Plan:
       y = y.astype(op.outputs[0].aval.dtype)
     return y
 
+  def overflows(self, params: Mapping[str, Array]) -> frozenset[str]:
+    """The kernels that cannot hold what is folded into them."""
+    return frozenset(
+      _label(fold.layer.kernel)
+      for op, fold in self.folds.items()
+      if not jnp.isfinite(params[self.kernels[op]]).all()
+    )
+
+  @functools.cached_property
+  def recipes(self) -> dict[str, Any]:
+    """How each parameter is made of the variables."""
+    recipes: dict[str, Any] = {
+      name: _recipe(value) for value, name in self.names.items()
+    }
+    for op, fold in self.folds.items():
+      chains = [
+        [
+          (
+            step.name,
+            step.is_reversed,
+            step.constant and _recipe(step.constant),
+          )
+          for step in (chain.steps.values() if chain else ())
+        ]
+        for chain in (fold.before, fold.after)
+      ]
+      recipes[self.kernels[op]] = _recipe(fold.layer.kernel), chains
+    return recipes
+
   @functools.cached_property
   def shapes(self) -> dict[str, tuple[int, ...]]:
     """The shapes of the parameters."""
@@ -189,13 +222,19 @@ class Plan:
     arrays = jax.eval_shape(self.arrays, variables)
     return {name: array.shape for name, array in arrays.items()}
 
-  def check(self, params: Mapping[str, Array]) -> None:
-    """Raises unless the parameters are those that the program takes."""
+  def check(self, params: Mapping[str, Array], first: 'Plan') -> None:
+    """Raises unless the program takes parameters, those of the first plan."""
     wanted = self.shapes
     given = {name: jnp.shape(value) for name, value in params.items()}
+    x = ', '.join(str(value.aval) for value in self.graph.inputs)
+    if self.recipes != first.recipes:
+      raise ValueError(
+        f'for an input of {x} the model takes its variables another way than '
+        'for the input that it was folded with, and other params. Fold the '
+        'model again with an input of this shape.'
+      )
     if given != wanted:
       wrong = sorted(dict(given.items() ^ wanted.items()))
-      x = ', '.join(str(value.aval) for value in self.graph.inputs)
       raise ValueError(
         f'params do not fit the folded model for an input of {x}: {wrong[0]!r} '
         f'has shape {given.get(wrong[0], "of nothing")}, and '
@@ -207,19 +246,31 @@ class Plan:
 Planner: TypeAlias = Callable[[Any, tuple[jax.ShapeDtypeStruct, ...]], Plan]
 
 
-def planner(call: Call, variables: Any, forward: bool) -> Planner:
-  """Traces and plans, once for each structure of inputs."""
+def planner(
+  call: Call, variables: Any, forward: bool, overflows: frozenset[str]
+) -> Planner:
+  """Traces and plans, once for each structure of inputs.
+
+  Args:
+    call: the model.
+    variables: its variables, or their shapes.
+    forward: whether to fold norms into the layers after them.
+    overflows: the kernels to fold nothing into.
+
+  Returns:
+    The plan of an input, from its structure and leaves.
+  """
   structs = jax.tree.map(struct, variables)
 
   @functools.cache
   def plan(tree: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> Plan:
     graph = trace(call, structs, jax.tree.unflatten(tree, leaves))
-    return _plan(graph, forward)
+    return _plan(graph, forward, overflows)
 
   return plan
 
 
-def _plan(graph: Graph, forward: bool) -> Plan:
+def _plan(graph: Graph, forward: bool, overflows: frozenset[str]) -> Plan:
   """Decides for each chain which layer takes it, if any."""
   layers = {op: layer for op in graph.ops if (layer := as_layer(op))}
   folds: dict[Op, _Fold] = {}
@@ -229,14 +280,17 @@ def _plan(graph: Graph, forward: bool) -> Plan:
   order = {op: i for i, op in enumerate(graph.ops)}
   for chain in chains(graph, layers):
     layer, names = chain.layer, chain.owners()
-    reason, takers = _refusal(chain, layers, forward)
-    if layer:
+    if not layer:
+      reason, takers = _refusal(chain, layers, forward)
+    else:
       _trim(chain)
       reason, takers = '', [layer.op]
       if not names:
         biases[layer.op] = chain
     if not names:
       continue
+    if overflows.intersection(_label(layers[op].kernel) for op in takers):
+      reason, takers = _OVERFLOWS, []
     for op in takers:
       fold = folds.setdefault(op, _Fold(layers[op]))
       setattr(fold, 'after' if layer else 'before', chain)
@@ -249,8 +303,7 @@ def _plan(graph: Graph, forward: bool) -> Plan:
     fold.after = fold.after or biases.get(op)
   rows.sort(key=lambda row: row[0])
   _check_evaluation(rows, folds)
-  ahead = any(fold.before for fold in folds.values())
-  return Plan(graph, folds, [row for _, row in rows], ahead, forward)
+  return Plan(graph, folds, [row for _, row in rows])
 
 
 def _refusal(
@@ -310,7 +363,8 @@ _BATCH = (
   'the model in evaluation'
 )
 _OWN = 'normalizes by statistics of its own input'
-_INSIDE = {'scan': 'is inside a loop', 'while': 'is inside a loop'}
+_OVERFLOWS = 'is too large for the dtype of the kernel that it would go into'
+_LOOPS = frozenset({'scan', 'while'})
 _ROOTS = frozenset({'rsqrt', 'sqrt'})
 
 
@@ -318,17 +372,27 @@ def _own_statistics(graph: Graph) -> list[tuple[int, Row]]:
   """The norms whose statistics the program computes, and where they are."""
   rows: dict[str, tuple[int, Row]] = {}
   for i, op in enumerate(graph.ops):
-    inner = list(_inner(op.eqn))
-    if op.is_constant or not any(e.primitive.name in _ROOTS for e in inner):
-      continue
-    sums = [*inner, *_sums(op)]
-    sums = [e for e in sums if e.primitive.name == 'reduce_sum']
-    if op.name in _ROOTS and not sums:
-      continue
-    reason = _BATCH if any(map(_is_over_batch, sums)) else _OWN
-    name = _nearest(op) or str(op.eqn.source_info.name_stack) or op.name
-    rows.setdefault(name, (i, Row(name, None, _INSIDE.get(op.name, reason))))
+    if reason := _statistics(op):
+      name = _nearest(op) or str(op.eqn.source_info.name_stack) or op.name
+      rows.setdefault(name, (i, Row(name, None, reason)))
   return list(rows.values())
+
+
+def _statistics(op: Op) -> str:
+  """Why an operation, or one inside it, is a norm that stays; or nothing."""
+  roots = (e for e in _inner(op.eqn) if e.primitive.name in _ROOTS)
+  if op.is_constant or not any(roots):
+    return ''
+  if op.name in _ROOTS:
+    sums = list(_sums(op))
+    if not sums:
+      return ''
+    return _BATCH if any(map(_is_over_batch, sums)) else _OWN
+  if op.name in _LOOPS:
+    return 'is inside a loop'
+  found = {_statistics(inner) for body in bodies(op) for inner in body.ops}
+  known = (reason for reason in (_BATCH, _OWN) if reason in found)
+  return next(known, f'is inside {op.name}')
 
 
 def _inner(eqn: core.JaxprEqn) -> Iterator[core.JaxprEqn]:
@@ -376,6 +440,23 @@ def _is_stored(value: Value) -> bool:
   """Whether a constant becomes a parameter, not what reshapes one."""
   source = value.source
   return bool(value.leaves) and not (source and source.name in RESHAPES)
+
+
+def _recipe(value: Value) -> list[str]:
+  """What a constant is made of, whatever its shape."""
+  recipe, seen, found = [], set(), [value]
+  while found:
+    value = found.pop()
+    if value in seen:
+      continue
+    seen.add(value)
+    if value.source is None:
+      recipe.append(value.label or str(value.literal))
+      continue
+    if value.source.name not in RESHAPES:
+      recipe.append(value.source.name)
+    found.extend(value.source.inputs)
+  return recipe
 
 
 def _before_casts(value: Value) -> Value:

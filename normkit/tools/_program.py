@@ -1,6 +1,6 @@
 """The program of a model as a graph: what tracing it gives."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 from typing import Any, TypeAlias
 
@@ -113,6 +113,19 @@ def trace(call: Call, variables: Any, x: Any) -> Graph:
   for value in graph.outputs:
     value.uses.append(None)
   return graph
+
+
+def bodies(op: Op) -> Iterator[Graph]:
+  """The programs inside an operation, which take its last inputs."""
+  for jaxpr in core.jaxprs_in_params(op.eqn.params):
+    first = len(op.inputs) - len(jaxpr.invars)
+    inputs = [dataclasses.replace(v, uses=[]) for v in op.inputs[first:]]
+    if first < 0:  # a kernel takes references to its outputs too
+      inputs = [Value(v.aval, False) for v in jaxpr.invars]
+    graph = Graph([], [], [], [], [], None)
+    closed = core.ClosedJaxpr(jaxpr, jaxpr.constvars)  # arrays are not needed
+    _inline(graph, closed, inputs)
+    yield graph
 
 
 def names(path: Any, has_collections: bool) -> tuple[str, str]:

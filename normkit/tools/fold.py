@@ -34,8 +34,9 @@ class Report:
   Attributes:
     rows: one for each norm, in the order of the program.
     error: the largest difference between the outputs of the model and of the
-      folded one, as a share of the largest output.
-    tolerance: the error that would have been refused.
+      folded one, as a share of the largest output. Of several arrays, that of
+      the one nearest to its tolerance.
+    tolerance: the largest error allowed there.
 
   Examples:
     >>> from normkit.tools import fold
@@ -81,7 +82,8 @@ class Folded:
 
   params: dict[str, Array]
   report: Report
-  _plans: 'Planner' = dataclasses.field(repr=False)
+  _plan: Plan = dataclasses.field(repr=False)
+  _plans: Planner = dataclasses.field(repr=False)
 
   def apply(self, params: Mapping[str, Array], x: Any) -> Any:
     """The folded model: pure, for any transformation of JAX.
@@ -95,7 +97,8 @@ class Folded:
       What the model returns.
 
     Raises:
-      ValueError: if `params` are not those of this model for inputs like x.
+      ValueError: if `params` are not those of this model for inputs like x, or
+        the model takes its variables another way for such inputs.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -109,7 +112,7 @@ class Folded:
     """
     leaves, tree = jax.tree.flatten(x)
     plan = self._plans(tree, tuple(map(struct, leaves)))
-    plan.check(params)
+    plan.check(params, self._plan)
     return jax.tree.unflatten(plan.tree, plan.run(params, leaves))
 
 
@@ -131,7 +134,8 @@ def fold(
   plain functions are all the same. So are found other affine maps with
   parameters, such as the scale and bias of a layer norm before a dense layer.
   Kernels are multiplied in float32 or wider and keep their dtype; biases are
-  float32 or wider. What cannot be folded is computed as before.
+  float32 or wider. What cannot be folded is computed as before: norms that take
+  statistics of their input too, batch norm in training among them.
 
   Args:
     call: the model in evaluation, `call(variables, x)`.
@@ -139,17 +143,19 @@ def fold(
     x: a real input, an array or a pytree of arrays. The outputs of both
       programs are compared on it.
     tolerance: the largest error allowed, as a share of the largest output; None
-      chooses by the narrowest dtype of kernels and outputs: 1e-4 in float32,
-      5e-2 in half precision.
+      chooses for each output by its dtype and those of the folded kernels, the
+      narrowest of them: 1e-4 in float32, 5e-2 in half precision.
 
   Returns:
     A `Folded`: parameters, `apply(params, x)` and a report.
 
   Raises:
     TypeError: if `call` is not a function, or a leaf is not a concrete array.
-    ValueError: if the model computes the statistics of batches, its outputs are
-      not finite or not floating-point, `tolerance` is not positive, or the
-      outputs differ by more than it.
+    ValueError: if nothing can be folded and a norm takes statistics over the
+      first axis, as batch norm does in training; if the call changes an
+      `nnx.Module`; if x is empty; if the outputs are not finite or not
+      floating-point; if `tolerance` is not positive, or the outputs differ by
+      more than it.
 
   References:
     Jacob, Kligys, Chen, Zhu, Tang, Howard, Adam and Kalenichenko,
@@ -184,18 +190,26 @@ def fold(
   call, variables = _functional(call, variables)
   _check_arrays(variables, 'variables')
   _check_arrays(x, 'x')
-  plan, params, error, limit = _attempt(call, variables, x, tolerance, True)
-  if not error <= limit and plan.forward:
-    plan, params, error, limit = _attempt(call, variables, x, tolerance, False)
-  if not error <= limit:
+  leaves = jax.tree.leaves(x)
+  if leaves and not any(leaf.size for leaf in leaves):
+    shapes = ', '.join(str(leaf.shape) for leaf in leaves)
     raise ValueError(
-      f'the outputs of the folded model differ by {error:.1e} of the largest '
-      f'output, beyond the tolerance of {limit:.1e}. If the model draws random '
-      'numbers, turn that off; if it computes in lower precision than its '
-      'outputs have, give a larger tolerance.'
+      f'x must have elements, got {shapes}: the folded model is compared with '
+      'the model on it. Give a real input.'
     )
-  report = Report(tuple(plan.rows), error, limit)
-  return Folded(params, report, planner(call, variables, plan.tries_forward))
+  folded = _attempt(call, variables, x, tolerance, True)
+  report = folded.report
+  if report.error > report.tolerance and folded._plan.looks_ahead:
+    folded = _attempt(call, variables, x, tolerance, False)
+    report = folded.report
+  if report.error > report.tolerance:
+    raise ValueError(
+      f'the outputs of the folded model differ by {report.error:.1e} of the '
+      f'largest output, beyond the tolerance of {report.tolerance:.1e}. If the '
+      'model draws random numbers, turn that off; if it computes in lower '
+      'precision than its outputs have, give a larger tolerance.'
+    )
+  return folded
 
 
 def _functional(call: Call, variables: Any) -> tuple[Call, Any]:
@@ -208,9 +222,9 @@ def _functional(call: Call, variables: Any) -> tuple[Call, Any]:
     before = tree_flatten_with_path(state)[0]
     model = nnx.merge(graph, state)
     y = call(model, x)
-    after = jax.tree.leaves(nnx.state(model))
-    for (path, old), new in zip(before, after, strict=True):
-      if old is not new:
+    after = dict(tree_flatten_with_path(nnx.state(model))[0])
+    for path, old in before:
+      if after.get(path) is not old:
         raise ValueError(
           f'the call changes {names(path, False)[0]} of the model: only a '
           'model in evaluation can be folded. Call model.eval() first.'
@@ -232,29 +246,42 @@ def _check_arrays(tree: Any, name: str) -> None:
 
 
 def _attempt(
-  call: Call, variables: Any, x: Any, tolerance: float | None, forward: bool
-) -> tuple[Plan, dict[str, Array], float, float]:
-  """Folds and compares; returns plan, parameters, error and tolerance."""
+  call: Call,
+  variables: Any,
+  x: Any,
+  tolerance: float | None,
+  forward: bool,
+  overflows: frozenset[str] = frozenset(),
+) -> Folded:
+  """Folds, but not into kernels that overflow, and compares."""
   leaves, tree = jax.tree.flatten(x)
   with jax.default_matmul_precision('highest'):
-    plans = planner(call, variables, forward)
+    plans = planner(call, variables, forward, overflows)
     plan = plans(tree, tuple(map(struct, leaves)))
     params = jax.jit(plan.arrays)(variables)
+    if found := plan.overflows(params):
+      overflows |= found
+      return _attempt(call, variables, x, tolerance, forward, overflows)
     wanted = jax.tree.leaves(jax.jit(call)(variables, x))
     given = jax.jit(plan.run)(params, leaves)
-  dtypes = [fold.layer.kernel.aval.dtype for fold in plan.folds.values()]
-  error = 0.0
-  for y, z in zip(wanted, given, strict=True):
-    if jnp.issubdtype(y.dtype, jnp.inexact):
-      dtypes.append(y.dtype)
-      error = max(error, _distance(y, z))
-  if not any(jnp.issubdtype(y.dtype, jnp.inexact) for y in wanted):
+  kernels = [fold.layer.kernel.aval.dtype for fold in plan.folds.values()]
+  pairs = [
+    (_distance(y, z), tolerance or _tolerance(y.dtype, *kernels))
+    for y, z in zip(wanted, given, strict=True)
+    if jnp.issubdtype(y.dtype, jnp.inexact) and y.size
+  ]
+  if not pairs:
     raise ValueError(
-      'the model returns no floating-point array to compare: fold what gives '
-      'the scores, and take classes from them afterwards.'
+      'the model returns no floating-point array to compare, or an empty one: '
+      'fold what gives the scores, and take classes from them afterwards.'
     )
-  limit = max(_TOLERANCES.get(jnp.finfo(d).bits, 0.5) for d in dtypes)
-  return plan, params, error, limit if tolerance is None else tolerance
+  error, limit = max(pairs, key=lambda pair: pair[0] / pair[1])
+  return Folded(params, Report(tuple(plan.rows), error, limit), plan, plans)
+
+
+def _tolerance(*dtypes: Any) -> float:
+  """That of the narrowest dtype."""
+  return max(_TOLERANCES.get(jnp.finfo(dtype).bits, 0.5) for dtype in dtypes)
 
 
 _TOLERANCES = {64: 1e-9, 32: 1e-4, 16: 5e-2}
@@ -268,5 +295,6 @@ def _distance(wanted: Array, given: Array) -> float:
       'the outputs of the model on x are not all finite, so that nothing can '
       'be compared. Give an input, and variables, that it can do.'
     )
-  largest = np.abs(y).max(initial=0)
-  return float(np.abs(y - z).max(initial=0) / (largest or 1))
+  if not np.isfinite(z).all():
+    return np.inf
+  return float(np.abs(y - z).max() / (np.abs(y).max() or 1))
