@@ -8,19 +8,47 @@ import sys
 import tempfile
 from typing import Any
 
+from PIL import Image
+
 from benchmarks import report
 
 ROOT = pathlib.Path(__file__).parents[1]
+FIGURES = ROOT / 'docs' / 'figures'
 PICTURES = {'train_cnn.py': 'curves.png', 'pooling.py': 'pooling.png'}
+GALLERY = (
+  'articles',
+  'deploy',
+  'detection',
+  'faster',
+  'gradients',
+  'interpret',
+  'sequences',
+  'style',
+  'train_eval',
+)
+
+
+def run_gallery(name: str) -> None:
+  """Runs an example; its pictures, in few colors, bear its name."""
+  with tempfile.TemporaryDirectory() as out:
+    script = ROOT / 'examples' / f'{name}.py'
+    subprocess.run([sys.executable, script, '--out', out], check=True)
+    for path in sorted(pathlib.Path(out).glob('*.png')):
+      new = path.name if path.name.startswith(name) else f'{name}_{path.name}'
+      picture = Image.open(path).convert('RGB').quantize(128)
+      picture.save(FIGURES / 'gallery' / new, optimize=True)
 
 
 def run(args: argparse.Namespace) -> int:
-  del args
+  for name in args.gallery:
+    run_gallery(name)
+  if args.gallery:
+    return 0
   for script, picture in PICTURES.items():
     with tempfile.TemporaryDirectory() as out:
       example = ROOT / 'examples' / script
       subprocess.run([sys.executable, example, '--out', out], check=True)
-      shutil.copy(pathlib.Path(out, picture), ROOT / 'docs' / 'figures')
+      shutil.copy(pathlib.Path(out, picture), FIGURES)
       if script == 'train_cnn.py':
         table = pathlib.Path(out, 'accuracy.md').read_text().strip()
         report.quote(ROOT / 'README.md', 'cnn', table)
@@ -29,4 +57,11 @@ def run(args: argparse.Namespace) -> int:
 
 def add_command(commands: Any) -> None:
   parser = commands.add_parser('pictures', help=__doc__.splitlines()[0])
+  parser.add_argument(
+    '--gallery',
+    nargs='*',
+    choices=GALLERY,
+    default=[],
+    help='those of these examples instead, some minutes each',
+  )
   parser.set_defaults(run=run)

@@ -1,7 +1,4 @@
-"""Formulas of docstrings, which are indented by two spaces, as blocks of code.
-
-Markdown takes four spaces for a block of code, and less for a paragraph.
-"""
+"""What griffe, which reads docstrings for mkdocs, does not see in ours."""
 
 import re
 from typing import Any
@@ -10,21 +7,28 @@ import griffe
 
 SECTION = re.compile(r'^[A-Z]\w+:$', re.MULTILINE)
 FORMULA = re.compile(r'(?<=\n\n)(?:  .+(?:\n|$))+')
+RESULT = re.compile(r'(?<=^Returns:\n  )`(.+?)`(?=:)', re.MULTILINE)
 
 
-class Formulas(griffe.Extension):
-  """Indents the formulas in front of the first section of each docstring."""
+class Docstrings(griffe.Extension):
+  """Formulas as blocks of code, results named as types, fields of modules."""
 
   def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
     """Changes the docstring that the page is made of, and no file."""
     if obj.docstring is None or obj.is_module:
       return
-    text = obj.docstring.value
+    text = RESULT.sub(r'\1', obj.docstring.value)
     first = SECTION.search(text)
     end = first.start() if first else len(text)
     obj.docstring.value = FORMULA.sub(indent, text[:end]) + text[end:]
 
+  def on_class_instance(self, *, cls: griffe.Class, **_: Any) -> None:
+    """Flax makes dataclasses of linen modules, with no decorator to see."""
+    if cls.module.path == 'normkit.linen':
+      name = griffe.ExprName('dataclasses.dataclass')
+      cls.decorators.append(griffe.Decorator(name, lineno=None, endlineno=None))
+
 
 def indent(formula: re.Match[str]) -> str:
-  """The same lines, two spaces to the right."""
+  """Two spaces to the right: Markdown takes four for a block of code."""
   return re.sub('^', '  ', formula[0].rstrip(), flags=re.MULTILINE) + '\n'

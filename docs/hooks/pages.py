@@ -36,6 +36,7 @@ GUIDES = {
 FIGURES = {
   'train_cnn': ['curves.png'],
   'batch_size': ['batch_size.png', 'skewed.png'],
+  'pooling': ['pooling.png'],
 }
 MODULES = 'linen', 'nnx', 'weights', 'recurrent', 'testing'
 # The command line has a guide; the other serves the tools.
@@ -68,7 +69,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
   """What code hosts show and mkdocs does not, without a change of the file."""
   markdown = re.sub(r'(?<=\]\()(?:\.\./)?examples/(\w+)\.py', example, markdown)
   markdown = re.sub(r'(?<=\]\()\.\./README\.md', 'index.md', markdown)
-  markdown = re.sub(r'(?<=\]\()docs/', '', markdown)
+  markdown = re.sub(r'(?<=\]\()(\.\./)?docs/', r'\1', markdown)
   return markdown.replace('<details>', '<details markdown="1">')
 
 
@@ -135,10 +136,14 @@ def gallery_page(name: str, notebook: Any) -> str:
 
 def figures(name: str) -> list[str]:
   """Links to the figures of an example, from its page."""
-  of_gallery = sorted((DOCS / 'figures' / 'gallery').glob(f'{name}_*.png'))
+  drawn = sorted((DOCS / 'figures' / 'gallery').glob('*.png'))
   return [
     *(f'../figures/{file}' for file in FIGURES.get(name, [])),
-    *(f'../figures/gallery/{path.name}' for path in of_gallery),
+    *(
+      f'../figures/gallery/{path.name}'
+      for path in drawn
+      if path.stem == name or path.stem.startswith(f'{name}_')
+    ),
   ]
 
 
@@ -183,18 +188,16 @@ def part(module: str) -> str:
 
 
 def reference_index(names: dict[str, list[str]]) -> str:
-  """A table of all names, with the first line of each docstring."""
-  lines = ['# Reference', '']
-  for module, members in names.items():
-    lines += [
-      '',
-      f'## [{title(module)}]({module}.md)',
-      '',
-      '| | |',
-      '| --- | --- |',
-    ]
+  """Tables of all names, with the first line of each docstring."""
+  lines, heading = ['# Reference'], ''
+  for members in names.values():
     for member in members:
-      lines.append(f'| [`{member}`][{member}] | {first_line(member)} |')
+      module, _, name = member.rpartition('.')
+      if module != heading:
+        heading = module
+        lines += ['', f'## {heading}', '', '| name | what it is |']
+        lines.append('| --- | --- |')
+      lines.append(f'| [`{name}`][{member}] | {first_line(member)} |')
   return '\n'.join(lines)
 
 
