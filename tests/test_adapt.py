@@ -243,6 +243,27 @@ def test_tent_steps(kind):
   close(read(model)[:2], [np.ones(3), np.zeros(3)])
 
 
+def test_tent_on_masked_logits():
+  """A class of logit -inf has no share, as if it were not there."""
+  run, model, read = models()['linen']
+  parts = parts_of(6)
+
+  def masked(variables, x):
+    logits, updates = run(variables, x)
+    return jnp.where(jnp.array([True, True, False]), logits, -jnp.inf), updates
+
+  def two(variables, x):
+    logits, updates = run(variables, x)
+    return logits[:, :2], updates
+
+  options = {'optimizer': optax.sgd(0.5), 'steps': 2}
+  found, wanted = (
+    read(tent(call, model, parts, **options)) for call in (masked, two)
+  )
+  close(found, wanted)
+  assert abs(found[0][:2] - 1).max() > 1e-3
+
+
 # What is refused.
 
 
@@ -254,7 +275,7 @@ def test_tent_steps(kind):
     (adapt_statistics, {'batches': []}, ValueError, 'batches is empty'),
     (adapt_statistics, {'call': None}, TypeError, 'call must be'),
     (tent, {'call': None}, TypeError, 'call must be'),
-    (tent, {'call': lambda v, x: x}, TypeError, r'return \(logits, updates\)'),
+    (tent, {'call': lambda v, x: x}, TypeError, r'return \(outputs, updates'),
     (tent, {'batches': 3}, TypeError, 'must be an iterable'),
     (tent, {'batches': iter([])}, ValueError, 'read once'),
     (tent, {'batches': []}, ValueError, 'batches is empty'),

@@ -345,7 +345,7 @@ def test_refuses(trained, trained_nnx, data):
       frozen_mask(trained, match)
     with pytest.raises(ValueError, match='norms/0'):
       freeze(trained_nnx, match)
-    with pytest.raises(ValueError, match='inside the compiled function'):
+    with pytest.raises(ValueError, match='Those ran inside'):
       frozen(match)(run)()
   with pytest.raises(TypeError, match=r'must be an nnx\.Module, got dict'):
     freeze(trained)
@@ -355,17 +355,44 @@ def test_refuses(trained, trained_nnx, data):
     frozen_mask({'params': trained['params']})
 
 
-def test_refuses_a_program_that_was_compiled(trained, data):
+def test_programs_compiled_before(trained, data):
+  """Each is frozen inside and not outside, whatever ran first."""
+
   @jax.jit
   def step(x):
-    return Net().apply(trained, x, True, mutable=['batch_stats'])
+    _, updates = Net().apply(trained, x, True, mutable=['batch_stats'])
+    return updates['batch_stats']
 
-  step(data[0])
-  with (
-    pytest.raises(ValueError, match='inside the compiled function'),
-    frozen(),
-  ):
-    step(data[0])
+  def frozen_layers(match):
+    with frozen(match):
+      after = step(data[0])
+    before = trained['batch_stats']
+    return {n for n in ('bn', 'norm') if not moved(before[n], after[n])}
+
+  for _ in range(2):  # the second time all are compiled
+    assert moved(trained['batch_stats'], step(data[0]))
+    assert frozen_layers('*') == {'bn', 'norm'}
+    assert frozen_layers('bn') == {'bn'}
+    assert frozen_layers(['norm']) == {'norm'}
+  with frozen('bn'), frozen('norm'):
+    assert not moved(trained['batch_stats']['bn'], step(data[0])['bn'])
+  with frozen('*'):  # an eager call beside one that was compiled
+    Net().apply(trained, data[0], True, mutable=['batch_stats'])
+    equal(step(data[0]), trained['batch_stats'])
+
+
+def test_jit_inside_a_model_that_ran_before(data):
+  norm = nn.jit(nn.BatchNorm)(False)
+  x = data[0][:, 20:24]
+  variables = norm.init(jax.random.key(0), x)
+
+  def run():
+    return norm.apply(variables, x, mutable=['batch_stats'])[1]['batch_stats']
+
+  assert moved(variables['batch_stats'], run())
+  with frozen():
+    equal(run(), variables['batch_stats'])
+  assert moved(variables['batch_stats'], run())
 
 
 def test_errors_inside_come_out(trained):

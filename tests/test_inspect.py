@@ -326,6 +326,24 @@ def test_gap_and_its_mending(healthy, data):
   assert inspect(call, mended, shifted).advice == []
 
 
+def test_one_channel_off(healthy, data):
+  """One of many is lost in the root mean square."""
+  net, variables = healthy
+  call = training_call(net)
+  stats = variables['batch_stats']
+  for off, wanted in ((0.5, set()), (1.6, {'gap'})):
+    one = stats['BatchNorm_1']
+    mean = one['mean'].at[5].add(off * one['var'][5] ** 0.5)
+    moved = {**stats, 'BatchNorm_1': {**one, 'mean': mean}}
+    found = inspect(call, {**variables, 'batch_stats': moved}, data[1])
+    assert codes(found) == wanted
+  row = found.layers[1]
+  assert np.sqrt(np.mean(row.shift**2)) < 0.5
+  assert 'channels 5 are up to' in found.advice[0].message
+  cells = str(found).splitlines()[2].split()
+  assert cells[3] == f'{row.shift.max():.2g}'
+
+
 def test_momentum(healthy, data):
   net = Net(momentum=0.99)
   variables = gathered(net, healthy[1], data[0])

@@ -18,6 +18,7 @@ import normkit as nk
 import normkit.linen
 import normkit.nnx
 from normkit.tools import recalibrate as tool
+from normkit.tools.freeze import freeze, frozen
 from normkit.tools.recalibrate import recalibrate
 
 SIZES = 6, 2, 6, 6
@@ -453,12 +454,13 @@ def test_shard_map(use_running_average):
       out_specs=(P('data'), P()),
     )
   )
-  close(stats(recalibrate(call, variables, parts)), wanted)
+  after = recalibrate(call, variables, parts, layerwise=use_running_average)
+  close(stats(after), wanted)
 
 
 def test_pmap():
   parts, wanted = sharded_parts()
-  norm = nn.BatchNorm(True, axis_name='data')
+  norm = nn.BatchNorm(False, axis_name='data')
   variables = norm.init(jax.random.key(0), parts[0][0][0])
   copies = jax.tree.map(lambda a: jnp.stack([a] * 4), variables)
   call = jax.pmap(masked(norm), axis_name='data', devices=jax.devices()[:4])
@@ -632,6 +634,50 @@ def model():
   return apply(net, train=True), variables, parts
 
 
+def test_refuses_the_other_mode(model):
+  """One pass in evaluation mode would leave second layers far off."""
+  _, variables, parts = model
+  calls = [apply(Net(), train=train) for train in (True, False)]
+  for call, layerwise in zip(calls, (True, False), strict=True):
+    recalibrate(call, variables, parts, layerwise=not layerwise)
+    with pytest.raises(ValueError, match=r"'bn0' normalized .* train="):
+      recalibrate(call, variables, parts, layerwise=layerwise)
+  net = NnxNet('flax', nnx.Rngs(0))
+  with pytest.raises(ValueError, match=r"'norms/0' normalized .* batch"):
+    recalibrate(NNX_CALL, net, parts, layerwise=True)
+  net.eval()
+  with pytest.raises(ValueError, match=r"'norms/0' normalized .* running"):
+    recalibrate(NNX_CALL, net, parts)
+
+
+@pytest.mark.parametrize('kind', ['linen', 'nnx'])
+def test_frozen_layers_stay(kind):
+  """The others are set by what they see behind a layer that evaluates."""
+  parts = batches(3)
+  if kind == 'linen':
+    net = Net()
+    before = net.init(jax.random.key(0), parts[0], True)
+    call = frozen('bn0')(apply(net, train=True))
+    after = recalibrate(call, before, parts)
+    found = after['batch_stats']['bn1']['mean']
+    params = after['params']
+    weights = [params[f'Dense_{i}'] for i in range(2)]
+    weights = [(w['kernel'], w['bias']) for w in weights]
+    first = stats(after, 'bn0')
+  else:
+    before = NnxNet('normkit', nnx.Rngs(0))
+    after = recalibrate(NNX_CALL, freeze(before, 'norms/0'), parts)
+    found = after.norms[1].mean[...]
+    weights = [(d.kernel[...], d.bias[...]) for d in after.dense]
+    first = {n: getattr(after.norms[0], n)[...] for n in ('mean', 'var')}
+  close(first, {'mean': np.zeros(4), 'var': np.ones(4)})
+  x = np.float64(np.concatenate(parts))
+  for kernel, bias in weights:
+    x = np.maximum(x @ np.float64(kernel) + np.float64(bias), 0)
+    mean, x = x.mean(0), x / np.sqrt(1 + 1e-5)
+  close(found, mean)
+
+
 def test_refuses_no_batches(model):
   call, variables, _ = model
   for given in ([], lambda: iter(())):
@@ -670,7 +716,8 @@ def test_refuses_recurrent_cells():
 
 @pytest.mark.parametrize('layerwise', [False, True])
 def test_refuses_what_is_not_finite(model, layerwise):
-  call, variables, parts = model
+  _, variables, parts = model
+  call = apply(Net(), train=not layerwise)
   before = jax.tree.map(np.array, variables)
   with pytest.raises(ValueError, match="'bn0' saw inputs whose mean"):
     parts = [*parts, np.full((2, 3), np.inf, np.float32)]
@@ -680,7 +727,7 @@ def test_refuses_what_is_not_finite(model, layerwise):
 
 def test_refuses_what_can_be_read_once(model):
   call, variables, parts = model
-  with pytest.raises(ValueError, match='reads it several times'):
+  with pytest.raises(ValueError, match='can be read once'):
     recalibrate(call, variables, iter(parts), layerwise=True)
 
 

@@ -100,7 +100,8 @@ def read_keras(weights: Mapping[str, Any]) -> list[Source]:
       continue
     if isinstance(value, Mapping):
       for variable, array in value.items():
-        key, leaf = f'{name}/{variable}', _KERAS_LEAVES.get(variable, variable)
+        key = f'{name}/{variable}'
+        leaf = str(_KERAS_LEAVES.get(variable, variable))
         sources.append(Source(key, name, leaf, files.as_numpy(key, array)))
       continue
     *path, vars_, place = ['', *name.split('/')]

@@ -10,7 +10,7 @@ A model is a pytree of linen variables or an `nnx.Module`; it is never changed,
 a new one is returned. Layers go by their path, a tuple of names.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import functools
 import inspect
 from typing import Any, NamedTuple, TypeAlias
@@ -30,6 +30,7 @@ Model: TypeAlias = Any
 Path: TypeAlias = tuple[Any, ...]
 Stats: TypeAlias = dict[str, Array]
 Run: TypeAlias = Callable[[Model, Any], Any]
+Batches: TypeAlias = Iterable[Any] | Callable[[], Iterable[Any]]
 
 _BATCH_NORMS = (
   linen.BatchNorm,
@@ -51,6 +52,7 @@ class Call(NamedTuple):
     x: the input.
     y: the output.
     mask: the mask as it was given, or None.
+    evaluates: whether it left its statistics alone, told so or frozen.
   """
 
   layer: Any
@@ -58,6 +60,7 @@ class Call(NamedTuple):
   x: Array
   y: Array
   mask: Array | None
+  evaluates: bool
 
   def reduced(self) -> tuple[int, ...]:
     """The axes of x and y over which the layer takes statistics."""
@@ -138,7 +141,7 @@ def replace(model: Model, new: Mapping[Path, Stats]) -> Model:
   Leaves that `new` does not hold are removed.
   """
   if not isinstance(model, nnx.Module):
-    flat = _flat(model['batch_stats'])
+    flat = flat_tree(model['batch_stats'])
     flat = {p: leaf for p, leaf in flat.items() if p[:-1] not in new}
     flat |= {(*p, n): leaf for p in new for n, leaf in new[p].items()}
     return core.copy(model, {'batch_stats': traverse_util.unflatten_dict(flat)})
@@ -214,6 +217,67 @@ def update(call: Run, state: Model, batch: Any, watch: Watch) -> Model:
   )
 
 
+def check_call(call: Any, name: str = 'call') -> None:
+  """Raises unless `call` is a function."""
+  if not callable(call):
+    raise TypeError(
+      f'{name} must be a function of the variables and a batch, got '
+      f'{call!r:.60}.'
+    )
+
+
+def check_batches(batches: Any, *, repeats: bool = False) -> None:
+  """Raises unless `batches` can be read, with `repeats` more than once."""
+  if callable(batches):
+    return
+  if not isinstance(batches, Iterable):
+    raise TypeError(
+      'batches must be an iterable, or a function that returns one, got '
+      f'{batches!r:.60}.'
+    )
+  if repeats and iter(batches) is batches:
+    raise ValueError(
+      f'batches is {type(batches).__name__}, which can be read once, and is '
+      'read several times here. Give a list, or a function that returns a new '
+      'iterator.'
+    )
+
+
+def read(batches: Batches) -> Iterable[Any]:
+  """The batches, to be read once."""
+  return batches() if callable(batches) else batches
+
+
+def unpack(result: Any) -> tuple[Any, Mapping[str, Any]]:
+  """The outputs and updates that `call` returns of a linen model."""
+  match result:
+    case (outputs, {'batch_stats': _} as updates):
+      return outputs, updates
+  raise TypeError(
+    'call must return (outputs, updates), with batch_stats in updates, as '
+    "Module.apply(..., mutable=['batch_stats']) does; got "
+    f'{jax.tree.structure(result)!s:.200}.'
+  )
+
+
+def with_params(model: Model, params: Any) -> Model:
+  """The model with these parameters, a nested dictionary of some or all."""
+  if isinstance(model, nnx.Module):
+    model = nnx.clone(model)
+    nnx.update(model, params)
+    return model
+  flat = flat_tree(model['params']) | flat_tree(params)
+  return core.copy(model, {'params': traverse_util.unflatten_dict(flat)})
+
+
+def flat_tree(tree: Any) -> dict[Path, Any]:
+  """The leaves of nested dictionaries by their paths, with empty ones."""
+  flat: dict[Path, Any] = traverse_util.flatten_dict(
+    core.unfreeze(tree), keep_empty_nodes=True
+  )
+  return flat
+
+
 def name(path: Path) -> str:
   """A path as people write it: 'encoder/BatchNorm_0'."""
   return '/'.join(map(str, path))
@@ -261,16 +325,9 @@ def _groups(model: Model) -> Iterator[tuple[Path, Stats]]:
       f'an nnx.Module, got {type(model).__name__}.'
     )
   groups: dict[Path, Stats] = {}
-  for path, leaf in _flat(model.get('batch_stats', {})).items():
+  for path, leaf in flat_tree(model.get('batch_stats', {})).items():
     groups.setdefault(path[:-1], {})[path[-1]] = leaf
   yield from groups.items()
-
-
-def _flat(tree: Any) -> dict[Path, Any]:
-  flat: dict[Path, Any] = traverse_util.flatten_dict(
-    core.unfreeze(tree), keep_empty_nodes=True
-  )
-  return flat
 
 
 def _variables(module: Any) -> dict[str, Any]:
@@ -293,26 +350,19 @@ def _run_linen(call: Run, state: Model, batch: Any, watch: Watch) -> Model:
   """The updates that `call` returns, with what the watch gathered."""
 
   def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-    y = next_fun(*args, **kwargs)
     module = context.module
     layer = options(module, context.orig_method.func)
+    before = dict(module.variables.get('batch_stats', {}))
+    y = next_fun(*args, **kwargs)
     if layer is not None and module.is_mutable_collection('batch_stats'):
       stats = module.variables.get('batch_stats', {})
-      new = _watched(watch, layer, stats, y, *args, **kwargs)
+      new = _watched(watch, layer, before, stats, y, *args, **kwargs)
       for name, value in new.items():
         module.put_variable('batch_stats', name, value)
     return y
 
   with linen.intercept_methods(intercept):
-    result = call(state, batch)
-  match result:
-    case (_, {'batch_stats': _} as updates):
-      return updates
-  raise TypeError(
-    'call must return (outputs, updates), with batch_stats in updates, as '
-    "Module.apply(..., mutable=['batch_stats']) does; got "
-    f'{jax.tree.structure(result)!s:.200}.'
-  )
+    return unpack(call(state, batch))[1]
 
 
 def _run_nnx(call: Run, state: Model, batch: Any, watch: Watch) -> Model:
@@ -331,10 +381,11 @@ def _watching(kind: Any, watch: Watch) -> Any:
   """A module class whose calls the watch sees."""
 
   def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+    before = {n: v[...] for n, v in _variables(self).items()}
     y = kind.__call__(self, *args, **kwargs)
     stats = {n: v[...] for n, v in _variables(self).items()}
     layer = nnx_options(self)
-    new = _watched(watch, layer, stats, y, *args, **kwargs)
+    new = _watched(watch, layer, before, stats, y, *args, **kwargs)
     for name, value in new.items():
       getattr(self, name)[...] = value
     return y
@@ -345,6 +396,7 @@ def _watching(kind: Any, watch: Watch) -> Any:
 def _watched(
   watch: Watch,
   layer: Any,
+  before: Mapping[str, Array],
   stats: Mapping[str, Array],
   y: Array,
   x: Any,
@@ -352,7 +404,7 @@ def _watched(
   mask: Any = None,
   **__: Any,
 ) -> Stats:
-  """The new leaves of the watch, given the arguments of the layer's call."""
+  """The new leaves of the watch, given a call and the statistics around it."""
   old = seen(stats, watch)
   if not old:  # variables that are being initialized
     return {}
@@ -362,6 +414,8 @@ def _watched(
     x=_types.as_inexact(x, jnp.result_type(y)),
     y=y,
     mask=None if mask is None else jnp.asarray(mask),
+    # A layer in training mode writes new arrays, be their values the old.
+    evaluates=stats['mean'] is before['mean'],
   )
   new = watch.update(old, call)
   leaves = {n: jnp.asarray(v, old[n].dtype) for n, v in new.items()}

@@ -123,7 +123,8 @@ def bodies(op: Op) -> Iterator[Graph]:
     if first < 0:  # a kernel takes references to its outputs too
       inputs = [Value(v.aval, False) for v in jaxpr.invars]
     graph = Graph([], [], [], [], [], None)
-    closed = core.ClosedJaxpr(jaxpr, jaxpr.constvars)  # arrays are not needed
+    make: Any = core.ClosedJaxpr  # type: ignore[attr-defined,unused-ignore]
+    closed = make(jaxpr, jaxpr.constvars)  # arrays are not needed
     _inline(graph, closed, inputs)
     yield graph
 

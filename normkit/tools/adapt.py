@@ -7,10 +7,9 @@ predictions: Wang, Shelhamer, Liu, Olshausen and Darrell, "Tent: Fully Test-Time
 Adaptation by Entropy Minimization" (2021).
 """
 
-from collections.abc import Iterable
 from typing import Any, TypeAlias
 
-from flax import core, nnx, traverse_util
+from flax import nnx, traverse_util
 import jax
 import jax.numpy as jnp
 import optax  # type: ignore[import-untyped]
@@ -18,8 +17,8 @@ import optax  # type: ignore[import-untyped]
 from normkit import _types
 from normkit._types import Array
 from normkit.tools import _layers
-from normkit.tools._layers import Model, Path, Run
-from normkit.tools.recalibrate import Batches, recalibrate
+from normkit.tools._layers import Batches, Model, Run
+from normkit.tools.recalibrate import recalibrate
 
 Params: TypeAlias = dict[str, Any]
 
@@ -153,7 +152,7 @@ def tent(
   optimizer = optax.adam(1e-3) if optimizer is None else optimizer
   params = _norm_params(variables)
   state = optimizer.init(params)
-  for batch in batches() if callable(batches) else batches:
+  for batch in _layers.read(batches):
     for _ in range(steps):
       gradients = jax.grad(_entropy)(params, call, variables, batch)
       updates, state = optimizer.update(gradients, state, params)
@@ -163,29 +162,23 @@ def tent(
       'the adapted scales and biases are not finite. Nothing was changed: look '
       'for NaN in the batches, or take a lower learning rate.'
     )
-  return adapt_statistics(call, _with(variables, params), batches)
+  return adapt_statistics(call, _layers.with_params(variables, params), batches)
 
 
 def _entropy(params: Params, call: Run, model: Model, batch: Any) -> Array:
   """The mean entropy of the predictions."""
-  result = call(_with(model, params), batch)
+  result = call(_layers.with_params(model, params), batch)
   if not isinstance(model, nnx.Module):
-    match result:
-      case (logits, {'batch_stats': _}):
-        result = logits
-      case _:
-        raise TypeError(
-          'call must return (logits, updates), with batch_stats in updates, as '
-          "Module.apply(..., mutable=['batch_stats']) does; got "
-          f'{jax.tree.structure(result)!s:.200}.'
-        )
+    result = _layers.unpack(result)[0]
   if not isinstance(result, jax.Array) or not result.ndim:
     raise TypeError(
       'call must give logits, an array whose last axis is the classes; got '
       f'{jax.tree.structure(result)!s:.200}.'
     )
   log_shares = jax.nn.log_softmax(result)
-  return -jnp.mean(jnp.sum(jnp.exp(log_shares) * log_shares, axis=-1))
+  shares = jnp.exp(log_shares)
+  log_shares = jnp.where(shares > 0, log_shares, 0)  # 0 log 0 is 0
+  return -jnp.mean(jnp.sum(shares * log_shares, axis=-1))
 
 
 def _norm_params(model: Model) -> Params:
@@ -200,7 +193,7 @@ def _norm_params(model: Model) -> Params:
     }
     params = {p: v[...] for p, v in held.items() if isinstance(v, nnx.Param)}
   else:
-    flat = _flat(model)
+    flat = _layers.flat_tree(model.get('params', {}))
     params = {p: v for p, v in flat.items() if p[-1] in _TUNED}
     params = {p: v for p, v in params.items() if p[:-1] in found}
   if not params:
@@ -208,34 +201,13 @@ def _norm_params(model: Model) -> Params:
       'no layer with running statistics has a scale or a bias to tune. Use '
       'adapt_statistics.'
     )
-  return {_layers.name(path): value for path, value in params.items()}
-
-
-def _with(model: Model, params: Params) -> Model:
-  """The model with these scales and biases."""
-  if isinstance(model, nnx.Module):
-    model = nnx.clone(model)
-    for path, module in _layers.nnx_layers(model).items():
-      for name in _TUNED:
-        if (key := _layers.name((*path, name))) in params:
-          getattr(module, name)[...] = params[key]
-    return model
-  flat = {p: params.get(_layers.name(p), v) for p, v in _flat(model).items()}
-  return core.copy(model, {'params': traverse_util.unflatten_dict(flat)})
-
-
-def _flat(variables: Model) -> dict[Path, Any]:
-  flat: dict[Path, Any] = traverse_util.flatten_dict(
-    core.unfreeze(variables.get('params', {})), keep_empty_nodes=True
-  )
-  return flat
+  nested: Params = traverse_util.unflatten_dict(params)
+  return nested
 
 
 def _check(call: Any, batches: Any, optimizer: Any, steps: Any) -> None:
-  if not callable(call):
-    raise TypeError(
-      f'call must be a function of the variables and a batch, got {call!r:.60}.'
-    )
+  _layers.check_call(call)
+  _layers.check_batches(batches, repeats=True)
   if optimizer is not None and not isinstance(
     optimizer, optax.GradientTransformation
   ):
@@ -247,16 +219,4 @@ def _check(call: Any, batches: Any, optimizer: Any, steps: Any) -> None:
     raise ValueError(
       f'steps must be a whole number above zero, got {steps!r}. For no step at '
       'all there is adapt_statistics.'
-    )
-  if callable(batches):
-    return
-  if not isinstance(batches, Iterable):
-    raise TypeError(
-      'batches must be an iterable, or a function that returns one, got '
-      f'{batches!r:.60}.'
-    )
-  if iter(batches) is batches:
-    raise ValueError(
-      f'batches is {type(batches).__name__}, which can be read once, and tent '
-      'reads it twice. Give a list, or a function that returns a new iterator.'
     )

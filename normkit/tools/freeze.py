@@ -23,30 +23,34 @@ from normkit.tools._layers import Model, Path
 
 Match: TypeAlias = str | Collection[str] | Callable[[str], bool]
 
+# What is frozen; compiled programs are kept for each value.
+_COMPILED = jax.make_user_context(())
 
-@contextlib.contextmanager
-def frozen(match: Match = '*') -> Iterator[None]:
+
+def frozen(
+  match: Match = '*',
+) -> contextlib._GeneratorContextManager[None]:
   """Freezes the statistics of linen layers that run inside.
 
   Whatever they are told, they normalize with their running statistics and leave
-  them as they are. Use it inside the function that is compiled, around `apply`:
-  a compiled program is not traced again, and does not know of it. It also
-  decorates functions: `loss = frozen('backbone/*')(loss)`.
-
-  What `nn.jit` wraps inside a model keeps its own programs too: it is frozen
-  only if it did not run before with shapes like these.
+  them as they are. Use it around `apply`, inside the function that is compiled
+  or around its call, as `with` or as a decorator: `loss = frozen('*')(loss)`.
+  What was compiled outside is compiled anew inside, and the other way round, so
+  that no program is frozen or not by what ran first. What was compiled ahead of
+  time, by `.lower().compile()`, stays as it is.
 
   Args:
     match: which layers, by path, such as 'backbone/BatchNorm_0': a pattern in
-      which `*` stands for anything, several, or a function of the path.
+      which `*` stands for anything, several, or a function of the path, which
+      gives the same for the same path. Each new function compiles anew.
 
-  Yields:
-    Nothing.
+  Returns:
+    What `with` takes, or what decorates a function.
 
   Raises:
     TypeError: if `match` is not what it should be.
     ValueError: at the end, if a pattern, or the function, matched no layer
-      with running statistics that ran inside.
+      with running statistics that ran inside, now or with this match before.
 
   References:
     He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition"
@@ -63,21 +67,7 @@ def frozen(match: Match = '*') -> Iterator[None]:
     >>> updates['batch_stats']['mean'].tolist()
     [0.0]
   """
-  matches = _matchers(match)
-  ran: set[Path] = set()
-
-  def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-    module = context.module
-    if _layers.options(module, context.orig_method.func) is None:
-      return next_fun(*args, **kwargs)
-    ran.add(module.path)
-    if not any(matcher(_layers.name(module.path)) for matcher in matches):
-      return next_fun(*args, **kwargs)
-    return _evaluate(next_fun, module, *args, **kwargs)
-
-  with linen.intercept_methods(intercept):
-    yield
-  _select(ran, match, ' Use it inside the compiled function, around apply.')
+  return _frozen(match, _matchers(match))
 
 
 def freeze(model: nnx.Module, match: Match = '*') -> nnx.Module:
@@ -221,6 +211,28 @@ def assert_frozen(
   chex.assert_trees_all_equal(*held)
 
 
+@contextlib.contextmanager
+def _frozen(
+  match: Match, matches: list[Callable[[str], bool]]
+) -> Iterator[None]:
+  key = match if isinstance(match, str) or callable(match) else tuple(match)
+  ran = _ran(key)
+
+  def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    module = context.module
+    if _layers.options(module, context.orig_method.func) is None:
+      return next_fun(*args, **kwargs)
+    ran.add(module.path)
+    if not any(matcher(_layers.name(module.path)) for matcher in matches):
+      return next_fun(*args, **kwargs)
+    return _evaluate(next_fun, module, *args, **kwargs)
+
+  compiled = _COMPILED((*_COMPILED.value, key))
+  with linen.intercept_methods(intercept), compiled:
+    yield
+  _select(ran, match, ' Those ran inside: use it around apply.')
+
+
 def _matchers(match: Match) -> list[Callable[[str], bool]]:
   """One function of a path for each pattern, or the one that was given."""
   if callable(match):
@@ -267,6 +279,13 @@ def _evaluate(
     return next_fun(x, **kwargs)
   finally:
     object.__setattr__(module, 'use_running_average', told)
+
+
+@functools.cache
+def _ran(key: Any) -> set[Path]:
+  """The layers that ran where this was frozen; a kept program traces none."""
+  del key
+  return set()
 
 
 @functools.cache

@@ -6,13 +6,13 @@ the two are apart in each layer, which channels are dead or explode, how much of
 the gradient a layer gets, and what is most likely the mistake.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import math
 import re
 from typing import Any, NamedTuple, TypeAlias
 
-from flax import core, errors, nnx, traverse_util
+from flax import errors, nnx, traverse_util
 from flax.core import meta
 import jax
 from jax import lax
@@ -23,27 +23,24 @@ import numpy.typing as npt
 from normkit import _types
 from normkit._types import Array
 from normkit.moments import Centred, merge, pool_sum
-from normkit.tools import _layers
-from normkit.tools._layers import Call, Model, Path, Run, Stats, Watch
+from normkit.tools import _advice, _layers, _views
+from normkit.tools._frameworks import EPSILONS
+from normkit.tools._layers import (
+  Batches,
+  Call,
+  Model,
+  Path,
+  Run,
+  Stats,
+  Watch,
+)
 
-Batches: TypeAlias = Iterable[Any] | Callable[[], Iterable[Any]]
 Loss: TypeAlias = Callable[[Model, Any], Any]
 Tree: TypeAlias = dict[Path, Any]
 Floats: TypeAlias = npt.NDArray[np.float64]
 Flags: TypeAlias = npt.NDArray[np.bool_]
 
-# The epsilon of each framework's batch norm, unless it is told another.
-EPSILONS = {
-  'equinox': 1e-5,
-  'flax': 1e-5,
-  'haiku': 1e-5,
-  'keras': 1e-3,
-  'torch': 1e-5,
-}
-# Where advice begins.
-FAR = 0.5  # deviations off, or twofold differences of deviations
-INITIAL_SHARE = 0.05  # of the initial statistics in the running ones
-MANY = 0.25  # of the channels, or of the outputs
+# Where a channel counts as such.
 EXPLODING = 1e4, 100  # a deviation, and how often the median of the layer
 SATURATED = 3.0  # tanh(3) is 0.995
 SMALL = 1e-2  # of the layer's root mean square scale
@@ -140,6 +137,18 @@ class Layer(NamedTuple):
 
   @property
   @_QUIET
+  def apart(self) -> Floats:
+    """As `shift`, in the larger of the running and the batches' deviation.
+
+    A channel that seldom varies does not stand out because the batches at hand
+    lack what it saw.
+    """
+    largest = np.sqrt(np.maximum(self.var, self.batch_var) + self.epsilon)
+    apart: Floats = np.abs(self.mean - self.batch_mean) / largest
+    return apart
+
+  @property
+  @_QUIET
   def stretch(self) -> Floats:
     """Running deviations against those of the batches: log2 of the ratio."""
     running = np.maximum(self.var, 0) + self.epsilon
@@ -178,7 +187,7 @@ class Layer(NamedTuple):
     """Channels with a scale under a hundredth of the layer's."""
     if self.scale is None:
       return np.zeros(self.mean.shape, bool)
-    return np.abs(self.scale) <= SMALL * _rms(self.scale)
+    return np.abs(self.scale) <= SMALL * _advice.rms(self.scale)
 
 
 class Weight(NamedTuple):
@@ -214,7 +223,7 @@ class Inspection:
   Examples:
     >>> from normkit.tools.inspect import Inspection
     >>> print(Inspection(layers=(), weights=(), advice=[]))
-    layer  elements  mean off  deviation off  dead  exploding  ...
+    layer  elements  mean off  at most  deviation off  dead  exploding  ...
     nothing seems wrong
   """
 
@@ -223,8 +232,7 @@ class Inspection:
   advice: list[Finding]
 
   def __str__(self) -> str:
-    blocks = [_plain(cells) for cells in self._tables()]
-    return '\n'.join([*blocks, *self._told()])
+    return _views.text(self)
 
   def table(self) -> Any:
     """The findings as a `rich.table.Table`, for the terminal.
@@ -237,17 +245,7 @@ class Inspection:
       >>> Inspection(layers=(), weights=(), advice=[]).table().row_count
       0
     """
-    from rich.table import Table  # noqa: PLC0415, optional
-    from rich.text import Text  # noqa: PLC0415
-
-    caption = Text('\n'.join(self._told()), justify='left')
-    table = Table(caption=caption)
-    head, *rows = self._tables()[0]
-    for i, title in enumerate(head):
-      table.add_column(title, justify='right' if i else 'left')
-    for row in rows:
-      table.add_row(*map(Text, row))
-    return table
+    return _views.table(self)
 
   def figure(self) -> Any:
     """Four plots of each layer's channels, as a `matplotlib.figure.Figure`.
@@ -260,49 +258,7 @@ class Inspection:
       >>> len(Inspection(layers=(), weights=(), advice=[]).figure().axes)
       4
     """
-    from matplotlib.figure import Figure  # noqa: PLC0415, optional
-
-    size = max(6.4, 1 + 0.5 * len(self.layers))
-    figure = Figure(figsize=(size, 7), layout='constrained')
-    panels = figure.subplots(2, 2, sharex=True).ravel()
-    none = np.full(1, np.nan)
-    drawn = {
-      'running mean off (deviations)': lambda layer: layer.shift,
-      'running / batch deviation (log2)': lambda layer: layer.stretch,
-      '|scale|': lambda layer: none if layer.scale is None else layer.scale,
-      'outputs above zero (share)': lambda layer: layer.positive,
-    }
-    for axes, (title, of) in zip(panels, drawn.items(), strict=True):
-      for i, layer in enumerate(self.layers):
-        values = np.ravel(of(layer))
-        x = np.full(values.shape, i)
-        axes.plot(
-          x, np.abs(values) if '|' in title else values, 'k_', alpha=0.5
-        )
-      axes.set_ylabel(title)
-      axes.grid(axis='y', alpha=0.3)
-    names = [layer.name for layer in self.layers]
-    for axes in panels[2:]:
-      axes.set_xticks(range(len(names)), names, rotation=90, fontsize='small')
-      axes.set_xlabel('layer, a mark for each channel')
-    return figure
-
-  def _told(self) -> list[str]:
-    return [*map(str, self.advice)] or ['nothing seems wrong']
-
-  def _tables(self) -> list[list[tuple[str, ...]]]:
-    """Cells of the layers, and of the weights if there are any, with heads."""
-    layers: list[tuple[str, ...]] = [_HEAD, *map(_cells, self.layers)]
-    tables = [layers]
-    if self.weights:
-      head: tuple[str, ...]
-      head = 'weight before a norm', 'norm', 'gradient', 'learning rate / norm²'
-      rows = [
-        (w.name, f'{w.norm:.3g}', _percent(w.gradient), _number(w.rate))
-        for w in self.weights
-      ]
-      tables.append([head, *rows])
-    return tables
+    return _views.figure(self.layers)
 
 
 def inspect(
@@ -397,7 +353,7 @@ def inspect(
     if any(_differs(stats[name], stacked) for name in ('mean', 'var'))
   ]
   for layer in layers:
-    problems = _problems(layer, steps, framework)
+    problems = _advice.problems(layer, steps, framework)
     found += [
       (layer.name, code, details)
       for code, details in problems
@@ -406,62 +362,8 @@ def inspect(
   return Inspection(
     layers,
     tuple(_weights(values, gradients, shares, learning_rate)),
-    [_finding(*problem) for problem in found],
+    [Finding(*_advice.finding(*problem)) for problem in found],
   )
-
-
-_HEAD = (
-  'layer',
-  'elements',
-  'mean off',
-  'deviation off',
-  'dead',
-  'exploding',
-  'small scale',
-  'saturated',
-  'gradient',
-)
-_ERRORS = {'mutable', 'not_updated', 'nonfinite', 'one_element', 'devices'}
-_MESSAGES = {
-  'mutable': 'updated statistics do not come back from call: say mutable=['
-  "'batch_stats'] in apply, return (outputs, updates), and in training put "
-  "updates['batch_stats'] into the variables at each step",
-  'unseen': '{layer} is not run by call, or is no batch norm of Flax or '
-  'normkit',
-  'not_updated': '{layer} has its initial statistics, mean 0 and variance 1, '
-  "but its inputs have others: was mutable=['batch_stats'] forgotten, were "
-  'updates dropped, or was training in evaluation mode? Recalibrate',
-  'nonfinite': '{layer} has a mean or variance that is no finite number, '
-  'running or of the batches, in channels {channels}: look for NaN or infinity '
-  'in the data and the parameters, recalibrate, and use skip_nonfinite=True',
-  'gap': 'evaluation differs from training in {layer}: running means are '
-  '{shift:.2g} deviations off, deviations by a factor of {factor:.2g}: '
-  'recalibrate',
-  'momentum': '{layer} has momentum={momentum:g}, of whose initial statistics '
-  '{share:.0%} are left after {steps} steps: use debias=True, or a momentum of '
-  '{better:.2g}, or recalibrate',
-  'momentum/torch': '{layer} has momentum={momentum:g}, the share of the old '
-  'value that is kept: PyTorch means the share of the new, so write '
-  'momentum={better:g}',
-  'one_element': '{layer} sees one element of a channel at once, so that it '
-  'gives its bias alone in training: use larger batches, pool over devices by '
-  'axis_name, or use a norm without statistics of the batch',
-  'one_element/example': '{layer} sees one example at once, so that it '
-  'normalizes each by itself in training: use larger batches, pool over '
-  'devices by axis_name, or use a norm without statistics of the batch',
-  'devices': '{layer} has different statistics on different devices: give it '
-  'the axis_name of the devices, and recalibrate over all of them',
-  'epsilon': '{layer} has epsilon={epsilon:g}, and weights of {framework} come '
-  'with {usual:g} unless it was told another: build it with epsilon={usual:g}',
-  'dead': '{layer} has {share:.0%} dead channels, {channels}: no output is '
-  'above zero, or the input does not vary; a lower learning rate, or pruning',
-  'exploding': '{layer} has exploding inputs in channels {channels}: look at '
-  'the weights before it, and at their learning rate and decay',
-  'scale': '{layer} has {share:.0%} channels with a scale near zero, '
-  '{channels}: is weight decay on the scale? See normkit.masks',
-  'saturated': '{layer} gives {share:.0%} outputs further than 3 from zero, '
-  'where tanh and sigmoid are flat: look at its scale and bias',
-}
 
 
 def _init(mean: Array) -> Stats:
@@ -538,9 +440,8 @@ def _run(
   """What the watch gathered, the summed gradients, whether updates came."""
   state = _layers.start(variables, _WATCH)
   gradients: Tree = {}
-  source: Iterable[Any] = batches() if callable(batches) else batches
   empty = True
-  for batch in source:
+  for batch in _layers.read(batches):
     empty = False
     try:
       state = _layers.update(_mutable(call), state, batch, _WATCH)
@@ -585,16 +486,8 @@ def _gradient(loss: Loss, model: Model, batch: Any) -> Tree:
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
   else:
     params = model['params']
-  return _flat(jax.grad(lambda params: checked(_with(model, params)))(params))
-
-
-def _with(model: Model, params: Any) -> Model:
-  """The model with these parameters."""
-  if not isinstance(model, nnx.Module):
-    return core.copy(model, {'params': params})
-  model = nnx.clone(model)
-  nnx.update(model, params)
-  return model
+  gradient = jax.grad(lambda p: checked(_layers.with_params(model, p)))
+  return _flat(gradient(params))
 
 
 def _values(model: Model) -> Tree:
@@ -605,8 +498,8 @@ def _values(model: Model) -> Tree:
 
 
 def _flat(tree: Any) -> Tree:
-  flat = traverse_util.flatten_dict(core.unfreeze(meta.unbox(tree)))
-  return {path: _wide(value) for path, value in flat.items()}
+  flat = _layers.flat_tree(meta.unbox(tree)).items()
+  return {p: _wide(v) for p, v in flat if v is not traverse_util.empty_node}
 
 
 def _wide(value: Any) -> Floats:
@@ -674,65 +567,6 @@ def _weights(
       yield Weight(_layers.name(path), norm, shares[path], rate)
 
 
-def _problems(
-  layer: Layer, steps: int | None, framework: str | None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-  """What is wrong with a layer: codes of messages and what they name."""
-  if not layer.seen:
-    yield 'unseen', {}
-  if not layer.finite.all():
-    yield 'nonfinite', {'channels': _channels(~layer.finite)}
-  shift, stretch = _rms(layer.shift), _rms(layer.stretch)
-  if not layer.updated:
-    if not layer.seen or max(shift, stretch) > FAR / 5:
-      yield 'not_updated', {}
-  elif max(shift, stretch) > FAR:
-    yield 'gap', {'shift': shift, 'factor': 2**stretch}
-  yield from _momentum_problems(layer, steps)
-  if framework is not None:
-    usual = EPSILONS[framework]
-    if abs(layer.epsilon - usual) > 1e-3 * usual:
-      details = {'framework': framework, 'usual': usual}
-      yield 'epsilon', details | {'epsilon': layer.epsilon}
-  if layer.examples <= 1:
-    yield 'one_element' if layer.elements <= 1 else 'one_element/example', {}
-  else:
-    yield from _channel_problems(layer)
-
-
-def _momentum_problems(
-  layer: Layer, steps: int | None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-  momentum = layer.momentum
-  if momentum < 0.5:
-    yield 'momentum/torch', {'momentum': momentum, 'better': 1 - momentum}
-  elif steps is not None and not layer.debias:
-    share = momentum**steps
-    if share > INITIAL_SHARE:
-      details = {'momentum': momentum, 'share': share, 'steps': steps}
-      yield 'momentum', details | {'better': INITIAL_SHARE ** (1 / steps)}
-
-
-def _channel_problems(layer: Layer) -> Iterator[tuple[str, dict[str, Any]]]:
-  limits = {'dead': MANY, 'exploding': 0, 'small': MANY}
-  for name, limit in limits.items():
-    channels: Flags = getattr(layer, name)
-    share = float(channels.mean())
-    if share > limit:
-      code = 'scale' if name == 'small' else name
-      yield code, {'share': share, 'channels': _channels(channels)}
-  share = _mean(layer.saturated)
-  if share > MANY:
-    yield 'saturated', {'share': share}
-
-
-def _finding(layer: str, key: str, details: Mapping[str, Any]) -> Finding:
-  code = key.partition('/')[0]
-  level = 'error' if code in _ERRORS else 'warning'
-  message = _MESSAGES[key].format(layer=layer or 'the norm', **details)
-  return Finding(level, layer, code, message)
-
-
 def _differs(values: Any, stacked: bool) -> bool:
   """Whether what should be the same on all devices is not."""
   copies: dict[str, list[Floats]] = {}
@@ -757,59 +591,6 @@ def _natural(path: Path) -> list[tuple[bool, int, str]]:
   ]
 
 
-def _channels(chosen: Flags) -> str:
-  """Where an array is true: '1, 5, 7 and 3 more'."""
-  found = np.argwhere(chosen).tolist()
-  told = [str(i[0]) if len(i) == 1 else str(tuple(i)) for i in found[:8]]
-  more = f' and {len(found) - 8} more' if len(found) > 8 else ''
-  return ', '.join(told) + more
-
-
-def _mean(values: Floats) -> float:
-  """The mean over the channels that were seen."""
-  values = values[~np.isnan(values)]
-  return float(values.mean()) if values.size else math.nan
-
-
-def _rms(values: Floats) -> float:
-  return math.sqrt(_mean(np.abs(values) ** 2))
-
-
-def _cells(layer: Layer) -> tuple[str, ...]:
-  seen = layer.seen
-  return (
-    layer.name,
-    f'{layer.elements:.0f}' if seen else '-',
-    _number(_rms(layer.shift)),
-    _number(_rms(layer.stretch)),
-    _percent(float(layer.dead.mean()) if seen else math.nan),
-    _percent(float(layer.exploding.mean()) if seen else math.nan),
-    _percent(float(layer.small.mean())),
-    _percent(_mean(layer.saturated)),
-    _percent(layer.gradient),
-  )
-
-
-def _number(value: float) -> str:
-  return '-' if math.isnan(value) else f'{value:.2g}'
-
-
-def _percent(value: float) -> str:
-  return '-' if math.isnan(value) else f'{value:.1%}'
-
-
-def _plain(rows: list[tuple[str, ...]]) -> str:
-  """Rows of cells as lines, the first column to the left."""
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  return '\n'.join(
-    '  '.join(
-      cell.rjust(width) if i else cell.ljust(width)
-      for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-    )
-    for row in rows
-  )
-
-
 def _check(
   call: Any,
   batches: Any,
@@ -819,17 +600,10 @@ def _check(
   framework: Any,
   stacked: Any,
 ) -> None:
-  for name, value in {'call': call, 'loss': loss}.items():
-    if not callable(value) and (value is not None or name == 'call'):
-      raise TypeError(
-        f'{name} must be a function of the variables and a batch, got '
-        f'{value!r:.60}.'
-      )
-  if not callable(batches) and not isinstance(batches, Iterable):
-    raise TypeError(
-      'batches must be an iterable, or a function that returns one, got '
-      f'{batches!r:.60}.'
-    )
+  _layers.check_call(call)
+  if loss is not None:
+    _layers.check_call(loss, 'loss')
+  _layers.check_batches(batches)
   if learning_rate is not None:
     if not _types.check_real(learning_rate, 'learning_rate') > 0:
       raise ValueError(

@@ -6,7 +6,6 @@ they are replaced by the moments of what each layer sees, over any number of
 batches: Wu and Johnson, "Rethinking 'Batch' in BatchNorm" (2021), section 3.
 """
 
-from collections.abc import Callable, Iterable
 import importlib.util
 import math
 from typing import Any
@@ -18,9 +17,15 @@ from normkit import _types
 from normkit._types import Array
 from normkit.moments import Centred, flatten, merge
 from normkit.tools import _layers
-from normkit.tools._layers import Call, Model, Path, Run, Stats, Watch
-
-Batches = Iterable[Any] | Callable[[], Iterable[Any]]
+from normkit.tools._layers import (
+  Batches,
+  Call,
+  Model,
+  Path,
+  Run,
+  Stats,
+  Watch,
+)
 
 
 def recalibrate(
@@ -38,7 +43,8 @@ def recalibrate(
   devices of the layer's `axis_name`. Parameters and all else stay as they are.
 
   In one pass, `call` runs the model in training mode, so that each layer gets
-  inputs that were normalized by their batch. Layer by layer, it runs it in
+  inputs that were normalized by their batch; a layer that evaluates while
+  others train is frozen, and is left as it is. Layer by layer, it runs it in
   evaluation mode, once over all batches for each layer in the longest chain:
   after the first pass the first layers are right, after the second those that
   they feed, and so on, until a pass changes nothing. The statistics are then
@@ -68,7 +74,8 @@ def recalibrate(
   Raises:
     TypeError: if an argument is not what it should be.
     ValueError: if there is no batch, no layer with running statistics, a layer
-      that `call` does not run, or a mean or variance that is not finite.
+      that `call` does not run, a mean or variance that is not finite, or if
+      `call` runs the model in the other mode.
     ImportError: if `progress` is asked for and rich is not there.
 
   References:
@@ -103,10 +110,11 @@ def recalibrate(
   for number in range(1, limit + 1):
     told = f'recalibrate, pass {number}'
     state = _run(call, start(variables), batches, progress, told)
+    _check_evaluates(state)
     before, variables = variables, _settled(state)
     if number == limit or _same(before, variables):
       break
-  return finish(state)
+  return _finished(state)
 
 
 def start(variables: Model) -> Model:
@@ -176,7 +184,8 @@ def finish(state: Model) -> Model:
 
   Raises:
     ValueError: if `state` does not come from `start`, if a layer has seen
-      nothing, or if a mean or variance is not finite.
+      nothing, if no layer was in training mode, or if a mean or variance is not
+      finite.
 
   Examples:
     >>> import jax.numpy as jnp, normkit.nnx
@@ -190,8 +199,15 @@ def finish(state: Model) -> Model:
     [3.5]
   """
   _check_begun(state)
+  return _finished(_without_frozen(state))
+
+
+def _finished(state: Model) -> Model:
+  """The model with what was seen as its statistics, which must be finite."""
   settled = _settled(state)
   for path, stats in _layers.layers(state).items():
+    if not _layers.seen(stats, _WATCH):
+      continue
     mean, var = _moments(stats)[:2]
     if not (jnp.isfinite(mean).all() and jnp.isfinite(var).all()):
       raise ValueError(
@@ -217,6 +233,7 @@ def _init(mean: Array) -> Stats:
     'low': whole,
     'high': whole,
     'calls': whole,
+    'evaluated': whole,
     'ddof': whole,  # 1 where the layer stores the unbiased variance
   }
 
@@ -232,13 +249,15 @@ def _update(seen: Stats, call: Call) -> Stats:
   stacked = (jnp.stack(pair) for pair in zip(_centred(seen), new, strict=True))
   merged = merge(Centred(*stacked), 0)
   low = seen['low'] + new.count.astype(jnp.int32)
+  held = new.count > 0
   return {
     'pivot': merged.pivot[0],
     'offset': merged.offset[0],
     'var': merged.var[0],
     'low': low % _LIMB,
     'high': seen['high'] + low // _LIMB,
-    'calls': seen['calls'] + (new.count > 0),
+    'calls': seen['calls'] + held,
+    'evaluated': seen['evaluated'] + (held & call.evaluates),
     'ddof': jnp.full_like(low, getattr(call.layer, 'unbiased', False)),
   }
 
@@ -264,7 +283,10 @@ def _settled(state: Model) -> Model:
   """The model with what was seen as its statistics, where it is finite."""
   return _layers.replace(
     state,
-    {p: _statistics(p, s) for p, s in _layers.layers(state).items()},
+    {
+      p: _statistics(p, s) if _layers.seen(s, _WATCH) else s
+      for p, s in _layers.layers(state).items()
+    },
   )
 
 
@@ -292,7 +314,7 @@ def _run(
   call: Run, state: Model, batches: Batches, progress: bool, told: str
 ) -> Model:
   """One pass over the batches."""
-  source: Iterable[Any] = batches() if callable(batches) else batches
+  source = _layers.read(batches)
   if progress:
     from rich.progress import track  # noqa: PLC0415, optional
 
@@ -329,26 +351,45 @@ def _same(one: Model, other: Model) -> bool:
 
 
 def _check(call: Any, batches: Any, layerwise: bool, progress: bool) -> None:
-  if not callable(call):
-    raise TypeError(
-      f'call must be a function of the variables and a batch, got {call!r:.60}.'
-    )
-  if not callable(batches) and not isinstance(batches, Iterable):
-    raise TypeError(
-      'batches must be an iterable, or a function that returns one, got '
-      f'{batches!r:.60}.'
-    )
-  _types.check_flag(layerwise, 'layerwise')
-  if layerwise and not callable(batches) and iter(batches) is batches:
-    raise ValueError(
-      f'batches is {type(batches).__name__}, which can be read once, and '
-      'layerwise=True reads it several times. Give a list, or a function that '
-      'returns a new iterator.'
-    )
+  _layers.check_call(call)
+  repeats = _types.check_flag(layerwise, 'layerwise')
+  _layers.check_batches(batches, repeats=repeats)
   if _types.check_flag(progress, 'progress') and not importlib.util.find_spec(
     'rich'
   ):
     raise ImportError('progress=True needs rich: pip install rich.')
+
+
+def _without_frozen(state: Model) -> Model:
+  """The state without what layers saw that evaluated while others trained."""
+  layers = _layers.layers(state)
+  frozen = {
+    path: _layers.own(stats, _WATCH)
+    for path, stats in layers.items()
+    if _evaluated(stats) and _layers.seen(stats, _WATCH)['calls'].any()
+  }
+  if len(frozen) == len(layers):
+    raise ValueError(
+      f'the layer {_layers.name(next(iter(frozen)))!r} normalized with its '
+      'running statistics, as all did. Nothing was changed: run the model in '
+      'training mode, train=True, or use layerwise=True.'
+    )
+  return _layers.replace(state, frozen)
+
+
+def _evaluated(stats: Stats) -> bool:
+  seen = _layers.seen(stats, _WATCH)
+  return bool((seen['evaluated'] == seen['calls']).all())
+
+
+def _check_evaluates(state: Model) -> None:
+  for path, stats in _layers.layers(state).items():
+    if not _evaluated(stats):
+      raise ValueError(
+        f'the layer {_layers.name(path)!r} normalized with the statistics of '
+        'its batch, and layerwise=True is for evaluation mode. Nothing was '
+        'changed: run the model with train=False, or use layerwise=False.'
+      )
 
 
 def _check_begun(state: Model) -> None:
