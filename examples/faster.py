@@ -119,16 +119,23 @@ BATCH_SIZE = 60
 
 
 def fit(
-  model: nn.Module, settings: Sequence[Setting], seeds: int, steps: int
+  model: nn.Module,
+  settings: Sequence[Setting],
+  seeds: int,
+  steps: int,
+  clip: optax.GradientTransformation | None = None,
 ) -> Runs:
-  """Trains a network with each setting and each seed, all at once."""
+  """Trains a network with each setting and each seed, all at once.
+
+  `clip`, if given, changes the gradients first.
+  """
   dataset = data.digits()
   state = start(model, dataset.train_images[:1], settings, seeds)
   order = batches(dataset, seeds)
   interval = max(steps // 60, 1)
   losses, accuracies = [], []
   for number in range(1, steps + 1):
-    state, loss = step(model, state, *next(order))
+    state, loss = step(model, state, *next(order), clip)
     losses.append(loss)
     if number % interval == 0:
       found = np.array(predict(model, state.variables, dataset.test_images))
@@ -175,13 +182,30 @@ def scale_weights(params: Any, scale: float | jax.Array) -> Any:
   )
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 4))
 def step(
-  model: nn.Module, state: training.State, images: jax.Array, labels: jax.Array
+  model: nn.Module,
+  state: training.State,
+  images: jax.Array,
+  labels: jax.Array,
+  clip: optax.GradientTransformation | None = None,
 ) -> tuple[training.State, jax.Array]:
   """One step of all runs; images and labels have the axis of the seeds."""
-  one = functools.partial(training.step, model, OPTIMIZER)
+  optimizer = OPTIMIZER if clip is None else clipped(clip)
+  one = functools.partial(training.step, model, optimizer)
   return jax.vmap(jax.vmap(one), (0, None, None))(state, images, labels)
+
+
+def clipped(
+  clip: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+  """The optimizer behind a clipping that keeps no state."""
+
+  def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+    grads, _ = clip.update(grads, clip.init(params), params)
+    return OPTIMIZER.update(grads, state, params)
+
+  return optax.GradientTransformation(OPTIMIZER.init, update)
 
 
 @functools.partial(jax.jit, static_argnums=0)
