@@ -72,7 +72,7 @@ class Folded:
   Examples:
     >>> import jax.numpy as jnp
     >>> from normkit.tools.fold import fold
-    >>> variables = {'kernel': jnp.eye(2), 'gain': jnp.array([2., 3.])}
+    >>> variables = {'kernel': jnp.eye(2), 'gain': jnp.array([[2., 3.]])}
     >>> x = jnp.ones((1, 2))
     >>> folded = fold(lambda v, x: (x @ v['kernel']) * v['gain'], variables, x)
     >>> folded.params
@@ -103,7 +103,7 @@ class Folded:
     Examples:
       >>> import jax, jax.numpy as jnp
       >>> from normkit.tools.fold import fold
-      >>> variables = {'kernel': jnp.eye(2), 'gain': jnp.array([2., 3.])}
+      >>> variables = {'kernel': jnp.eye(2), 'gain': jnp.array([[2., 3.]])}
       >>> def call(variables, x):
       ...   return (x @ variables['kernel']) * variables['gain']
       >>> folded = fold(call, variables, jnp.ones((1, 2)))
