@@ -86,8 +86,8 @@ def noise(sizes: Sequence[int], draws: int) -> np.ndarray:
 #
 # Three hidden layers of 128 units: dense, norm or none, ReLU, and dropout of a
 # half after every layer or after the last alone, behind all norms, as Li and
-# others advise. AdamW, 300 images, batches of 50, full shifts of a pixel each
-# way, padded with zeros, where the images are augmented.
+# others advise. AdamW, 300 images, batches of 50; augmented images are moved by up
+# to a pixel along each axis, with zeros behind.
 
 
 # %%
@@ -321,6 +321,7 @@ def draw_noise(sizes: Sequence[int], noises: np.ndarray) -> Figure:
   axes.set(xscale='log', yscale='log', xlabel='images in a batch')
   axes.set_ylabel('std of a normalized feature')
   axes.set_xticks(sizes, [str(size) for size in sizes])
+  axes.set_yticks([0.05, 0.1, 0.2, 0.5, 1], ['0.05', '0.1', '0.2', '0.5', '1'])
   axes.minorticks_off()
   figures.legend(figure)
   return figure
