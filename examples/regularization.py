@@ -86,8 +86,8 @@ def noise(sizes: Sequence[int], draws: int) -> np.ndarray:
 #
 # Three hidden layers of 128 units: dense, norm or none, ReLU, and dropout of a
 # half after every layer or after the last alone, behind all norms, as Li and
-# others advise. AdamW, 300 images, batches of 50; augmented images are moved by up
-# to a pixel along each axis, with zeros behind.
+# others advise. AdamW, 300 images, batches of 50; augmented images are moved by
+# up to a pixel along each axis, with zeros behind.
 
 
 # %%
