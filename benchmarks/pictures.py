@@ -22,6 +22,8 @@ GALLERY = (
   'faster',
   'gradients',
   'interpret',
+  'placement',
+  'regularization',
   'sequences',
   'style',
   'train_eval',
