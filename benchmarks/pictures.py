@@ -31,14 +31,13 @@ GALLERY = (
 
 
 def run_gallery(name: str) -> None:
-  """Runs an example; its pictures, in few colors, bear its name."""
+  """Runs an example, and keeps its pictures, in few colors."""
   with tempfile.TemporaryDirectory() as out:
     script = ROOT / 'examples' / f'{name}.py'
     subprocess.run([sys.executable, script, '--out', out], check=True)
     for path in sorted(pathlib.Path(out).glob('*.png')):
-      new = path.name if path.name.startswith(name) else f'{name}_{path.name}'
       picture = Image.open(path).convert('RGB').quantize(128)
-      picture.save(FIGURES / 'gallery' / new, optimize=True)
+      picture.save(FIGURES / 'gallery' / path.name, optimize=True)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -16,12 +16,10 @@
 #     python examples/articles.py --out out --small
 
 # %%
-import argparse
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
-import pathlib
-import sys
+import importlib
 from typing import Any, NamedTuple
 
 from flax import linen as nn
@@ -37,6 +35,9 @@ from rich.table import Table
 import data
 import figures
 from models import KERAS, Conv1D, Conv2D, KerasCNN, MnistNet
+from normkit.tools import convert
+import options
+import summary
 import training
 
 # %% [markdown]
@@ -54,12 +55,28 @@ import training
 
 # %%
 class Task(NamedTuple):
-  """Variants of a network, and what they are trained with."""
+  """Variants of a network, and what they are trained with.
+
+  `load` gives the images; it is given those of `--data`, or None.
+  """
 
   variants: dict[str, nn.Module]
-  load: Callable[[], data.Dataset]
+  load: Callable[[data.Dataset | None], data.Dataset]
   steps: int
   batch_size: int
+
+
+def digits(shape: tuple[int, int, int]) -> Callable[..., data.Dataset]:
+  """Images of one's own, or the digits, in that shape."""
+  return lambda own: data.as_images(own or data.digits(), shape)
+
+
+def photographs(own: data.Dataset | None) -> data.Dataset:
+  return data.as_images(own or data.photographs(), (32, 32, 3))
+
+
+def sequences(own: data.Dataset | None) -> data.Dataset:
+  return data.as_sequences(own or data.digits())
 
 
 TASKS = {
@@ -70,7 +87,7 @@ TASKS = {
       'batch, last ReLU': MnistNet(last_relu=True),
       'none, last ReLU': MnistNet(norm=None, last_relu=True),
     },
-    data.digits28,
+    digits((28, 28, 1)),
     steps=200,
     batch_size=64,
   ),
@@ -80,19 +97,19 @@ TASKS = {
       'batch, debias': KerasCNN(dataclasses.replace(KERAS, debias=True)),
       'none': KerasCNN(norm=None),
     },
-    data.photographs,
+    photographs,
     steps=150,
     batch_size=32,
   ),
   'Conv1D': Task(
     {'batch': Conv1D(), 'none': Conv1D(norm=None)},
-    data.digit_sequences,
+    sequences,
     steps=400,
     batch_size=64,
   ),
   'Conv2D': Task(
     {'batch': Conv2D(), 'none': Conv2D(norm=None)},
-    data.digits_rgb28,
+    digits((28, 28, 3)),
     steps=100,
     batch_size=32,
   ),
@@ -103,10 +120,9 @@ Results = dict[str, dict[str, list[training.Run]]]  # network, variant, seed
 
 
 def train(
-  task: Task, seeds: int, watch: Callable[[], None]
+  task: Task, dataset: data.Dataset, seeds: int, watch: Callable[[], None]
 ) -> dict[str, list[training.Run]]:
   """Trains each variant of a network once for each seed."""
-  dataset = task.load()
   runs: dict[str, list[training.Run]] = {name: [] for name in task.variants}
   for name, model in task.variants.items():
     for seed in range(seeds):
@@ -133,19 +149,61 @@ def train(
 
 
 # %%
-@functools.partial(jax.jit, static_argnums=0)
-def dead_outputs(
-  model: nn.Module, variables: Any, images: jax.Array
-) -> jax.Array:
+def dead_outputs(model: nn.Module, variables: Any, images: np.ndarray) -> int:
   """How many outputs are negative on every image, before the last ReLU."""
-  _, captured = model.apply(
-    variables,
-    images,
-    train=False,
-    capture_intermediates=lambda module, _: module.name == 'dense2',
+  layers = training.layer_outputs(model, variables, images, ('dense2',))
+  return int((layers['dense2'] <= 0).all(0).sum())
+
+
+# %% [markdown]
+# ## To PyTorch and back
+#
+# `normkit.tools.convert` gives the arrays of a `state_dict`, which
+# `MnistNet` of PyTorch loads, and takes them back. The names are equal, and so
+# is the order of the 320 that are flattened. Where PyTorch is installed, the
+# same network is built of its layers, and asked for its outputs.
+
+
+# %%
+def to_torch_and_back(variables: Any, images: np.ndarray) -> str:
+  """Whether the weights survive, and how far PyTorch's outputs are off."""
+  state = convert.to_torch(variables)
+  shapes = jax.eval_shape(lambda: variables)
+  back = convert.from_torch(state, shapes)
+  same = jax.tree.all(jax.tree.map(np.array_equal, back, variables))
+  found = f'To PyTorch and back, all arrays are {"equal" if same else "OTHERS"}'
+  try:
+    wanted = torch_outputs(state, images)
+  except ModuleNotFoundError:
+    return f'{found}. PyTorch is not installed, so it was not run.'
+  y = np.asarray(training.predict(MnistNet(), variables, images))
+  return (
+    f'{found}; its log-probabilities differ by {abs(y - wanted).max():.0e}.'
   )
-  (logits,) = captured['intermediates']['dense2']['__call__']
-  return (logits <= 0).all(0).sum()
+
+
+def torch_outputs(
+  state: dict[str, np.ndarray], images: np.ndarray
+) -> np.ndarray:
+  """What PyTorch's layers make of images (n, 28, 28, 1), in evaluation mode."""
+  torch = importlib.import_module('torch')
+  arrays = {name: torch.from_numpy(np.array(a)) for name, a in state.items()}
+  f = torch.nn.functional
+
+  def norm(x: Any, name: str) -> Any:
+    mean, var = (arrays[f'{name}.running_{kind}'] for kind in ('mean', 'var'))
+    scale, bias = (arrays[f'{name}.{kind}'] for kind in ('weight', 'bias'))
+    return f.batch_norm(x, mean, var, scale, bias)
+
+  def layer(function: Callable[..., Any], x: Any, name: str) -> Any:
+    return function(x, arrays[f'{name}.weight'], arrays[f'{name}.bias'])
+
+  x = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+  x = f.relu(f.max_pool2d(layer(f.conv2d, x, 'conv1'), 2))
+  x = norm(layer(f.conv2d, x, 'conv2'), 'conv2_bn')
+  x = f.relu(f.max_pool2d(x, 2)).flatten(1)
+  x = f.relu(norm(layer(f.linear, x, 'dense1'), 'dense1_bn'))
+  return f.log_softmax(layer(f.linear, x, 'dense2'), 1).numpy()
 
 
 # %% [markdown]
@@ -155,26 +213,23 @@ def dead_outputs(
 # %%
 def accuracy_table(results: Results) -> Table:
   """Test accuracies after the last step, over the seeds."""
-  table = Table('network', 'norm', title='Test accuracy, %')
-  for name in ('mean', 'std', 'range'):
-    table.add_column(name, justify='right')
+  columns = 'mean ± std', 'range'
+  table = summary.table('Test accuracy, %', ['network', 'norm'], columns)
   for network, variants in results.items():
     for name, runs in variants.items():
-      last = np.array([run.accuracies[-1] for run in runs])
-      std = f'{last.std(ddof=1):.1f}' if len(last) > 1 else '-'
-      spread = f'{last.min():.1f} to {last.max():.1f}'
-      table.add_row(network, name, f'{last.mean():.1f}', std, spread)
+      last = [run.accuracies[-1] for run in runs]
+      table.add_row(network, name, summary.spread(last), summary.reach(last))
   return table
 
 
-def dead_table(runs: dict[str, list[training.Run]]) -> Table:
+def dead_table(
+  runs: dict[str, list[training.Run]], images: np.ndarray
+) -> Table:
   """The dead outputs of MnistNet where it ends in a ReLU."""
   title = 'MnistNet: outputs that are dead'
   table = Table('norm', 'of 10, one number a seed', title=title)
-  task = TASKS['MnistNet']
-  images = task.load().test_images
   for name in ('batch, last ReLU', 'none, last ReLU'):
-    model = task.variants[name]
+    model = TASKS['MnistNet'].variants[name]
     dead = [dead_outputs(model, run.variables, images) for run in runs[name]]
     table.add_row(name, ', '.join(map(str, dead)))
   return table
@@ -219,37 +274,32 @@ def draw_runs(
 
 
 # %%
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
-    description='Four networks of articles, with batch norm and without.'
-  )
-  parser.add_argument(
-    '--out', type=pathlib.Path, default=pathlib.Path('out'), help='folder'
-  )
-  parser.add_argument(
-    '--small', action='store_true', help='seconds: to see it run, no more'
-  )
-  return parser.parse_args(argv)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-  args = parse(argv)
+  args = options.parse(
+    argv,
+    'Four networks of articles, with batch norm and without.',
+    'digits and photographs',
+  )
   tasks, seeds = (SMALL, 2) if args.small else (TASKS, 3)
-  console = Console(markup=False, emoji=False)
-  results: Results = {}
+  console = Console(markup=False, emoji=False, width=100)
+  runs: Results = {}
   with Progress(console=console) as progress:
     for name, task in tasks.items():
       bar = progress.add_task(name, total=len(task.variants) * seeds)
       watch = functools.partial(progress.advance, bar)
-      results[name] = train(task, seeds, watch)
-  console.print(accuracy_table(results), dead_table(results['MnistNet']))
+      runs[name] = train(task, task.load(args.data), seeds, watch)
+  images = TASKS['MnistNet'].load(args.data).test_images
+  mnist = runs['MnistNet']
+  console.print(accuracy_table(runs), dead_table(mnist, images))
+  console.print(to_torch_and_back(mnist['batch'][0].variables, images[:100]))
   spread = f'mean and standard deviation of {seeds} seeds'
-  curves = draw_curves(results, spread)
-  last_relu = draw_last_relu(results['MnistNet'], spread)
-  for name, figure in {'articles': curves, 'last_relu': last_relu}.items():
-    console.print(f'Wrote {figures.save(figure, args.out, name)}.')
+  figures.save(
+    args.out,
+    articles=draw_curves(runs, spread),
+    articles_last_relu=draw_last_relu(mnist, spread),
+  )
 
 
 # %%
 if __name__ == '__main__':
-  main([] if 'ipykernel' in sys.modules else None)
+  main()

@@ -18,7 +18,6 @@
 #     python examples/batch_size.py --out out --small
 
 # %%
-import argparse
 from collections.abc import Callable, Sequence
 import functools
 import importlib
@@ -38,11 +37,14 @@ import numpy as np
 import optax
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import data
+import figures
+from models import normalize
 import normkit as nk
-import normkit.linen
+import options
+import summary
+import training
 
 # %% [markdown]
 # ## The network
@@ -71,8 +73,7 @@ class Network(nn.Module):
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     def layer(x: jax.Array, features: int, norm: nk.Norm | None) -> jax.Array:
       x = nn.Dense(features, use_bias=norm is None)(x)
-      if norm is not None:
-        x = normkit.linen.Norm(norm)(x, train=train)
+      x = normalize(x, norm, train)
       return x if isinstance(norm, ACTIVATED) else nn.relu(x)
 
     x = halve(layer(patches(x), 16, self.norms.convolutions))
@@ -97,6 +98,7 @@ def patches(x: jax.Array) -> jax.Array:
 def halve(x: jax.Array) -> jax.Array:
   """The largest of each 2x2 pixels."""
   n, height, width, channels = x.shape
+  x = x[:, : height // 2 * 2, : width // 2 * 2]
   x = x.reshape(n, height // 2, 2, width // 2, 2, channels)
   return x.max((2, 4))
 
@@ -173,15 +175,14 @@ FOLDS = 5
 
 
 class Digits(NamedTuple):
-  images: np.ndarray  # (n, 8, 8, 1)
+  images: np.ndarray  # (n, height, width, channels)
   labels: np.ndarray  # (n,)
   train: np.ndarray  # (folds, images), indices
   test: np.ndarray
 
 
-def load(folds: int) -> Digits:
-  """All the digits, in folds."""
-  parts = data.digits()
+def load(parts: data.Dataset, folds: int) -> Digits:
+  """Training and test images together, in folds."""
   images = np.concatenate([parts.train_images, parts.test_images])
   labels = np.concatenate([parts.train_labels, parts.test_labels])
   order = np.random.default_rng(0).permutation(len(labels))
@@ -261,41 +262,21 @@ def run(
 
   def one(variables, batches, test):
     params, stats = variables['params'], variables.get('batch_stats', {})
-    state = params, stats, optimizer.init(params)
-    step = functools.partial(train_step, network, optimizer)
-    state, _ = lax.scan(
-      lambda state, index: (step(state, images[index], labels[index]), None),
-      state,
-      batches,
-    )
-    variables = {'params': state[0], 'batch_stats': state[1]}
-    guesses = network.apply(variables, images[test], train=False).argmax(-1)
+    state = training.State(params, stats, optimizer.init(params))
+
+    def step(state, index):
+      batch = images[index], labels[index]
+      return training.step(network, optimizer, state, *batch)
+
+    state, _ = lax.scan(step, state, batches)
+
+    def guess(image):
+      return network.apply(state.variables, image[None], train=False).argmax()
+
+    guesses = lax.map(guess, images[test], batch_size=512)
     return 100 * (guesses != labels[test]).mean()
 
   return jax.vmap(one)(variables, batches, digits.test)
-
-
-def train_step(
-  network: Network,
-  optimizer: optax.GradientTransformation,
-  state: tuple[Any, Any, Any],
-  images: jax.Array,
-  labels: jax.Array,
-) -> tuple[Any, Any, Any]:
-  """One step: parameters, running statistics and optimizer's state."""
-  params, stats, moments = state
-
-  def loss(params):
-    variables = {'params': params, 'batch_stats': stats}
-    logits, updated = network.apply(
-      variables, images, train=True, mutable=['batch_stats']
-    )
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return losses.mean(), updated.get('batch_stats', {})
-
-  grads, stats = jax.grad(loss, has_aux=True)(params)
-  updates, moments = optimizer.update(grads, moments, params)
-  return optax.apply_updates(params, updates), stats, moments
 
 
 # %% [markdown]
@@ -466,10 +447,7 @@ def error_table(
 ) -> Report:
   """Mean and standard deviation over the folds."""
 
-  def cell(folds: np.ndarray) -> str:
-    return f'{folds.mean():.1f}±{folds.std(ddof=1):.1f}'
-
-  rows = [[norm, *map(cell, found)] for norm, found in errors.items()]
+  rows = [[norm, *map(summary.spread, found)] for norm, found in errors.items()]
   return Report(name, title, ['norm', *columns], rows)
 
 
@@ -483,12 +461,10 @@ def cost_table(costs: dict[str, Cost], shape: tuple[int, ...]) -> Report:
 
 
 def show(report: Report) -> None:
-  table = Table(title=report.title, box=None)
-  for name in report.header:
-    table.add_column(name, justify='left' if name == 'norm' else 'right')
+  table = summary.table(report.title, report.header[:1], report.header[1:])
   for row in report.rows:
     table.add_row(*row)
-  Console().print(table)
+  Console(width=120).print(table)
 
 
 def markdown(report: Report) -> str:
@@ -519,8 +495,7 @@ def findings(errors: Errors, unit: str, start: int, end: int) -> list[str]:
   lines = [f'Test error, {unit}:']
   for name, found in errors.items():
     change = found[end] - found[start]
-    error = change.std(ddof=1) / len(change) ** 0.5
-    clear = abs(change.mean()) > 3 * error
+    clear = summary.is_clear(change)
     word = 'rises' if change.mean() > 0 else 'falls'
     lines.append(
       f'  {name}: {found[start].mean():.1f} to {found[end].mean():.1f} %'
@@ -554,8 +529,8 @@ STYLES = {
 
 def draw(errors: Errors, columns: Sequence[int], title: str) -> Figure:
   """The error against the columns: those of a batch, and all the others."""
-  figure = Figure(figsize=(9, 4.8), layout='constrained')
-  left, right = figure.subplots(1, 2, sharex=True, sharey=True)
+  figure, ((left, right),) = figures.make(title, 1, 2)
+  figure.set_figheight(4.8)
   of_batch = NAMES[: NAMES.index('group')]
   for name, found in errors.items():
     draw_norm(left if name in of_batch else right, name, columns, found)
@@ -563,7 +538,6 @@ def draw(errors: Errors, columns: Sequence[int], title: str) -> Figure:
   right.set_title('each image by itself')
   for axes in (left, right):
     finish(axes, columns)
-  figure.suptitle(title)
   return figure
 
 
@@ -589,24 +563,15 @@ def finish(axes: Axes, columns: Sequence[int]) -> None:
   axes.set_xticks(columns, [str(c) for c in columns])
   axes.set_yticks([0.3, 1, 3, 10, 30, 90], ['0.3', '1', '3', '10', '30', '90'])
   axes.minorticks_off()
-  axes.spines[['top', 'right']].set_visible(False)
-  axes.grid(alpha=0.3)
   if axes.lines:
     below = {'loc': 'upper center', 'bbox_to_anchor': (0.5, -0.12)}
     axes.legend(frameon=False, ncols=3, **below)
 
 
 # %%
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
-    description='Which norm for which batch: errors, and what they cost.'
-  )
-  parser.add_argument(
-    '--out', type=pathlib.Path, default=pathlib.Path('out'), help='folder'
-  )
-  parser.add_argument(
-    '--small', action='store_true', help='seconds: to see it run, no more'
-  )
+def main(argv: Sequence[str] | None = None) -> None:
+  description = 'Which norm for which batch: errors, and what they cost.'
+  parser = options.make_parser(description, 'the digits')
   parser.add_argument(
     '--update',
     type=pathlib.Path,
@@ -614,15 +579,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     default=[],
     help='documents whose tables to replace',
   )
-  return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-  args = parse(argv)
+  args = parser.parse_args(options.arguments(argv))
   args.out.mkdir(parents=True, exist_ok=True)
   setting = SMALL if args.small else Setting()
   costs = measure(setting)
-  digits = load(setting.folds)
+  dataset = args.data or data.digits()
+  digits = load(dataset, setting.folds)
   sizes, classes = by_size(digits, setting), by_classes(digits, setting)
   spread = f'mean ± standard deviation of {setting.folds} folds'
   reports = [
@@ -644,7 +606,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     show(report)
     (args.out / f'{report.name}.md').write_text(markdown(report) + '\n')
   tell(sizes, classes, setting)
-  picture(sizes, classes, setting, args.out)
+  picture(sizes, classes, setting, dataset.name, args.out)
   update(args.update, reports)
 
 
@@ -658,21 +620,24 @@ def tell(sizes: Errors, classes: Errors, setting: Setting) -> None:
 
 
 def picture(
-  sizes: Errors, classes: Errors, setting: Setting, out: pathlib.Path
+  sizes: Errors,
+  classes: Errors,
+  setting: Setting,
+  name: str,
+  out: pathlib.Path,
 ) -> None:
   """Draws both figures."""
   seen = (
     f'{setting.images:,} images seen at every size, or {setting.least_steps} '
     'steps'
   )
-  figure = draw(sizes, setting.sizes, f'Digits: {seen}')
-  figure.supxlabel('images in a batch')
-  figure.savefig(out / 'batch_size.png', dpi=150)
-  figure = draw(classes, setting.classes, f'Digits: batches of {SKEWED}')
-  figure.supxlabel('classes in a batch')
-  figure.savefig(out / 'skewed.png', dpi=150)
+  by_size = draw(sizes, setting.sizes, f'{name}: {seen}')
+  by_size.supxlabel('images in a batch')
+  by_classes = draw(classes, setting.classes, f'{name}: batches of {SKEWED}')
+  by_classes.supxlabel('classes in a batch')
+  figures.save(out, batch_size=by_size, skewed=by_classes)
 
 
 # %%
 if __name__ == '__main__':
-  main([] if 'ipykernel' in sys.modules else None)
+  main()

@@ -54,29 +54,38 @@ def digits() -> Dataset:
   return Dataset('digits', train_images, train_labels, test_images, test_labels)
 
 
-def digits28() -> Dataset:
-  """`digits`, enlarged from 8x8 to 28x28 pixels: no more detail than before."""
-  return map_images('digits, 28x28', digits(), lambda x: enlarge(x, (28, 28)))
+def as_images(dataset: Dataset, shape: tuple[int, int, int]) -> Dataset:
+  """The same in images of another shape: no more detail than before.
 
-
-def digits_rgb28() -> Dataset:
-  """`digits28` three times over, in three equal channels: grey images."""
-  return map_images(
-    'digits, 28x28x3', digits28(), lambda x: np.repeat(x, 3, -1)
-  )
-
-
-def digit_sequences() -> Dataset:
-  """Rows 3 to 5 of the 8 of each digit as three channels, enlarged to 28.
-
-  The digit is to be told from these three rows. The images are sequences here,
-  (n, 28, 3).
+  Colors are averaged where there are to be fewer channels, and grey is repeated
+  where there are to be more.
   """
-  return map_images(
-    'three rows of digits',
-    digits(),
-    lambda x: enlarge(x[:, 2:5, :, 0].transpose(0, 2, 1), (28,)),
-  )
+  *size, channels = shape
+
+  def convert(images: np.ndarray) -> np.ndarray:
+    if images.shape[-1] != channels:
+      images = np.repeat(images.mean(-1, keepdims=True), channels, -1)
+    return images if images.shape[1:3] == (*size,) else enlarge(images, size)
+
+  if dataset.train_images.shape[1:] == shape:
+    return dataset
+  pixels = 'x'.join(map(str, shape))
+  return map_images(f'{dataset.name}, {pixels}', dataset, convert)
+
+
+def as_sequences(dataset: Dataset) -> Dataset:
+  """Three neighbouring rows of each image as three channels, (n, 28, 3).
+
+  Rows 3 to 5 of 8, or as far down in larger images; colors are averaged. The
+  class is to be told from these three rows.
+  """
+  middle = 7 * dataset.train_images.shape[1] // 16
+
+  def rows(images: np.ndarray) -> np.ndarray:
+    three = images[:, middle - 1 : middle + 2].mean(-1)
+    return enlarge(three.transpose(0, 2, 1), (28,))
+
+  return map_images(f'three rows of {dataset.name}', dataset, rows)
 
 
 def map_images(
@@ -90,7 +99,7 @@ def map_images(
   )
 
 
-def enlarge(images: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+def enlarge(images: np.ndarray, size: Sequence[int]) -> np.ndarray:
   """Images of another size, by cubic interpolation, clipped to [0, 1]."""
   shape = (len(images), *size, images.shape[-1])
   return np.clip(jax.image.resize(images, shape, 'cubic'), 0, 1)

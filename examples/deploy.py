@@ -17,11 +17,10 @@
 #     python examples/deploy.py --out out --small
 
 # %%
-import argparse
 from collections.abc import Callable, Sequence
 import functools
+import itertools
 import pathlib
-import sys
 import time
 from typing import Any, NamedTuple
 
@@ -39,6 +38,8 @@ import figures
 from models import SmallResNet
 from normkit.tools.fold import Folded, fold
 from normkit.tools.recalibrate import recalibrate
+import options
+import summary
 from train_eval import Network
 import training
 
@@ -58,14 +59,9 @@ def train(
   model: nn.Module, dataset: data.Dataset, steps: int, seed: int
 ) -> tuple[Any, Any]:
   """The variables after the last step, and those with averaged weights."""
-  images, labels = dataset.train_images, dataset.train_labels
-  state = training.init(model, OPTIMIZER, images, seed)
-  order = training.batches(len(labels), 64, seed)
-  for number in range(1, steps + 1):
-    index = next(order)
-    state, _ = training.step(
-      model, OPTIMIZER, state, images[index], labels[index]
-    )
+  order = training.batches(len(dataset.train_labels), 64, seed)
+  order = itertools.islice(order, steps)
+  for number, state, _ in training.walk(model, OPTIMIZER, dataset, order, seed):
     if number <= steps // 2:
       average = state.params
     else:
@@ -207,9 +203,9 @@ def deploy(
   write(folded, dataset.test_images, path)
   program = load(path)
   logits = {
-    'trained': training.predict(model, trained, dataset.test_images),
-    'averaged': training.predict(model, averaged, dataset.test_images),
-    'recalibrated': training.predict(model, mended, dataset.test_images),
+    'trained': training.logits_of(model, trained, dataset.test_images),
+    'averaged': training.logits_of(model, averaged, dataset.test_images),
+    'recalibrated': training.logits_of(model, mended, dataset.test_images),
     'folded': jax.jit(folded.apply)(folded.params, dataset.test_images),
     'file': program(dataset.test_images),
   }
@@ -243,26 +239,21 @@ def deploy(
 
 
 # %%
-def spread(numbers: Sequence[float] | np.ndarray, digits: int = 1) -> str:
-  mean, std = np.mean(numbers), np.std(numbers, ddof=1)
-  return f'{mean:.{digits}f} ± {std:.{digits}f}'
-
-
 def accuracy_table(results: list[Result]) -> Table:
   """The accuracy after each step, over the seeds."""
-  table = Table('step', title='Held-out accuracy, %, mean ± std over seeds')
-  table.add_column('accuracy', justify='right')
+  title = 'Held-out accuracy, %, mean ± std over seeds'
+  table = summary.table(title, ['step'], ['accuracy'])
   for name in results[0].accuracies:
     found = [result.accuracies[name] for result in results]
-    table.add_row(name, spread(found))
+    table.add_row(name, summary.spread(found))
   return table
 
 
 def cost_table(costs: dict[int, dict[str, Cost]]) -> Table:
   """Latencies, bytes and operations, of one seed."""
-  table = Table('batch', 'program', title='A call, on the device at hand')
-  for title in ('median, ms', 'quartiles, ms', 'MB accessed', 'Mflop'):
-    table.add_column(title, justify='right')
+  columns = 'median, ms', 'quartiles, ms', 'MB accessed', 'Mflop'
+  title = 'A call, on the device at hand'
+  table = summary.table(title, ['batch', 'program'], columns)
   for size, programs in costs.items():
     for name, cost in programs.items():
       low, median, high = np.percentile(cost.latencies, (25, 50, 75))
@@ -282,7 +273,7 @@ def findings(results: list[Result]) -> list[str]:
 
   def gain(after: str, before: str) -> str:
     found = [r.accuracies[after] - r.accuracies[before] for r in results]
-    return spread(found)
+    return summary.spread(found)
 
   told = [
     'Averaging weights, statistics as they were: '
@@ -362,47 +353,33 @@ def draw_costs(costs: dict[int, dict[str, Cost]], title: str) -> Figure:
 
 
 # %%
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
-    description='From training to a file that runs without the model.'
-  )
-  parser.add_argument(
-    '--out', type=pathlib.Path, default=pathlib.Path('out'), help='folder'
-  )
-  parser.add_argument(
-    '--small', action='store_true', help='seconds: to see it run, no more'
-  )
-  return parser.parse_args(argv)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-  args = parse(argv)
+  args = options.parse(
+    argv, 'From training to a file that runs alone.', 'the photographs'
+  )
   seeds = 2 if args.small else 3
   model = Network() if args.small else SmallResNet()
-  options = {'steps': 100, 'images': 1024, 'rounds': 200}
+  settings = {'steps': 100, 'images': 1024, 'rounds': 200}
   if args.small:
-    options = {'steps': 4, 'images': 64, 'rounds': 5}
-  dataset = data.photographs()
-  console = Console(markup=False, emoji=False)
+    settings = {'steps': 4, 'images': 64, 'rounds': 5}
+  dataset = args.data or data.photographs()
+  console = Console(markup=False, emoji=False, width=100)
   results = []
   for seed in range(seeds):
     with console.status(f'seed {seed}'):
-      result = deploy(model, dataset, args.out, seed=seed, **options)
+      result = deploy(model, dataset, args.out, seed=seed, **settings)
     results.append(result)
   last = results[-1]
   console.print(last.report, accuracy_table(results), cost_table(last.costs))
   for finding in findings(results):
     console.print(f'- {finding}')
-  drawn = {
-    'accuracy': draw_accuracies(results, 'What each step does to accuracy'),
-    'cost': draw_costs(
-      last.costs,
-      f'What a call costs, in {options["rounds"]} rounds',
+  figures.save(
+    args.out,
+    deploy_accuracy=draw_accuracies(results, 'What each step does to accuracy'),
+    deploy_cost=draw_costs(
+      last.costs, f'What a call costs, in {settings["rounds"]} rounds'
     ),
-  }
-  for name, figure in drawn.items():
-    path = figures.save(figure, args.out, f'deploy_{name}')
-    console.print(f'Wrote {path}.')
+  )
   console.print(
     f'Wrote {args.out / "deploy.jax"}, {last.kilobytes:.0f} kB: program and '
     'weights of the last seed.'
@@ -411,4 +388,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 # %%
 if __name__ == '__main__':
-  main([] if 'ipykernel' in sys.modules else None)
+  main()

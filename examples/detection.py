@@ -18,12 +18,9 @@
 #     python examples/detection.py --out out --small
 
 # %%
-import argparse
 from collections.abc import Sequence
 import contextlib
 import functools
-import pathlib
-import sys
 from typing import Any, NamedTuple
 
 from flax import linen as nn
@@ -42,6 +39,8 @@ import figures
 from models import ConvNorm
 import normkit as nk
 from normkit.tools.freeze import frozen, frozen_mask
+import options
+import summary
 import training
 
 
@@ -85,9 +84,9 @@ class Parts(NamedTuple):
   labels: np.ndarray
 
 
-def load_parts() -> tuple[Parts, Parts]:
+def load_parts(digits: data.Dataset) -> tuple[Parts, Parts]:
   """The parts of the training and of the test scenes."""
-  digits, blocks = data.digits(), ([], [])
+  blocks = [], []
   for label, photograph in enumerate(data.load_photographs().values()):
     grey = data.to_float(photograph).mean(-1)
     corners = data.block_corners(grey.shape, label)
@@ -344,14 +343,17 @@ LOOKS = {
 }
 
 
-@functools.cache
+def single_digits(parts: Sequence[Parts], images: int) -> data.Dataset:
+  """So many training and test images of one digit each."""
+  sets = [compose(part, images, CROP, 1) for part in parts]
+  arrays = [a for s in sets for a in (s.images, s.labels[:, 0])]
+  return data.Dataset('single digits', *arrays)
+
+
 def pretrain(
-  norm: nk.Norm | None, images: int, steps: int
+  norm: nk.Norm | None, dataset: data.Dataset, steps: int
 ) -> tuple[dict[str, Any], float]:
   """A backbone that has learned to name single digits, its test accuracy."""
-  sets = [compose(parts, images, CROP, 1) for parts in load_parts()]
-  arrays = [a for s in sets for a in (s.images, s.labels[:, 0])]
-  dataset = data.Dataset('single digits', *arrays)
   run = training.fit(
     Classifier(norm), dataset, PRETRAINER, steps=steps, seed=0, tests=1
   )
@@ -385,10 +387,7 @@ def step(
     mean = jax.tree.map(lambda a: a.mean(0).astype(a.dtype), stats)
     return losses.mean(), mean
 
-  grads, stats = jax.grad(mean_loss, has_aux=True)(state.params)
-  updates, moments = optimizer.update(grads, state.optimizer, state.params)
-  params = optax.apply_updates(state.params, updates)
-  return training.State(params, stats, moments)
+  return training.update(optimizer, state, mean_loss)[0]
 
 
 def make_optimizer(
@@ -450,9 +449,6 @@ def start(state: training.State, backbone: Any) -> training.State:
 
 # %% [markdown]
 # ## What came out
-#
-# A difference to batch norm is called clear where it is more than three times
-# its standard error over the seeds, which are compared one by one.
 
 
 # %%
@@ -460,32 +456,24 @@ def precision_table(
   results: dict[str, list[Run]], accuracies: dict[str, float]
 ) -> Table:
   """The precision after the last step, over the seeds."""
-  table = Table('norm', title='Mean average precision at IoU 0.5, %')
-  for name in ('mean', 'std', 'range', 'digits named by the backbone'):
-    table.add_column(name, justify='right')
+  columns = 'mean ± std', 'range', 'digits named by the backbone'
+  title = 'Mean average precision at IoU 0.5, %'
+  table = summary.table(title, ['norm'], columns)
   for name, runs in results.items():
-    last = np.array([run.precisions[-1] for run in runs])
-    spread = f'{last.min():.1f} to {last.max():.1f}'
-    row = f'{last.mean():.1f}', f'{last.std(ddof=1):.1f}', spread
-    table.add_row(name, *row, f'{accuracies[name]:.1f}')
+    last = [run.precisions[-1] for run in runs]
+    row = summary.spread(last), summary.reach(last), f'{accuracies[name]:.1f}'
+    table.add_row(name, *row)
   return table
 
 
 def findings(results: dict[str, list[Run]]) -> list[str]:
   """A sentence a norm on how it compares with batch norm of two scenes."""
-  last = {
-    name: np.array([run.precisions[-1] for run in runs])
-    for name, runs in results.items()
-  }
-  lines = ['Beside batch norm of two scenes:']
-  for name in list(last)[1:]:
-    change = last[name] - last['batch']
-    error = change.std(ddof=1) / len(change) ** 0.5
-    clear = 'clear' if abs(change.mean()) > 3 * error else 'not clear'
-    lines.append(
-      f'  {name}: {change.mean():+.1f} ± {error:.1f} points, {clear}'
-    )
-  return lines
+  last = {n: [run.precisions[-1] for run in r] for n, r in results.items()}
+  told = (
+    f'  {name}: {summary.difference(last[name], last["batch"])}'
+    for name in list(last)[1:]
+  )
+  return ['Beside batch norm of two scenes:', *told]
 
 
 def draw_curves(results: dict[str, list[Run]], spread: str) -> Figure:
@@ -542,35 +530,33 @@ def outline(axes: Axes, box: np.ndarray, color: str, line: str) -> None:
 
 
 # %%
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
-    description='A detector with two scenes a device, with several norms.'
-  )
-  parser.add_argument(
-    '--out', type=pathlib.Path, default=pathlib.Path('out'), help='folder'
-  )
-  parser.add_argument(
-    '--small', action='store_true', help='seconds: to see it run, no more'
-  )
-  return parser.parse_args(argv)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-  args = parse(argv)
+  parser = options.make_parser(
+    'A detector with two scenes a device, with several norms.', 'the digits'
+  )
+  args = parser.parse_args(options.arguments(argv))
+  if args.data and args.data.train_images.shape[-1] > 1:
+    parser.error(
+      f'argument --data: {args.data.name} has images in color, accepted are '
+      'grey images, such as those of MNIST, whose light pixels are the ink'
+    )
   setting = SMALL if args.small else Setting()
-  console = Console(markup=False, emoji=False)
-  train_parts, test_parts = load_parts()
-  train_set = compose(train_parts, setting.train, CANVAS, MOST)
-  test_set = compose(test_parts, setting.test, CANVAS, MOST)
+  console = Console(markup=False, emoji=False, width=100)
+  parts = load_parts(args.data or data.digits())
+  train_set = compose(parts[0], setting.train, CANVAS, MOST)
+  test_set = compose(parts[1], setting.test, CANVAS, MOST)
+  singles = single_digits(parts, setting.singles)
   results: dict[str, list[Run]] = {}
   accuracies: dict[str, float] = {}
+  backbones: dict[nk.Norm | None, tuple[Any, float]] = {}
   with Progress(console=console) as progress:
     for name in progress.track(setting.norms, description='norms'):
       model = DETECTORS[name]
       # Its statistics are of one device.
       norm = BATCH if model.norm is SYNCHRONIZED else model.norm
-      size = setting.singles, setting.pretraining
-      backbone, accuracies[name] = pretrain(norm, *size)
+      if norm not in backbones:
+        backbones[norm] = pretrain(norm, singles, setting.pretraining)
+      backbone, accuracies[name] = backbones[norm]
       results[name] = train(model, backbone, train_set, test_set, setting)
   console.print(precision_table(results, accuracies))
   print('\n'.join(findings(results)))
@@ -578,10 +564,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   curves = draw_curves(results, spread)
   best = max(results, key=lambda name: results[name][0].precisions[-1])
   scenes = draw_scenes(test_set, results[best][0].found, best)
-  for name, figure in {'detection': curves, 'detection_scenes': scenes}.items():
-    console.print(f'Wrote {figures.save(figure, args.out, name)}.')
+  figures.save(args.out, detection=curves, detection_scenes=scenes)
 
 
 # %%
 if __name__ == '__main__':
-  main([] if 'ipykernel' in sys.modules else None)
+  main()

@@ -94,9 +94,10 @@ def legend(figure: Figure, title: str | None = None) -> None:
   )
 
 
-def save(figure: Figure, out: pathlib.Path, name: str) -> pathlib.Path:
-  """Writes `name`.png into the folder, which is made if need be."""
+def save(out: pathlib.Path, **drawn: Figure) -> None:
+  """Writes figures by name into the folder, which is made if need be."""
   out.mkdir(parents=True, exist_ok=True)
-  path = out / f'{name}.png'
-  figure.savefig(path, dpi=150)
-  return path
+  for name, figure in drawn.items():
+    path = out / f'{name}.png'
+    figure.savefig(path, dpi=150)
+    print(f'Wrote {path}.')

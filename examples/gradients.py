@@ -23,28 +23,29 @@
 #     python examples/gradients.py --out out --small
 
 # %%
-import argparse
 from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
-import pathlib
-import sys
 from typing import Any, NamedTuple
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 import numpy as np
 import optax
 from rich.console import Console
-from rich.table import Table
 
 import data
-from faster import (
+import figures
+from models import TORCH, DeepNet, SmallResNet
+import normkit as nk
+import options
+import summary
+from sweep import (
   BATCH_SIZE,
-  DeepNet,
   Runs,
   Setting,
   batches,
@@ -56,9 +57,6 @@ from faster import (
   step,
   steps_to,
 )
-import figures
-from models import TORCH, SmallResNet
-import normkit as nk
 import training
 
 # %% [markdown]
@@ -76,23 +74,27 @@ class Start(NamedTuple):
   Attributes:
     means: mean over channels of the size of their means, by block, (blocks,).
     stds: standard deviation of the outputs of each block, (blocks,).
-    grads: sizes of the gradient of each convolution's weights.
+    grads: sizes of the gradient of each convolution's weights, (weights,).
+    channels: their means, (input channels, output channels).
     logits: gradient of the loss with respect to the logits, (images, classes).
   """
 
   means: np.ndarray
   stds: np.ndarray
   grads: list[np.ndarray]
+  channels: list[np.ndarray]
   logits: np.ndarray
 
 
-def photographs() -> data.Dataset:
-  """Patches of photographs, each 2x2 pixels averaged: 16x16x3."""
+def halved(dataset: data.Dataset) -> data.Dataset:
+  """The images with each 2x2 pixels averaged."""
 
   def shrink(images: np.ndarray) -> np.ndarray:
-    return images.reshape(len(images), 16, 2, 16, 2, 3).mean((2, 4))
+    n, height, width, channels = images.shape
+    shape = n, height // 2, 2, width // 2, 2, channels
+    return images.reshape(shape).mean((2, 4))
 
-  return data.map_images('patches, 16x16', data.photographs(), shrink)
+  return data.map_images(f'{dataset.name}, halved', dataset, shrink)
 
 
 def at_start(model: nn.Module, dataset: data.Dataset, seed: int) -> Start:
@@ -105,6 +107,7 @@ def at_start(model: nn.Module, dataset: data.Dataset, seed: int) -> Start:
     np.array([np.abs(x.mean(0)).mean() for x in blocks]),
     np.array([x.std() for x in blocks]),
     [np.abs(g).ravel() for g in grads],
+    [np.abs(g).mean((0, 1)) for g in grads],
     np.array(logits),
   )
 
@@ -154,9 +157,21 @@ def order(name: str) -> tuple[int, ...]:
 
 
 def tail(grads: np.ndarray) -> float:
-  """How heavy a tail is: the 99.9th percentile over the median."""
+  """How heavy a tail is: the 99.9th percentile over the median.
+
+  NaN where most gradients are zero, as where ReLUs are dead.
+  """
   median, high = np.percentile(grads, (50, 99.9))
-  return float(high / median)
+  return float(high / median) if median else np.nan
+
+
+def unevenness(channels: np.ndarray) -> float:
+  """The gradient of the strongest output channel over the mean of all.
+
+  NaN where all are zero.
+  """
+  means = channels.mean(0)
+  return float(means.max() / means.mean()) if means.any() else np.nan
 
 
 # %% [markdown]
@@ -169,7 +184,12 @@ def tail(grads: np.ndarray) -> float:
 
 # %%
 def follow(
-  model: DeepNet, rate: float, seeds: int, steps: int, layer: int
+  model: DeepNet,
+  dataset: data.Dataset,
+  rate: float,
+  seeds: int,
+  steps: int,
+  layer: int,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Trains a network, and keeps what goes into the activations of a layer.
 
@@ -177,20 +197,18 @@ def follow(
     The number of steps before each look, (looks,), and the 15th, 50th and 85th
     percentiles over the test images, (3, seeds, looks, units).
   """
-  images = data.digits().test_images
   when, found = [], []
-  for number, state, _ in looks(model, rate, seeds, steps):
-    inputs = watch(model, layer, state.variables, images)
+  for number, state, _ in looks(model, dataset, rate, seeds, steps):
+    inputs = watch(model, layer, state.variables, dataset.test_images)
     when.append(number)
     found.append(np.percentile(inputs[0], (15, 50, 85), axis=1))
   return np.array(when), np.stack(found, 2)
 
 
 def looks(
-  model: nn.Module, rate: float, seeds: int, steps: int
+  model: nn.Module, dataset: data.Dataset, rate: float, seeds: int, steps: int
 ) -> Iterator[tuple[int, training.State, tuple[np.ndarray, np.ndarray]]]:
   """Trains a network; at 40 steps their number, the state and the batch."""
-  dataset = data.digits()
   state = start(model, dataset.train_images[:1], [Setting(rate)], seeds)
   order, interval = batches(dataset, seeds), max(steps // 40, 1)
   for number in range(steps):
@@ -314,11 +332,11 @@ class Line(NamedTuple):
 
 
 def landscape(
-  model: nn.Module, rate: float, seeds: int, steps: int
+  model: nn.Module, dataset: data.Dataset, rate: float, seeds: int, steps: int
 ) -> tuple[np.ndarray, Line]:
   """Trains a network, and looks along the gradient now and then."""
   when, found = [], []
-  for number, state, batch in looks(model, rate, seeds, steps):
+  for number, state, batch in looks(model, dataset, rate, seeds, steps):
     when.append(number)
     found.append(along_gradient(model, rate, state, *batch))
   return np.array(when), jax.tree.map(lambda *x: np.stack(x, 1), *found)
@@ -336,11 +354,7 @@ def along_gradient(
 
   def one(state: training.State, images: jax.Array, labels: jax.Array) -> Line:
     def loss(params: Any) -> jax.Array:
-      variables = state._replace(params=params).variables
-      logits, _ = model.apply(
-        variables, images, train=True, mutable=['batch_stats']
-      )
-      return training.mean_loss(logits, labels)
+      return training.loss_of(model, state, images, labels)(params)[0]
 
     gradient = jax.grad(loss)(state.params)
     length = optax.tree.norm(gradient)
@@ -369,6 +383,7 @@ CLAIMS = {
   'means, last / first': 'the channel means grow less with depth',
   'gradient, last / first': 'the last gradients are smaller beside the first',
   'tail': 'the tails of the gradients are lighter',
+  'channels': 'the gradients of output channels are more alike',
   'one class, %': 'fewer images are pulled away from one and the same class',
   'drift': 'the inputs of a sigmoid move less, over their spread',
   'range of the loss': 'the loss varies less along the gradient',
@@ -381,9 +396,8 @@ Found = dict[str, dict[str, np.ndarray]]  # norm, column, a number a seed
 
 def report(title: str, found: Found, console: Console) -> None:
   """A table over the seeds, and which claims hold."""
-  table = Table('norm', title=f'{title}, mean ± standard deviation of seeds')
-  for column in found['none']:
-    table.add_column(column, justify='right')
+  title = f'{title}, mean ± standard deviation of seeds'
+  table = summary.table(title, ['norm'], list(found['none']))
   for name, columns in found.items():
     table.add_row(name, *map(spread, columns.values()))
   console.print(table)
@@ -413,7 +427,10 @@ def of_start(runs: list[Start]) -> dict[str, np.ndarray]:
   return {
     'means, last / first': np.array([r.means[-1] / r.means[0] for r in runs]),
     'gradient, last / first': np.array([end / begin for begin, end in ends]),
-    'tail': np.array([np.median([tail(g) for g in r.grads]) for r in runs]),
+    'tail': np.array([np.nanmedian([tail(g) for g in r.grads]) for r in runs]),
+    'channels': np.array(
+      [np.nanmedian([unevenness(c) for c in r.channels]) for r in runs]
+    ),
     'one class, %': np.array([share(run.logits) for run in runs]),
   }
 
@@ -438,7 +455,8 @@ def report_noise(
 ) -> None:
   """What noise does to the shifts, and to the training."""
   columns = 'rate', 'last accuracy, %', 'steps to 90%', 'shift'
-  table = Table('norm', *columns, title='Noise behind batch norm, best rates')
+  title = 'Noise behind batch norm, best rates'
+  table = summary.table(title, ['norm'], columns)
   shifts, steps = {}, {}
   for name, run in runs.items():
     rate = best(RATES, run)
@@ -491,6 +509,25 @@ def draw_start(starts: dict[str, list[Start]], over: str) -> Figure:
     axes.set(xlabel=x, ylabel=y)
     axes.set_ylim(bottom=0)
   figures.legend(figure, 'norm')
+  return figure
+
+
+def draw_channels(starts: dict[str, list[Start]]) -> Figure:
+  """Gradients by input and output channel of three convolutions, seed 0."""
+  title = 'Mean size of the gradient by channel, before the first step'
+  count = len(starts['none'][0].channels)
+  chosen = sorted({0, count // 2, count - 1})
+  figure, panels = figures.make(title, len(starts), len(chosen))
+  for row, (name, runs) in zip(panels, starts.items(), strict=True):
+    shown = [runs[0].channels[i] for i in chosen]
+    least = min(c[c > 0].min() for c in shown)
+    scale = LogNorm(least, max(c.max() for c in shown))
+    for axes, channels, number in zip(row, shown, chosen, strict=True):
+      image = axes.imshow(channels, norm=scale, aspect='auto')
+      axes.grid(False)
+      axes.set_title(f'norm: {name}, convolution {number + 1}')
+      axes.set(xlabel='output channel', ylabel='input channel')
+    figure.colorbar(image, ax=row, label='mean size of the gradient')
   return figure
 
 
@@ -585,45 +622,36 @@ LOOKS = {
 }
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
-    description='Gradients, shifts and smoothness, with batch norm or without.'
-  )
-  parser.add_argument(
-    '--out', type=pathlib.Path, default=pathlib.Path('out'), help='folder'
-  )
-  parser.add_argument(
-    '--small', action='store_true', help='seconds: to see it run, no more'
-  )
-  return parser.parse_args(argv)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-  args = parse(argv)
+  args = options.parse(
+    argv,
+    'Gradients, shifts and smoothness, with batch norm or without.',
+    'digits and photographs',
+  )
+  digits = args.data or data.digits()
   blocks, layers, seeds, steps = (1, 2, 2, 8) if args.small else (3, 8, 5, 300)
   levels = LEVELS[:1] if args.small else LEVELS
   console = Console(markup=False, emoji=False, width=100)
   over = f'mean and standard deviation of {seeds} seeds'
   norms = {'none': None, 'batch': TORCH}
-  drawn = {}
 
-  patches, starts = photographs(), {}
+  patches, starts = halved(args.data or data.photographs()), {}
   for name, norm in norms.items():
     net = SmallResNet(norm, blocks)
     starts[name] = [at_start(net, patches, seed) for seed in range(seeds)]
   found = {name: of_start(runs) for name, runs in starts.items()}
   report('At the start', found, console)
-  drawn['start'] = draw_start(starts, over)
+  start_figure = draw_start(starts, over)
 
   found, quantiles = {}, {}
   for name, norm in norms.items():
     net = DeepNet((norm,) * 3, 100, nn.sigmoid)
-    when, quantiles[name] = follow(net, 0.1, seeds, steps, 3)
-    accuracies = last(fit(net, [Setting(0.1)], seeds, steps))[0]
+    when, quantiles[name] = follow(net, digits, 0.1, seeds, steps, 3)
+    accuracies = last(fit(net, digits, [Setting(0.1)], seeds, steps))[0]
     moves = np.median(drift(quantiles[name]), -1)
     found[name] = {'drift': moves, 'last accuracy, %': accuracies}
   report('Sigmoids', found, console)
-  drawn['sigmoid'] = draw_sigmoid(when, quantiles)
+  sigmoid_figure = draw_sigmoid(when, quantiles)
 
   nets = {name: DeepNet((norm,) * layers) for name, norm in norms.items()}
   for level in levels:
@@ -631,24 +659,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     nets[f'noise x{level}'] = DeepNet(tuple(noisy))
   runs, quantiles = {}, {}
   for name, net in nets.items():
-    runs[name] = fit(net, [Setting(rate) for rate in RATES], seeds, steps)
+    settings = [Setting(rate) for rate in RATES]
+    runs[name] = fit(net, digits, settings, seeds, steps)
     rate = best(RATES, runs[name])
-    when, quantiles[name] = follow(net, rate, seeds, steps, layers // 2)
+    when, quantiles[name] = follow(net, digits, rate, seeds, steps, layers // 2)
   report_noise(runs, quantiles, console)
-  drawn['noise'] = draw_noise(runs, when, quantiles, over)
+  noise_figure = draw_noise(runs, when, quantiles, over)
 
   lines = {}
   for name in norms:
-    when, lines[name] = landscape(nets[name], COMMON, seeds, steps)
+    when, lines[name] = landscape(nets[name], digits, COMMON, seeds, steps)
   found = {name: of_line(line) for name, line in lines.items()}
   report('Along the gradient', found, console)
-  drawn['landscape'] = draw_landscape(when, lines, over)
+  landscape_figure = draw_landscape(when, lines, over)
 
-  for name, figure in drawn.items():
-    path = figures.save(figure, args.out, f'gradients_{name}')
-    console.print(f'Wrote {path}.', soft_wrap=True)
+  figures.save(
+    args.out,
+    gradients_start=start_figure,
+    gradients_channels=draw_channels(starts),
+    gradients_sigmoid=sigmoid_figure,
+    gradients_noise=noise_figure,
+    gradients_landscape=landscape_figure,
+  )
 
 
 # %%
 if __name__ == '__main__':
-  main([] if 'ipykernel' in sys.modules else None)
+  main()

@@ -17,12 +17,9 @@
 #     python examples/interpret.py --out out --small
 
 # %%
-import argparse
 from collections.abc import Sequence
 import functools
 import itertools
-import pathlib
-import sys
 from typing import Any, NamedTuple
 
 from flax import linen as nn
@@ -38,6 +35,8 @@ from rich.table import Table
 import data
 import figures
 from models import Conv2D
+import options
+import summary
 import training
 
 # %% [markdown]
@@ -86,22 +85,6 @@ def logits(
 
 # %%
 LAYERS = ('conv1', 'bn1', 'conv2', 'bn2')
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def channels(
-  model: nn.Module, variables: Any, images: jax.Array
-) -> dict[str, jax.Array]:
-  """The outputs of convolutions and norms, by name."""
-  _, captured = model.apply(
-    variables,
-    images,
-    train=False,
-    capture_intermediates=lambda module, _: module.name in LAYERS,
-  )
-  return {
-    n: found['__call__'][0] for n, found in captured['intermediates'].items()
-  }
 
 
 def unevenness(activations: np.ndarray) -> float:
@@ -397,22 +380,18 @@ def maximized(
 
 
 # %%
-def spread(numbers: Sequence[float]) -> str:
-  return f'{np.mean(numbers):.1f} ± {np.std(numbers, ddof=1):.1f}'
-
-
 def network_table(
   accuracies: dict[str, list[float]],
   uneven: dict[str, dict[str, list[float]]],
   explained: dict[str, list[Explained]],
 ) -> Table:
   """Each network: its accuracy, its channels and its saliency."""
-  table = Table('measure', title='Mean ± std over seeds')
-  for name in MODELS:
-    table.add_column(name, justify='right')
+  table = summary.table('Mean ± std over seeds', ['measure'], list(MODELS))
 
   def row(measure: str, cells: dict[str, list[float]]) -> None:
-    told = (spread(cells[name]) if name in cells else '-' for name in MODELS)
+    told = (
+      summary.spread(cells[name]) if name in cells else '-' for name in MODELS
+    )
     table.add_row(measure, *told)
 
   row('test accuracy, %', accuracies)
@@ -439,12 +418,10 @@ def network_table(
 def dependence_table(depends: dict[str, list[list[Dependence]]]) -> Table:
   """What the other images change, by mode and size of batch."""
   title = 'What the other images change, %, mean ± std over seeds'
-  table = Table('mode', 'batch', title=title)
-  for label in DEPENDENCE:
-    table.add_column(label, justify='right')
+  table = summary.table(title, ['mode', 'batch'], DEPENDENCE)
   for mode, seeds in depends.items():
     for size, found in zip(SIZES, zip(*seeds, strict=True), strict=False):
-      cells = (spread(column) for column in zip(*found, strict=True))
+      cells = (summary.spread(column) for column in zip(*found, strict=True))
       table.add_row(mode, str(size), *cells)
   return table
 
@@ -455,12 +432,11 @@ MODES = {'training mode': True, 'evaluation mode': False}
 
 def climbed_table(climbed: dict[str, list[Climbed]]) -> Table:
   """Whether the maximized images are of their class."""
-  table = Table('maximized with', title='Mean ± std over seeds')
-  for label in CLIMBED:
-    table.add_column(label, justify='right')
+  title = 'Mean ± std over seeds'
+  table = summary.table(title, ['maximized with'], list(CLIMBED))
   for way, seeds in climbed.items():
     cells = [[getattr(c, field) for c in seeds] for field in CLIMBED.values()]
-    table.add_row(way, *map(spread, cells))
+    table.add_row(way, *map(summary.spread, cells))
   return table
 
 
@@ -484,29 +460,30 @@ def findings(
     clear = 'finds' if more.mean() > more.std(ddof=1) else 'does not find'
     told.append(
       f'With {name}, saliency {clear} pixels that matter: without them the '
-      f'probability falls by {spread(more)} points more than without others.'
+      f'probability falls by {summary.spread(more)} points more than without '
+      'others.'
     )
   maps = {n: agreements([e.maps for e in of]) for n, of in explained.items()}
   batch, none = (maps[name] for name in MODELS)
   differ = abs(np.mean(batch) - np.mean(none)) > np.std(batch) + np.std(none)
   told.append(
-    f'Networks of two seeds agree in their saliency to {spread(batch)}% with '
-    f'batch norm and {spread(none)}% without: '
-    f'{"a clear difference" if differ else "no clear difference"}.'
+    'Networks of two seeds agree in their saliency to '
+    f'{summary.spread(batch)}% with batch norm and {summary.spread(none)}% '
+    f'without: {"a clear difference" if differ else "no clear difference"}.'
   )
   for mode, seeds in depends.items():
     change = [found[-1].change for found in seeds]
     largest = max(d.change for found in seeds for d in found)
     told.append(
       f'In {mode} other images change the saliency of an image by up to '
-      f'{largest:.2g}%, and by {spread(change)}% in the largest batch.'
+      f'{largest:.2g}%, and by {summary.spread(change)}% in the largest batch.'
     )
   for way, seeds in climbed.items():
     told.append(
       f'Images maximized with {way}: networks of other seeds give the class '
-      f'{spread([c.others for c in seeds])}%, likeness to its images '
-      f'{spread([c.likeness for c in seeds])}%, roughness '
-      f'{spread([c.roughness for c in seeds])}.'
+      f'{summary.spread([c.others for c in seeds])}%, likeness to its images '
+      f'{summary.spread([c.likeness for c in seeds])}%, roughness '
+      f'{summary.spread([c.roughness for c in seeds])}.'
     )
   return told
 
@@ -593,31 +570,21 @@ def draw_climbed(climbed: dict[str, list[Climbed]], title: str) -> Figure:
 
 
 # %%
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
-    description='Looking into networks with batch norm and without.'
-  )
-  parser.add_argument(
-    '--out', type=pathlib.Path, default=pathlib.Path('out'), help='folder'
-  )
-  parser.add_argument(
-    '--small', action='store_true', help='seconds: to see it run, no more'
-  )
-  return parser.parse_args(argv)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-  args = parse(argv)
+  args = options.parse(
+    argv, 'Looking into networks with batch norm and without.', 'the digits'
+  )
   small, seeds = args.small, 3
-  console = Console(markup=False, emoji=False)
-  dataset = data.digits() if small else data.digits28()
+  console = Console(markup=False, emoji=False, width=100)
+  size = 8 if small else 28
+  dataset = data.as_images(args.data or data.digits(), (size, size, 1))
   mean = dataset.train_images.mean(0)
   images = dataset.test_images[: 20 if small else 100]
   labels = dataset.test_labels[: len(images)]
   with console.status('training'):
     trained, accuracies = train(dataset, 4 if small else 100, seeds)
   found = {
-    name: [channels(MODELS[name], v, images) for v in of]
+    name: [training.layer_outputs(MODELS[name], v, images, LAYERS) for v in of]
     for name, of in trained.items()
   }
   explained = {
@@ -658,11 +625,12 @@ def main(argv: Sequence[str] | None = None) -> None:
   for finding in findings(explained, depends, climbed):
     console.print(f'- {finding}')
   first = {name: of[0].maps[:6, ..., 0] for name, of in explained.items()}
-  drawn = {
-    'channels': draw_channels(
-      found['batch norm'][0], 'A digit before and after batch norm'
+  figures.save(
+    args.out,
+    interpret_channels=draw_channels(
+      found['batch norm'][0], 'An image before and after batch norm'
     ),
-    'saliency': draw_saliency(
+    interpret_saliency=draw_saliency(
       images[:6, ..., 0],
       {
         'evaluation\nmode': first['batch norm'],
@@ -671,17 +639,15 @@ def main(argv: Sequence[str] | None = None) -> None:
       },
       'Which pixels the class depends on, with batch norm and without',
     ),
-    'others': draw_dependence(
-      depends,
-      f'What other images change, mean ± std of {seeds} seeds',
+    interpret_others=draw_dependence(
+      depends, f'What other images change, mean ± std of {seeds} seeds'
     ),
-    'maximized': draw_climbed(climbed, 'The image that each class likes best'),
-  }
-  for name, figure in drawn.items():
-    path = figures.save(figure, args.out, f'interpret_{name}')
-    console.print(f'Wrote {path}.')
+    interpret_maximized=draw_climbed(
+      climbed, 'The image that each class likes best'
+    ),
+  )
 
 
 # %%
 if __name__ == '__main__':
-  main([] if 'ipykernel' in sys.modules else None)
+  main()

@@ -1,13 +1,16 @@
 """The networks of the examples, with any norm of normkit as a field.
 
 Four are those of articles on batch normalization, for PyTorch and for Keras,
-layer for layer. Two follow papers, made small. Each takes a transform, such as
+layer for layer. Two follow papers, made small. One is as deep as it is told to
+be. Each takes a transform, such as
 `nk.BatchNorm()` or `nk.LayerNorm()`, or None for no normalization, and gives
 the logits of its classes, or their log-softmax, where a docstring says so.
 Cross entropy is the same of both.
 
 Initial weights are Flax's, not those of PyTorch or Keras.
 """
+
+from collections.abc import Callable
 
 from flax import linen as nn
 import jax
@@ -134,6 +137,36 @@ class SmallResNet(nn.Module):
     return nn.Dense(self.classes, name='dense')(x.mean((1, 2)))
 
 
+class DeepNet(nn.Module):
+  """Dense layers, one for each of the norms, and ten classes.
+
+  A norm is before the activation, or `after` it. The initial weights are those
+  of He et al. (2015), made for plain networks with ReLUs.
+  """
+
+  norms: tuple[nk.Norm | None, ...]
+  width: int = 64
+  activation: Callable[[jax.Array], jax.Array] = nn.relu
+  after: bool = False
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    x = x.reshape(len(x), -1)
+    for number, norm in enumerate(self.norms, 1):
+      x = nn.Dense(
+        self.width,
+        use_bias=norm is None or self.after,
+        kernel_init=nn.initializers.he_normal(),
+        name=f'dense{number}',
+      )(x)
+      if self.after:
+        x = self.activation(x)
+      x = normalize(x, norm, train, f'norm{number}')
+      if not self.after:
+        x = self.activation(x)
+    return nn.Dense(10, name='logits')(x)
+
+
 class ConvNorm(nn.Module):
   """A square convolution and its norm."""
 
@@ -208,7 +241,7 @@ def two_convolutions(
 
 
 def normalize(
-  x: jax.Array, norm: nk.Norm | None, train: bool, name: str
+  x: jax.Array, norm: nk.Norm | None, train: bool, name: str | None = None
 ) -> jax.Array:
   """x normalized by a layer of that name, or as it is without a norm."""
   if norm is None:

@@ -18,10 +18,7 @@
 #     python examples/placement.py --out out --small
 
 # %%
-import argparse
 from collections.abc import Callable, Sequence
-import pathlib
-import sys
 from typing import NamedTuple
 
 from flax import linen as nn
@@ -34,10 +31,12 @@ from rich.console import Console
 from rich.progress import track
 
 import data
-from faster import Runs, Setting, fit, last, settings_table
 import figures
-from models import TORCH, normalize
+from models import TORCH, DeepNet
 import normkit as nk
+import options
+import summary
+from sweep import Runs, Setting, fit, last, near, settings_table
 import training
 
 # %% [markdown]
@@ -56,24 +55,11 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 PLACES = 'none', 'before', 'after'
 
 
-class Placed(nn.Module):
-  """Dense layers with batch norm before or after the activation, or none."""
-
-  place: str
-  activation: Callable[[jax.Array], jax.Array] = nn.relu
-  layers: int = 8
-
-  @nn.compact
-  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-    x = x.reshape(len(x), -1)
-    for number in range(1, self.layers + 1):
-      x = nn.Dense(64, kernel_init=nn.initializers.he_normal())(x)
-      if self.place == 'before':
-        x = normalize(x, TORCH, train, f'norm{number}')
-      x = self.activation(x)
-      if self.place == 'after':
-        x = normalize(x, TORCH, train, f'norm{number}')
-    return nn.Dense(10, name='logits')(x)
+def placed_net(
+  place: str, activation: Callable[[jax.Array], jax.Array], layers: int
+) -> DeepNet:
+  norm = None if place == 'none' else TORCH
+  return DeepNet((norm,) * layers, 64, activation, place == 'after')
 
 
 # %% [markdown]
@@ -120,9 +106,9 @@ class Conventions(NamedTuple):
   factors: np.ndarray
 
 
-def conventions(steps: int) -> Conventions:
+def conventions(dataset: data.Dataset, steps: int) -> Conventions:
   """Running means by two momenta, and outputs by two epsilons."""
-  images = data.digits().train_images.reshape(-1, 64)
+  images = dataset.train_images.reshape(len(dataset.train_labels), -1)
   images = images[:, images.var(0) > 1e-6]
   order = training.batches(len(images), 60, seed=0)
   batches = jnp.stack([images[next(order)] for _ in range(steps)])
@@ -156,13 +142,10 @@ def findings(
   lines = []
   for activation, runs in placed.items():
     ends = {place: top(run) for place, run in runs.items()}
-    difference = ends['before'] - ends['after']
-    error = difference.std(ddof=1) / len(difference) ** 0.5
-    clear = 'clear' if abs(difference.mean()) > 2 * error else 'not clear'
     told = ', '.join(f'{p} {ends[p].mean():.1f}' for p in PLACES)
     lines.append(
-      f'{activation}: {told} %; before less after {difference.mean():+.1f} '
-      f'± {error:.1f} points, {clear}.'
+      f'{activation}: {told} %; before less after '
+      f'{summary.difference(ends["before"], ends["after"])}.'
     )
   for name, run in clips.items():
     lines.append(f'{name}: within 5 points of its best at {near(run)} rates.')
@@ -184,12 +167,6 @@ def top(runs: Runs) -> np.ndarray:
   return ends[ends.mean(-1).argmax()]
 
 
-def near(runs: Runs) -> str:
-  """How many of the rates end within 5 points of the best."""
-  means = last(runs).mean(-1)
-  return f'{(means > means.max() - 5).sum()} of {len(means)}'
-
-
 # %%
 LOOKS = {'none': 'none', 'before': 'batch', 'after': 'group'}
 
@@ -198,7 +175,9 @@ def draw_placed(
   rates: Sequence[float], placed: dict[str, dict[str, Runs]], over: str
 ) -> Figure:
   """The last accuracy against the rate, a panel for each activation."""
-  figure, panels = figures.make(f'Batch norm and activation, {over}', 1, 3)
+  figure, panels = figures.make(
+    f'Batch norm and activation, {over}', 1, len(placed)
+  )
   for axes, (activation, runs) in zip(panels[0], placed.items(), strict=True):
     for place, run in runs.items():
       figures.draw(axes, rates, last(run).T, place, LOOKS[place])
@@ -251,33 +230,39 @@ def draw_conventions(found: Conventions) -> Figure:
 
 # %%
 def main(argv: Sequence[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(
-    description='Norm and activation, clipping, conventions.'
+  args = options.parse(
+    argv, 'Norm and activation, clipping, conventions.', 'the digits'
   )
-  parser.add_argument(
-    '--out', type=pathlib.Path, default=pathlib.Path('out'), help='folder'
-  )
-  parser.add_argument(
-    '--small', action='store_true', help='seconds: to see it run, no more'
-  )
-  args = parser.parse_args(argv)
+  dataset = args.data or data.digits()
   layers, seeds, steps = (2, 2, 10) if args.small else (8, 5, 300)
   rates = [float(r) for r in np.geomspace(0.001, 10, 3 if args.small else 9)]
   settings = [Setting(rate) for rate in rates]
   console = Console(markup=False, emoji=False, width=100)
 
+  activations, kinds = list(ACTIVATIONS), list(CLIPS)
+  if args.small:
+    activations, kinds = activations[-1:], kinds[:2]
+
   placed: dict[str, dict[str, Runs]] = {}
-  for name, activation in track(ACTIVATIONS.items(), 'places', console=console):
+  for name in track(activations, 'places', console=console):
     placed[name] = {
-      place: fit(Placed(place, activation, layers), settings, seeds, steps)
+      place: fit(
+        placed_net(place, ACTIVATIONS[name], layers),
+        dataset,
+        settings,
+        seeds,
+        steps,
+      )
       for place in PLACES
     }
   clips = {}
-  for name, clip in track(CLIPS.items(), 'clipping', console=console):
+  for name in track(kinds, 'clipping', console=console):
     for title, place in (('no norm', 'none'), ('batch norm', 'before')):
-      model = Placed(place, nn.relu, layers)
-      clips[f'{title}, {name}'] = fit(model, settings, seeds, steps, clip)
-  found = conventions(20 if args.small else 100)
+      model = placed_net(place, nn.relu, layers)
+      clips[f'{title}, {name}'] = fit(
+        model, dataset, settings, seeds, steps, CLIPS[name]
+      )
+  found = conventions(dataset, 20 if args.small else 100)
 
   title = 'Last test accuracy, %; in brackets, runs that failed'
   for name, runs in placed.items():
@@ -288,16 +273,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.print(line, soft_wrap=True)
 
   over = f'mean and standard deviation of {seeds} seeds'
-  drawn = {
-    'activation': draw_placed(rates, placed, over),
-    'clipping': draw_clips(rates, clips, over),
-    'conventions': draw_conventions(found),
-  }
-  for name, figure in drawn.items():
-    path = figures.save(figure, args.out, f'placement_{name}')
-    console.print(f'Wrote {path}.', soft_wrap=True)
+  figures.save(
+    args.out,
+    placement_activation=draw_placed(rates, placed, over),
+    placement_clipping=draw_clips(rates, clips, over),
+    placement_conventions=draw_conventions(found),
+  )
 
 
 # %%
 if __name__ == '__main__':
-  main([] if 'ipykernel' in sys.modules else None)
+  main()

@@ -13,7 +13,7 @@
 
 # %%
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 import pathlib
 
@@ -26,10 +26,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 import data
+import figures
 import normkit as nk
+import options
+import summary
 
 DEVICES, EACH = 8, 8
 GROUPS = [[0, 1, 2, 3], [4, 5, 6, 7]]
@@ -173,7 +175,7 @@ def compare(x: jax.Array, where: jax.Array) -> list[tuple[str, float, float]]:
 
 
 # %%
-def draw(x: jax.Array, used: dict[str, np.ndarray], path: pathlib.Path) -> None:
+def draw(x: jax.Array, used: dict[str, np.ndarray]) -> Figure:
   """A row a form, a column an image, the color the mean it was given."""
   figure = Figure(figsize=(9, 4.6), layout='constrained')
   own, strips = figure.subplots(2, 1, height_ratios=(1, 3), sharex=True)
@@ -187,7 +189,7 @@ def draw(x: jax.Array, used: dict[str, np.ndarray], path: pathlib.Path) -> None:
   strips.set_xlabel('image, from faint to bold')
   mark_devices(strips, len(used))
   figure.colorbar(image, ax=strips, label='mean used')
-  figure.savefig(path, dpi=120)
+  return figure
 
 
 def mark_devices(axes: Axes, rows: int) -> None:
@@ -198,30 +200,32 @@ def mark_devices(axes: Axes, rows: int) -> None:
 
 
 def show(rows: list[tuple[str, float, float]]) -> None:
-  table = Table('form', 'mean used', 'error', title='a mask, unequal counts')
+  table = summary.table(
+    'a mask, unequal counts', ['form'], ['mean used', 'error']
+  )
   for name, mean, error in rows:
     table.add_row(name, f'{mean:.6f}', f'{error:.1e}')
   Console().print(table)
 
 
 # %%
-def main(arguments: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description='What is pooled, in each form.')
   parser.add_argument(
     '--out', type=pathlib.Path, default=pathlib.Path('out'), help='folder'
   )
-  args = parser.parse_args(arguments)
+  args = parser.parse_args(options.arguments(argv))
   if jax.config.jax_num_cpu_devices < DEVICES:
     jax.config.update('jax_num_cpu_devices', DEVICES)
-  args.out.mkdir(parents=True, exist_ok=True)
   x = sorted_digits()
   every = jnp.ones((len(x), 1, 1, 1), bool)
   used = {name: means_used(x, form(x, every)) for name, form in forms().items()}
   for name, means in used.items():
     print(f'{name}: {len(np.unique(means.round(5)))} means')
-  draw(x, used, args.out / 'pooling.png')
+  figures.save(args.out, pooling=draw(x, used))
   show(compare(x, unequal_mask()))
 
 
+# %%
 if __name__ == '__main__':
   main()

@@ -20,11 +20,8 @@
 #     python examples/regularization.py --out out --small
 
 # %%
-import argparse
 from collections.abc import Sequence
 import functools
-import pathlib
-import sys
 from typing import Any, NamedTuple
 
 from flax import linen as nn
@@ -42,6 +39,8 @@ import figures
 from models import TORCH, normalize
 import normkit as nk
 from normkit.tools.inspect import inspect
+import options
+import summary
 import training
 
 # %% [markdown]
@@ -56,11 +55,14 @@ import training
 SIZES = 2, 4, 8, 16, 32, 64, 128, 256
 
 
-def noise(sizes: Sequence[int], draws: int) -> np.ndarray:
-  """The noise for each size of batch: (sizes, digits)."""
-  images = data.digits().train_images.reshape(-1, 64)
+def noise(
+  dataset: data.Dataset, sizes: Sequence[int], draws: int
+) -> np.ndarray:
+  """The noise for each size of batch: (sizes, images)."""
+  images = dataset.train_images.reshape(len(dataset.train_labels), -1)
   rng = np.random.default_rng(0)
-  features = images @ rng.normal(size=(64, 64)).astype(np.float32)
+  weights = rng.normal(size=(images.shape[1], 64)).astype(np.float32)
+  features = images @ weights
   norm = nk.BatchNorm(use_scale=False, use_bias=False)
   params, state = norm.init(features)
 
@@ -138,6 +140,10 @@ VARIANTS = {
 }
 
 
+SMALL = 'none', 'batch', 'batch, dropout', 'batch, dropout last'
+FEW = 300  # training images
+
+
 class Trained(NamedTuple):
   """The runs of a variant: variables, and accuracies in %, one a seed."""
 
@@ -146,23 +152,25 @@ class Trained(NamedTuple):
   test: np.ndarray
 
 
-def fit(variant: Variant, seeds: int, steps: int, few: int = 300) -> Trained:
-  """Trains all seeds at once; each has 300 images of its own."""
-  digits = data.digits()
+def fit(
+  variant: Variant, dataset: data.Dataset, seeds: int, steps: int
+) -> Trained:
+  """Trains all seeds at once; each has `FEW` images of its own."""
   rng = np.random.default_rng(0)
   chosen = np.stack(
-    [rng.permutation(len(digits.train_labels))[:few] for _ in range(seeds)]
+    [rng.permutation(len(dataset.train_labels))[:FEW] for _ in range(seeds)]
   )
-  images, labels = digits.train_images[chosen], digits.train_labels[chosen]
+  images, labels = dataset.train_images[chosen], dataset.train_labels[chosen]
   model = Net(variant.norm, variant.dropout)
   mask = nk.decay_mask if variant.spare else None
   optimizer = optax.adamw(0.003, weight_decay=variant.decay, mask=mask)
   keys = jax.vmap(jax.random.key)(jnp.arange(seeds))
-  state = jax.vmap(functools.partial(start, model, optimizer))(keys)
-  step = jax.jit(
-    jax.vmap(functools.partial(train_step, model, optimizer, variant.shifts))
+  state = jax.vmap(functools.partial(start, model, optimizer, images[0, :1]))(
+    keys
   )
-  orders = [training.batches(few, 50, seed) for seed in range(seeds)]
+  one = functools.partial(train_step, model, optimizer, variant.shifts)
+  step = jax.jit(jax.vmap(one))
+  orders = [training.batches(FEW, 50, seed) for seed in range(seeds)]
   for number in range(steps):
     index = np.stack([next(order) for order in orders])[..., None, None, None]
     batch = np.take_along_axis(images, index, 1)
@@ -177,15 +185,18 @@ def fit(variant: Variant, seeds: int, steps: int, few: int = 300) -> Trained:
   variables = state.variables
   known = jax.vmap(right)(variables, images, labels)
   test = jax.vmap(right, (0, None, None))(
-    variables, digits.test_images, digits.test_labels
+    variables, dataset.test_images, dataset.test_labels
   )
   return Trained(variables, np.asarray(known), np.asarray(test))
 
 
 def start(
-  model: Net, optimizer: optax.GradientTransformation, key: jax.Array
+  model: Net,
+  optimizer: optax.GradientTransformation,
+  images: np.ndarray,
+  key: jax.Array,
 ) -> training.State:
-  variables = model.init(key, jnp.zeros((1, 8, 8, 1)), train=False)
+  variables = model.init(key, images, train=False)
   params = variables['params']
   stats = variables.get('batch_stats', {})
   return training.State(params, stats, optimizer.init(params))
@@ -205,21 +216,8 @@ def train_step(
   if shifts:
     images = shifted(images, move)
 
-  def loss(params: Any) -> tuple[jax.Array, Any]:
-    logits, updated = model.apply(
-      state._replace(params=params).variables,
-      images,
-      train=True,
-      rngs={'dropout': drop},
-      mutable=['batch_stats'],
-    )
-    losses = training.mean_loss(logits, labels)
-    return losses, updated.get('batch_stats', {})
-
-  grads, stats = jax.grad(loss, has_aux=True)(state.params)
-  updates, moments = optimizer.update(grads, state.optimizer, state.params)
-  params = optax.apply_updates(state.params, updates)
-  return training.State(params, stats, moments)
+  loss = training.loss_of(model, state, images, labels, rngs={'dropout': drop})
+  return training.update(optimizer, state, loss)[0]
 
 
 def shifted(images: jax.Array, key: jax.Array) -> jax.Array:
@@ -244,10 +242,11 @@ def shifted(images: jax.Array, key: jax.Array) -> jax.Array:
 
 
 # %%
-def variance_shift(trained: Trained, dropout: str) -> np.ndarray:
+def variance_shift(
+  trained: Trained, dropout: str, images: np.ndarray
+) -> np.ndarray:
   """Running variances over those of evaluation: (seeds, layers), medians."""
   model = Net(TORCH, dropout)
-  images = data.digits().train_images
 
   @jax.jit
   def call(variables: Any, x: jax.Array) -> Any:
@@ -266,17 +265,23 @@ def variance_shift(trained: Trained, dropout: str) -> np.ndarray:
 # %%
 def table(runs: dict[str, Trained]) -> Table:
   """Accuracies and their gap."""
-  made = Table('network', title='300 training images, accuracy in %')
-  for name in ('training', 'test', 'gap, points'):
-    made.add_column(name, justify='right')
+  columns = 'training', 'test', 'gap, points'
+  title = f'{FEW} training images, accuracy in %'
+  made = summary.table(title, ['network'], columns)
   for name, run in runs.items():
     cells = run.train, run.test, run.train - run.test
-    made.add_row(name, *(spread(values) for values in cells))
+    made.add_row(name, *(summary.spread(values) for values in cells))
   return made
 
 
-def spread(values: np.ndarray) -> str:
-  return f'{values.mean():.1f} ± {values.std(ddof=1):.1f}'
+PAIRS = (
+  ('batch', 'none'),
+  ('batch, dropout', 'batch'),
+  ('batch, dropout last', 'batch, dropout'),
+  ('none, dropout', 'batch'),
+  ('batch, decay of weights', 'batch, decay of all'),
+  ('batch, shifts', 'batch'),
+)
 
 
 def findings(
@@ -291,21 +296,11 @@ def findings(
     f'Noise times the root of the batch: {scaled[0]:.2f} at {sizes[0]} to '
     f'{scaled[-1]:.2f} at {sizes[-1]}; the law has it constant.'
   ]
-  for one, other in (
-    ('batch', 'none'),
-    ('batch, dropout', 'batch'),
-    ('batch, dropout last', 'batch, dropout'),
-    ('none, dropout', 'batch'),
-    ('batch, decay of weights', 'batch, decay of all'),
-    ('batch, shifts', 'batch'),
-  ):
-    difference = runs[one].test - runs[other].test
-    error = difference.std(ddof=1) / len(difference) ** 0.5
-    clear = 'clear' if abs(difference.mean()) > 2 * error else 'not clear'
-    lines.append(
-      f'{one} less {other}: {difference.mean():+.1f} ± {error:.1f} points of '
-      f'test accuracy, {clear}.'
-    )
+  for one, other in PAIRS:
+    if one not in runs:  # in a small setting
+      continue
+    told = summary.difference(runs[one].test, runs[other].test)
+    lines.append(f'{one} less {other}: {told}.')
   for name, ratio in shifts.items():
     told = ', '.join(f'{r:.2f}' for r in ratio.mean(0))
     lines.append(f'{name}: running variances over those in evaluation {told}.')
@@ -314,7 +309,7 @@ def findings(
 
 # %%
 def draw_noise(sizes: Sequence[int], noises: np.ndarray) -> Figure:
-  figure, ((axes,),) = figures.make('Noise of batch norm, 20 digits')
+  figure, ((axes,),) = figures.make('Noise of batch norm, 20 images')
   figures.draw(axes, sizes, noises.T, 'measured', 'batch')
   law = noises.mean(1)[-1] * np.sqrt(sizes[-1] / np.array(sizes))
   axes.plot(sizes, law, 'k:', label='1 / root of the batch')
@@ -330,7 +325,7 @@ def draw_noise(sizes: Sequence[int], noises: np.ndarray) -> Figure:
 def draw_gap(runs: dict[str, Trained], seeds: int) -> Figure:
   """Training and test accuracy of each variant."""
   figure, ((axes,),) = figures.make(
-    f'300 training images, mean ± std of {seeds} seeds'
+    f'{FEW} training images, mean ± std of {seeds} seeds'
   )
   figure.set_size_inches(9, 4.6)
   rows = np.arange(len(runs))
@@ -355,37 +350,35 @@ def draw_gap(runs: dict[str, Trained], seeds: int) -> Figure:
 
 # %%
 def main(argv: Sequence[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(
-    description='Noise, generalization and dropout beside batch norm.'
+  args = options.parse(
+    argv, 'Noise, generalization and dropout beside batch norm.', 'the digits'
   )
-  parser.add_argument(
-    '--out', type=pathlib.Path, default=pathlib.Path('out'), help='folder'
-  )
-  parser.add_argument(
-    '--small', action='store_true', help='seconds: to see it run, no more'
-  )
-  args = parser.parse_args(argv)
+  dataset = args.data or data.digits()
   sizes, draws = (SIZES[::3], 20) if args.small else (SIZES, 500)
   seeds, steps = (2, 3) if args.small else (5, 600)
   console = Console(markup=False, emoji=False, width=100)
-  noises = noise(sizes, draws)
+  noises = noise(dataset, sizes, draws)
+  names = SMALL if args.small else VARIANTS
   runs = {
-    name: fit(variant, seeds, steps)
-    for name, variant in track(VARIANTS.items(), 'variants', console=console)
+    name: fit(VARIANTS[name], dataset, seeds, steps)
+    for name in track(names, 'variants', console=console)
   }
   shifts = {
-    name: variance_shift(runs[name], VARIANTS[name].dropout)
+    name: variance_shift(
+      runs[name], VARIANTS[name].dropout, dataset.train_images[:2000]
+    )
     for name in ('batch', 'batch, dropout', 'batch, dropout last')
   }
   console.print(table(runs))
   for line in findings(sizes, noises, runs, shifts):
     console.print(line, soft_wrap=True)
-  drawn = {'noise': draw_noise(sizes, noises), 'gap': draw_gap(runs, seeds)}
-  for name, figure in drawn.items():
-    path = figures.save(figure, args.out, f'regularization_{name}')
-    console.print(f'Wrote {path}.', soft_wrap=True)
+  figures.save(
+    args.out,
+    regularization_noise=draw_noise(sizes, noises),
+    regularization_gap=draw_gap(runs, seeds),
+  )
 
 
 # %%
 if __name__ == '__main__':
-  main([] if 'ipykernel' in sys.modules else None)
+  main()

@@ -20,7 +20,6 @@
 #     python examples/sequences.py --out out --small
 
 # %%
-import argparse
 import ast
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -29,7 +28,6 @@ import importlib.util
 import itertools
 import pathlib
 import re
-import sys
 from typing import Any, NamedTuple
 
 from flax import linen as nn
@@ -44,8 +42,12 @@ from rich.progress import Progress
 from rich.table import Table
 
 import figures
+from models import normalize
 import normkit as nk
 import normkit.linen
+import options
+import summary
+import training
 
 PACKAGES = 'numpy', 'scipy', 'sklearn', 'matplotlib', 'skimage', 'jax'
 
@@ -182,28 +184,25 @@ def train(
   `variables` is (runs, ...), of `batches` and `rates` (runs, rounds, steps,
   ...). Returns the variables and what `test(variables)` found after each round.
   """
-  adam = optax.scale_by_adam()
 
   def step(state, inputs):
-    (params, stats, moments), (batch, rate) = state, inputs
-    grads, stats = jax.grad(
-      lambda p: loss({'params': p, 'batch_stats': stats}, batch), has_aux=True
-    )(params)
-    updates, moments = adam.update(grads, moments)
-    params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
-    return (params, stats, moments), None
+    batch, rate = inputs
+    state, _ = training.update(
+      optax.adam(rate),
+      state,
+      lambda params: loss(state._replace(params=params).variables, batch),
+    )
+    return state, None
 
   def steps_and_test(state, inputs):
     state, _ = lax.scan(step, state, inputs)
-    return state, test({'params': state[0], 'batch_stats': state[1]})
+    return state, test(state.variables)
 
   def one(variables, batches, rates):
     params, stats = variables['params'], variables.get('batch_stats', {})
-    state = params, stats, adam.init(params)
-    (params, stats, _), found = lax.scan(
-      steps_and_test, state, (batches, rates)
-    )
-    return {'params': params, 'batch_stats': stats}, found
+    state = training.State(params, stats, optax.adam(0).init(params))
+    state, found = lax.scan(steps_and_test, state, (batches, rates))
+    return state.variables, found
 
   return jax.vmap(one)(variables, batches, rates)
 
@@ -214,11 +213,6 @@ def initialize(model: nn.Module, seeds: int, *inputs: Any) -> Any:
   keys = jax.random.split(jax.random.key(0, impl='rbg'), seeds)
   init = functools.partial(model.init, train=False)
   return jax.jit(jax.vmap(lambda key: init(key, *inputs)))(keys)
-
-
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-  losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-  return losses.mean()
 
 
 # %% [markdown]
@@ -279,7 +273,9 @@ def classify(
       train=True,
       mutable=['batch_stats'],
     )
-    return cross_entropy(logits, labels[batch]), updated.get('batch_stats', {})
+    return training.mean_loss(logits, labels[batch]), updated.get(
+      'batch_stats', {}
+    )
 
   def test(variables):
     logits = model.apply(variables, *test_set[:2], train=False)
@@ -385,10 +381,6 @@ class Transformer(nn.Module):
     return nn.Dense(SYMBOLS)(x if self.post else normalize(x, self.norm, train))
 
 
-def normalize(x: jax.Array, norm: nk.Norm | None, train: bool) -> jax.Array:
-  return x if norm is None else normkit.linen.Norm(norm)(x, train=train)
-
-
 def guess(
   model: Transformer, text: np.ndarray, setting: Setting, warm: bool
 ) -> np.ndarray:
@@ -405,11 +397,11 @@ def guess(
     logits, updated = model.apply(
       variables, x[:, :-1], train=True, mutable=['batch_stats']
     )
-    return cross_entropy(logits, x[:, 1:]), updated.get('batch_stats', {})
+    return training.mean_loss(logits, x[:, 1:]), updated.get('batch_stats', {})
 
   def test(variables):
     logits = model.apply(variables, validation[:, :-1], train=False)
-    return cross_entropy(logits, validation[:, 1:])
+    return training.mean_loss(logits, validation[:, 1:])
 
   seeds, rates = setting.seeds, np.float32(setting.rates)
   shape = seeds, 1, setting.steps
@@ -444,7 +436,7 @@ def first_gradients(
   variables = initialize(model, seeds, x[:1, :-1])
 
   def loss(variables):
-    return cross_entropy(
+    return training.mean_loss(
       model.apply(variables, x[:, :-1], train=False), x[:, 1:]
     )
 
@@ -477,21 +469,11 @@ def cases(setting: Setting) -> list[Case]:
 # %% [markdown]
 # ## What came out
 #
-# A difference is called clear where it is more than three times its standard
-# error over the seeds, which are compared one by one. A transformer has learned
-# nothing where it is less than 0.1 bits better than the frequencies of the
-# characters.
+# A transformer has learned nothing where it is less than 0.1 bits better than
+# the frequencies of the characters.
 
 
 # %%
-def difference(new: np.ndarray, old: np.ndarray) -> str:
-  """The mean difference over the seeds in points, and whether it is clear."""
-  change = new - old
-  error = change.std(ddof=1) / len(change) ** 0.5
-  clear = 'clear' if abs(change.mean()) > 3 * error else 'not clear'
-  return f'{change.mean():+.2f} ± {error:.2f} points, {clear}'
-
-
 def entropy(text: np.ndarray) -> float:
   """Bits a character from the frequencies of the characters."""
   share = np.bincount(text, minlength=SYMBOLS) / len(text)
@@ -504,15 +486,12 @@ def accuracies(run: Classified) -> np.ndarray:
 
 
 def lstm_table(runs: dict[str, Classified]) -> Table:
-  title = 'LSTM: test accuracy, %'
-  table = Table('norm', title=title)
-  for name in ('mean', 'std', 'range', 'moved by padding, points'):
-    table.add_column(name, justify='right')
+  columns = 'mean ± std', 'range', 'moved by padding, points'
+  table = summary.table('LSTM: test accuracy, %', ['norm'], columns)
   for name, run in runs.items():
     last = accuracies(run)[:, -1]
-    spread = f'{last.min():.1f} to {last.max():.1f}'
-    row = f'{last.mean():.1f}', f'{last.std(ddof=1):.1f}', spread
-    table.add_row(name, *row, f'{run.shift.mean():.1f}')
+    row = summary.spread(last), summary.reach(last), f'{run.shift.mean():.1f}'
+    table.add_row(name, *row)
   return table
 
 
@@ -520,11 +499,9 @@ def transformer_table(
   runs: dict[Case, np.ndarray], rates: Sequence[float]
 ) -> Table:
   title = 'Transformer: bits a character, by learning rate, mean ± std'
-  table = Table('depth', 'norm', 'place', title=title)
-  for rate in rates:
-    table.add_column(f'{rate:g}', justify='right')
+  table = summary.table(title, ['depth', 'norm', 'place'], rates)
   for case, losses in runs.items():
-    row = [f'{x.mean():.2f}±{x.std(ddof=1):.2f}' for x in losses]
+    row = (summary.spread(of_rate, 2) for of_rate in losses)
     table.add_row(*map(str, case), *row)
   return table
 
@@ -538,7 +515,7 @@ def findings(
   if 'batch, no mask' in last:
     pairs.append(('batch', 'batch, no mask'))
   lines = [
-    f'LSTM, {new} beside {old}: {difference(last[new], last[old])}'
+    f'LSTM, {new} beside {old}: {summary.difference(last[new], last[old])}'
     for new, old in pairs
   ]
   lines.append(f'Frequencies of characters alone: {frequencies:.2f} bits')
@@ -554,12 +531,10 @@ def findings(
 
 def gradient_table(gradients: dict[str, np.ndarray]) -> Table:
   title = 'Layer norm: gradients before the first step, mean ± std'
-  table = Table('place', title=title)
-  for name in ('first block', 'last block'):
-    table.add_column(name, justify='right')
+  table = summary.table(title, ['place'], ['first block', 'last block'])
   for place, norms in gradients.items():
     ends = norms[:, 0], norms[:, -1]
-    table.add_row(place, *(f'{x.mean():.2f}±{x.std(ddof=1):.2f}' for x in ends))
+    table.add_row(place, *(summary.spread(end, 2) for end in ends))
   return table
 
 
@@ -646,23 +621,12 @@ def draw_gradients(gradients: dict[str, np.ndarray], seeds: int) -> Figure:
 
 
 # %%
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
-    description='Norms in an LSTM and in a transformer, on documentation.'
-  )
-  parser.add_argument(
-    '--out', type=pathlib.Path, default=pathlib.Path('out'), help='folder'
-  )
-  parser.add_argument(
-    '--small', action='store_true', help='seconds: to see it run, no more'
-  )
-  return parser.parse_args(argv)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-  args = parse(argv)
+  args = options.parse(
+    argv, 'Norms in an LSTM and in a transformer, on documentation.'
+  )
   setting = SMALL if args.small else Setting()
-  console = Console(markup=False, emoji=False)
+  console = Console(markup=False, emoji=False, width=100)
   texts = [docstrings(package, setting.files) for package in PACKAGES]
   train_set, test_set = classify_data(texts, setting.sentences)
   text = characters(texts)
@@ -683,15 +647,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     gradient_table(gradients),
   )
   print('\n'.join(findings(lstm, runs, frequencies)))
-  pictures = {
-    'sequences_lstm': draw_lstm(lstm, test_set.lengths, setting),
-    'sequences_transformer': draw_transformer(runs, frequencies, setting),
-    'sequences_gradients': draw_gradients(gradients, setting.seeds),
-  }
-  for name, figure in pictures.items():
-    console.print(f'Wrote {figures.save(figure, args.out, name)}.')
+  figures.save(
+    args.out,
+    sequences_lstm=draw_lstm(lstm, test_set.lengths, setting),
+    sequences_transformer=draw_transformer(runs, frequencies, setting),
+    sequences_gradients=draw_gradients(gradients, setting.seeds),
+  )
 
 
 # %%
 if __name__ == '__main__':
-  main([] if 'ipykernel' in sys.modules else None)
+  main()

@@ -23,11 +23,8 @@
 #     python examples/style.py --out out --small
 
 # %%
-import argparse
 from collections.abc import Iterator, Sequence
 import functools
-import pathlib
-import sys
 from typing import Any, NamedTuple
 
 from flax import linen as nn
@@ -44,6 +41,8 @@ import data
 import figures
 import normkit as nk
 import normkit.linen
+import options
+import summary
 import training
 
 NORMS: dict[str, nk.Norm | None] = {
@@ -63,7 +62,7 @@ class Plan(NamedTuple):
 
 
 FULL = Plan(seeds=3, classifier=150, encoder=200, decoder=200)
-SMALL = Plan(seeds=1, classifier=3, encoder=3, decoder=3)
+SMALL = Plan(seeds=2, classifier=3, encoder=3, decoder=3)
 
 # %% [markdown]
 # ## A convolution that passes contrast on
@@ -125,16 +124,17 @@ class Seen(NamedTuple):
 
   Attributes:
     accuracies: in percent.
-    features: the first channels behind the first ReLU, of one image.
+    features: the mean of the channels behind the first ReLU, of one image.
   """
 
   accuracies: list[float]
   features: list[np.ndarray]
 
 
-def classify(norm: nk.Norm | None, steps: int, seed: int) -> Seen:
-  """Trains a classifier on patches as they are, and tests it on all."""
-  dataset = patches_of_ten()
+def classify(
+  norm: nk.Norm | None, dataset: data.Dataset, steps: int, seed: int
+) -> Seen:
+  """Trains a classifier at contrast 1, and tests it at all of them."""
   model = Classifier(norm)
   run = training.fit(
     model, dataset, optax.adam(0.003), steps=steps, seed=seed, tests=1
@@ -145,24 +145,9 @@ def classify(norm: nk.Norm | None, steps: int, seed: int) -> Seen:
     altered = dataset._replace(test_images=changed)
     accuracies.append(training.accuracy(model, run.variables, altered))
     picture = with_contrast(crop(photographs()['hopper'])[None], contrast)
-    features.append(first_features(model, run.variables, picture))
+    layers = training.layer_outputs(model, run.variables, picture, ('Conv_0',))
+    features.append(np.asarray(layers['Conv_0'][0].mean(-1)))
   return Seen(accuracies, features)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def first_features(
-  model: nn.Module, variables: Any, images: jax.Array
-) -> jax.Array:
-  """The mean of the channels behind the first convolution, of one image."""
-  _, captured = model.apply(
-    variables,
-    images,
-    train=False,
-    capture_intermediates=lambda module, _: module.name == 'Conv_0',
-    mutable=['intermediates'],
-  )
-  (features,) = captured['intermediates']['Conv_0']['__call__']
-  return features[0].mean(-1)
 
 
 # %% [markdown]
@@ -175,11 +160,6 @@ def first_features(
 # %%
 HELD_OUT = ('hopper', 'flower', 'tissue', 'retina')
 PATCH = 48
-
-
-@functools.cache
-def patches_of_ten() -> data.Dataset:
-  return data.photographs()
 
 
 @functools.cache
@@ -324,13 +304,11 @@ class Autoencoder(nn.Module):
 def encoder_step(state: training.State, x: jax.Array) -> training.State:
   """One step of the autoencoder."""
 
-  def error(params: Any) -> jax.Array:
+  def error(params: Any) -> tuple[jax.Array, Any]:
     y = Autoencoder().apply({'params': params}, x, train=True)
-    return ((y - x) ** 2).mean()
+    return ((y - x) ** 2).mean(), {}
 
-  updates, moments = OPTIMIZER.update(jax.grad(error)(state.params), state[-1])
-  params = optax.apply_updates(state.params, updates)
-  return state._replace(params=params, optimizer=moments)
+  return training.update(OPTIMIZER, state, error)[0]
 
 
 def fit_encoder(steps: int, seed: int) -> Any:
@@ -359,10 +337,7 @@ def decoder_step(
     )
     return sum(losses), updated.get('batch_stats', {})
 
-  grads, stats = jax.grad(loss, has_aux=True)(state.params)
-  updates, moments = OPTIMIZER.update(grads, state.optimizer)
-  params = optax.apply_updates(state.params, updates)
-  return training.State(params, stats, moments)
+  return training.update(OPTIMIZER, state, loss)[0]
 
 
 def fit_decoder(decoder: Decoder, encoder: Any, steps: int, seed: int) -> Any:
@@ -414,13 +389,15 @@ Classified = dict[str, list[Seen]]  # norm, seed
 Decoded = dict[str, list[Transfers]]
 
 
-def run_all(plan: Plan, progress: Progress) -> tuple[Classified, Decoded]:
+def run_all(
+  plan: Plan, dataset: data.Dataset, progress: Progress
+) -> tuple[Classified, Decoded]:
   """Trains and tests everything, once a seed."""
   bar = progress.add_task('classifiers', total=plan.seeds * len(NORMS))
   classified: Classified = {name: [] for name in NORMS}
   for name, norm in NORMS.items():
     for seed in range(plan.seeds):
-      classified[name].append(classify(norm, plan.classifier, seed))
+      classified[name].append(classify(norm, dataset, plan.classifier, seed))
       progress.advance(bar)
   bar = progress.add_task('decoders', total=plan.seeds * len(NORMS))
   decoded: Decoded = {name: [] for name in NORMS}
@@ -435,34 +412,22 @@ def run_all(plan: Plan, progress: Progress) -> tuple[Classified, Decoded]:
 
 
 def accuracy_table(classified: Classified) -> Table:
-  table = Table('norm', title='Test accuracy by contrast, %, mean ± std')
-  for contrast in CONTRASTS:
-    table.add_column(f'{contrast:g}', justify='right')
+  title = 'Test accuracy by contrast, %, mean ± std'
+  table = summary.table(title, ['norm'], CONTRASTS)
   for name, runs in classified.items():
     values = np.array([run.accuracies for run in runs])
-    table.add_row(name, *map(spread, values.T))
+    table.add_row(name, *map(summary.spread, values.T))
   return table
 
 
 def loss_table(decoded: Decoded) -> Table:
-  table = Table('norm in the decoder', title='Unseen photographs, mean ± std')
-  for name in ('content lost, %', 'style left, %'):
-    table.add_column(name, justify='right')
+  columns = 'content lost, %', 'style left, %'
+  title = 'Unseen photographs, mean ± std'
+  table = summary.table(title, ['norm in the decoder'], columns)
   for name, runs in decoded.items():
-    content, style = (
-      [getattr(r, k) for r in runs] for k in ('content', 'style')
-    )
-    table.add_row(name, spread(content), spread(style))
+    content = summary.spread([run.content for run in runs])
+    table.add_row(name, content, summary.spread([run.style for run in runs]))
   return table
-
-
-def spread(values: Sequence[float] | np.ndarray) -> str:
-  return f'{np.mean(values):.1f}±{deviation(values):.1f}'
-
-
-def deviation(values: Sequence[float] | np.ndarray) -> float:
-  """The standard deviation over the seeds; of one seed, 0."""
-  return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def findings(classified: Classified, decoded: Decoded) -> Iterator[str]:
@@ -493,10 +458,11 @@ def findings(classified: Classified, decoded: Decoded) -> Iterator[str]:
   }
   for name in ('batch', 'instance'):
     more = total[name] - total['none']
-    worse = bool(more.mean() > deviation(more))
+    worse = more.mean() > 0 and summary.is_clear(more)
     yield (
       f'{verdict(worse)}: {name} norm in the decoder spoils it. Content lost '
-      f'and style left together are {spread(more)} points more than without.'
+      'and style left together beside those without: '
+      f'{summary.difference(total[name], total["none"])}.'
     )
 
 
@@ -586,37 +552,29 @@ def show(axes: Any, image: np.ndarray, title: str = '', **scale: float) -> None:
 
 
 # %%
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
-    description='Instance norm and AdaIN: contrast and style.'
-  )
-  parser.add_argument(
-    '--out', type=pathlib.Path, default=pathlib.Path('out'), help='folder'
-  )
-  parser.add_argument(
-    '--small', action='store_true', help='seconds: to see it run, no more'
-  )
-  return parser.parse_args(argv)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-  args = parse(argv)
-  console = Console(markup=False, emoji=False)
+  args = options.parse(
+    argv,
+    'Instance norm and AdaIN: contrast and style.',
+    'the patches that are classified',
+  )
+  dataset = data.as_images(args.data or data.photographs(), (32, 32, 3))
+  console = Console(markup=False, emoji=False, width=100)
   with Progress(console=console) as progress:
-    classified, decoded = run_all(SMALL if args.small else FULL, progress)
+    plan = SMALL if args.small else FULL
+    classified, decoded = run_all(plan, dataset, progress)
   console.print(accuracy_table(classified), loss_table(decoded))
   for finding in findings(classified, decoded):
     console.print(finding)
-  for name, figure in {
-    'contrast_accuracy': draw_accuracies(classified),
-    'contrast': draw_contrast(classified),
-    'grid': draw_grid(decoded),
-    'decoders': draw_decoders(decoded),
-  }.items():
-    path = figures.save(figure, args.out, f'style_{name}')
-    console.print(f'Wrote {path}.')
+  figures.save(
+    args.out,
+    style_contrast_accuracy=draw_accuracies(classified),
+    style_contrast=draw_contrast(classified),
+    style_grid=draw_grid(decoded),
+    style_decoders=draw_decoders(decoded),
+  )
 
 
 # %%
 if __name__ == '__main__':
-  main([] if 'ipykernel' in sys.modules else None)
+  main()

@@ -16,10 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import csv
 import dataclasses
-import functools
 import itertools
 import pathlib
-import sys
 from typing import Any, NamedTuple
 
 from flax import linen as nn
@@ -39,6 +37,8 @@ from sklearn.model_selection import train_test_split
 import data
 import normkit as nk
 import normkit.linen
+import options
+import training
 
 # %% [markdown]
 # ## The network
@@ -153,16 +153,6 @@ AXIS = 'devices'
 Devices = Sequence[jax.Device]
 
 
-class State(NamedTuple):
-  params: Any
-  batch_stats: Any
-  optimizer: Any
-
-  @property
-  def variables(self) -> dict[str, Any]:
-    return {'params': self.params, 'batch_stats': self.batch_stats}
-
-
 def make_model(name: str, classes: int, devices: Devices) -> CNN:
   """The network with a norm that pools over the devices, if it has to."""
   norm = NORMS[name]
@@ -173,7 +163,7 @@ def make_model(name: str, classes: int, devices: Devices) -> CNN:
 
 def make_step(
   model: CNN, optimizer: optax.GradientTransformation, devices: Devices
-) -> Callable[[State, Batch], tuple[State, jax.Array]]:
+) -> Callable[[training.State, Batch], tuple[training.State, jax.Array]]:
   """The compiled training step: state and batch in, state and loss out."""
 
   def loss_and_stats(params, batch_stats, batch):
@@ -183,7 +173,9 @@ def make_step(
       train=True,
       mutable=['batch_stats'],
     )
-    return mean_loss(logits, batch.labels), updated.get('batch_stats', {})
+    return training.mean_loss(logits, batch.labels), updated.get(
+      'batch_stats', {}
+    )
 
   def step(state, batch):
     gradient = jax.value_and_grad(loss_and_stats, has_aux=True)
@@ -192,16 +184,11 @@ def make_step(
       loss, grads = lax.pmean((loss, grads), AXIS)
     updates, moments = optimizer.update(grads, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
-    return State(params, batch_stats, moments), loss
+    return training.State(params, batch_stats, moments), loss
 
   if len(devices) == 1:
     return jax.jit(step)
   return jax.pmap(step, AXIS, in_axes=(None, 0), out_axes=None, devices=devices)
-
-
-def mean_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
-  losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-  return losses.mean()
 
 
 def parts(batch: Batch, devices: Devices) -> Batch:
@@ -220,23 +207,11 @@ def parts(batch: Batch, devices: Devices) -> Batch:
 
 
 # %%
-@functools.partial(jax.jit, static_argnums=0)
-def predict(model: CNN, variables: Any, images: jax.Array) -> jax.Array:
-  return model.apply(variables, images, train=False)
-
-
-def logits_of(model: CNN, variables: Any, images: np.ndarray) -> np.ndarray:
-  """The logits of all images, a thousand at a time."""
-  starts = range(0, len(images), 1000)
-  chunks = [predict(model, variables, images[i : i + 1000]) for i in starts]
-  return np.concatenate(chunks)
-
-
 def evaluate(model: CNN, variables: Any, split: Split) -> tuple[float, float]:
   """Mean loss and accuracy."""
-  logits = logits_of(model, variables, split.images)
+  logits = training.logits_of(model, variables, split.images)
   right = logits.argmax(-1) == split.labels
-  return float(mean_loss(logits, split.labels)), float(right.mean())
+  return float(training.mean_loss(logits, split.labels)), float(right.mean())
 
 
 # %% [markdown]
@@ -280,34 +255,22 @@ def train_norm(
   step = make_step(model, optimizer, args.devices)
   runs = []
   for seed in range(args.seed, args.seed + args.seeds):
-    state = init(model, optimizer, splits.train.images[:1], seed)
+    state = training.init(model, optimizer, splits.train.images[:1], seed)
     state, losses, epochs = fit(model, step, state, splits, args, seed, watch)
     _, accuracy = evaluate(model, state.variables, splits.test)
     runs.append(Run(model, seed, state.variables, losses, epochs, accuracy))
   return runs
 
 
-def init(
-  model: CNN,
-  optimizer: optax.GradientTransformation,
-  images: np.ndarray,
-  seed: int,
-) -> State:
-  """The state before the first step."""
-  variables = model.init(jax.random.key(seed), images, train=False)
-  params = variables['params']
-  return State(params, variables.get('batch_stats', {}), optimizer.init(params))
-
-
 def fit(
   model: CNN,
-  step: Callable[[State, Batch], tuple[State, jax.Array]],
-  state: State,
+  step: Callable[[training.State, Batch], tuple[training.State, jax.Array]],
+  state: training.State,
   splits: Splits,
   args: argparse.Namespace,
   seed: int,
   watch: Watch,
-) -> tuple[State, list[float], list[Epoch]]:
+) -> tuple[training.State, list[float], list[Epoch]]:
   """Takes all steps; returns the last state, the losses and the epochs."""
   feed = batches(splits.train, args.batch_size, seed)
   length = len(splits.train.labels) // args.batch_size
@@ -346,7 +309,7 @@ def save_and_check(run: Run, images: np.ndarray, path: pathlib.Path) -> None:
     shapes = jax.eval_shape(lambda: run.variables)
     loaded = checkpointer.restore(path.absolute(), shapes)
   before, after = (
-    logits_of(run.model, v, images) for v in (run.variables, loaded)
+    training.logits_of(run.model, v, images) for v in (run.variables, loaded)
   )
   if not np.array_equal(before, after, equal_nan=True):
     raise RuntimeError(
@@ -492,21 +455,6 @@ def positive(text: str) -> float:
   return value
 
 
-def dataset_in(text: str) -> data.Dataset:
-  """An argument's type: a directory with images."""
-  try:
-    dataset = data.load_directory(text)
-  except ValueError as error:
-    raise argparse.ArgumentTypeError(str(error)) from error
-  n, *shape = dataset.train_images.shape
-  if n < 2 or min(shape[:2]) < 4:
-    raise argparse.ArgumentTypeError(
-      f'{text} has {n} training images of shape {tuple(shape)}, accepted are '
-      'at least 2 of at least 4x4 pixels'
-    )
-  return dataset
-
-
 def make_parser() -> argparse.ArgumentParser:
   """The options and their types."""
   parser = argparse.ArgumentParser(
@@ -529,7 +477,7 @@ def make_parser() -> argparse.ArgumentParser:
     '--data',
     'directory with MNIST (IDX files) or CIFAR-10 (binary version); without '
     'it, the digits of scikit-learn',
-    type=dataset_in,
+    type=options.dataset_in,
     metavar='DIR',
   )
   add('--devices', 'devices that share each batch', type=whole(1), default=1)
@@ -539,7 +487,7 @@ def make_parser() -> argparse.ArgumentParser:
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Splits]:
   """The options and the data; a wrong option ends the program, status 2."""
   parser = make_parser()
-  args = parser.parse_args(argv)
+  args = parser.parse_args(options.arguments(argv))
   splits = split(args.data or data.digits(), args.seed)
   images, size = len(splits.train.labels), args.batch_size
   if size > images:
@@ -646,4 +594,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 # %%
 if __name__ == '__main__':
-  main([] if 'ipykernel' in sys.modules else None)
+  main()

@@ -17,12 +17,10 @@
 #     python examples/train_eval.py --out out --small
 
 # %%
-import argparse
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
-import pathlib
-import sys
+import itertools
 from typing import Any, NamedTuple
 
 from flax import linen as nn
@@ -39,6 +37,8 @@ from models import TORCH, ConvNorm
 import normkit as nk
 from normkit.tools.inspect import Inspection, inspect
 from normkit.tools.recalibrate import recalibrate
+import options
+import summary
 import training
 
 # %% [markdown]
@@ -153,17 +153,15 @@ def train(
   """
   steps *= setting.longer
   optimizer = adam(steps if setting.decay else None)
-  images, labels = dataset.train_images, dataset.train_labels
-  first = state = training.init(setting.model, optimizer, images, seed)
-  order = setting.order(labels, setting.batch_size, seed)
+  first = training.init(setting.model, optimizer, dataset.train_images, seed)
+  order = setting.order(dataset.train_labels, setting.batch_size, seed)
+  order = itertools.islice(order, steps)
   when = np.linspace(0, steps, tests + 1).astype(int)[1:]
-  ema = swa = state.params
+  ema = swa = first.params
   points = []
-  for number in range(1, steps + 1):
-    index = next(order)
-    state, _ = training.step(
-      setting.model, optimizer, state, images[index], labels[index]
-    )
+  for number, state, _ in training.walk(
+    setting.model, optimizer, dataset, order, seed
+  ):
     if taken := max(number - steps // 2, 0):
       ema = mix(state.params, ema, 1 if taken == 1 else 0.05)
       swa = mix(state.params, swa, 1 / taken)
@@ -349,10 +347,6 @@ def values(results: list[Result], name: str) -> np.ndarray:
   return np.array([getattr(result, name) for result in results])
 
 
-def spread(numbers: np.ndarray) -> str:
-  return f'{numbers.mean():.1f} ± {numbers.std(ddof=1):.1f}'
-
-
 def codes(results: list[Result]) -> list[str]:
   """What `inspect` warns of with any seed."""
   advice = [f for result in results for f in result.inspection.advice]
@@ -366,7 +360,7 @@ def result_table(results: Results) -> Table:
   for title in ('training', 'evaluation', 'one pass', 'by layer'):
     table.add_column(title, justify='right', no_wrap=True)
   for cause, runs in results.items():
-    cells = (spread(values(runs, name)) for name in MEASURED)
+    cells = (summary.spread(values(runs, name)) for name in MEASURED)
     table.add_row(cause, *cells)
   return table
 
@@ -385,7 +379,9 @@ def findings(results: Results) -> list[str]:
 
   def told(causes: Sequence[str], numbers: dict[str, np.ndarray]) -> str:
     listed = sorted(causes, key=lambda cause: -abs(numbers[cause].mean()))
-    return '; '.join(f'{c}, {spread(numbers[c])}' for c in listed) or 'none'
+    return (
+      '; '.join(f'{c}, {summary.spread(numbers[c])}' for c in listed) or 'none'
+    )
 
   warned = {c: ', '.join(codes(runs)) for c, runs in results.items()}
 
@@ -463,28 +459,17 @@ def draw_inspections(results: Results, title: str) -> Figure:
 
 
 # %%
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
-    description='The gap between training and evaluation mode.'
-  )
-  parser.add_argument(
-    '--out', type=pathlib.Path, default=pathlib.Path('out'), help='folder'
-  )
-  parser.add_argument(
-    '--small', action='store_true', help='seconds: to see it run, no more'
-  )
-  return parser.parse_args(argv)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-  args = parse(argv)
+  args = options.parse(
+    argv, 'The gap between training and evaluation mode.', 'the photographs'
+  )
   causes, seeds, steps, tests = list(CAUSES), 3, 100, 8
   if args.small:
     causes, seeds, steps, tests = SMALL, 2, 6, 2
-  console = Console(markup=False, emoji=False)
+  console = Console(markup=False, emoji=False, width=100)
   results, curves = run(
     causes,
-    data.photographs(),
+    args.data or data.photographs(),
     seeds=seeds,
     steps=steps,
     tests=tests,
@@ -494,16 +479,14 @@ def main(argv: Sequence[str] | None = None) -> None:
   for finding in findings(results):
     console.print(f'- {finding}')
   mean = f'mean ± std of {seeds} seeds'
-  drawn = {
-    'gap': draw_gaps(results, f'Both modes, {mean}'),
-    'curves': draw_curves(curves, f'While training, {mean}'),
-    'inspect': draw_inspections(results, f'`inspect`, {mean}'),
-  }
-  for name, figure in drawn.items():
-    path = figures.save(figure, args.out, f'train_eval_{name}')
-    console.print(f'Wrote {path}.')
+  figures.save(
+    args.out,
+    train_eval_gap=draw_gaps(results, f'Both modes, {mean}'),
+    train_eval_curves=draw_curves(curves, f'While training, {mean}'),
+    train_eval_inspect=draw_inspections(results, f'`inspect`, {mean}'),
+  )
 
 
 # %%
 if __name__ == '__main__':
-  main([] if 'ipykernel' in sys.modules else None)
+  main()

@@ -5,8 +5,9 @@ compiled. The steps are a Python loop: on processors XLA's convolutions are
 several times slower inside `lax.scan`, and under `vmap` too.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 from flax import linen as nn
@@ -67,18 +68,29 @@ def fit(
       f'batch_size is {batch_size}, but {dataset.name} has {images} training '
       f'images. Give a number from 1 to {images}.'
     )
-  state = init(model, optimizer, dataset.train_images, seed)
   when = np.unique(np.linspace(0, steps, tests + 1).astype(int))[1:]
-  order = batches(images, batch_size, seed)
+  order = itertools.islice(batches(images, batch_size, seed), steps)
   losses, accuracies = [], []
-  for number in range(1, steps + 1):
-    index = next(order)
-    batch = dataset.train_images[index], dataset.train_labels[index]
-    state, loss = step(model, optimizer, state, *batch)
+  for number, state, loss in walk(model, optimizer, dataset, order, seed):
     losses.append(loss)
     if number in when:
       accuracies.append(accuracy(model, state.variables, dataset))
   return Run(state.variables, np.array(losses), when, np.array(accuracies))
+
+
+def walk(
+  model: nn.Module,
+  optimizer: optax.GradientTransformation,
+  dataset: data.Dataset,
+  order: Iterable[np.ndarray],
+  seed: int,
+) -> Iterator[tuple[int, State, jax.Array]]:
+  """A step for each batch of indices: their number, the state and the loss."""
+  images, labels = dataset.train_images, dataset.train_labels
+  state = init(model, optimizer, images, seed)
+  for number, index in enumerate(order, 1):
+    state, loss = step(model, optimizer, state, images[index], labels[index])
+    yield number, state, loss
 
 
 def init(
@@ -106,21 +118,46 @@ def step(
   labels: jax.Array,
 ) -> tuple[State, jax.Array]:
   """One step on one batch: the new state and the loss before it."""
+  return update(optimizer, state, loss_of(model, state, images, labels))
 
-  def loss_and_stats(params: Any) -> tuple[jax.Array, Any]:
+
+Loss = Callable[[Any], tuple[jax.Array, Any]]
+
+
+def loss_of(
+  model: nn.Module,
+  state: State,
+  images: jax.Array,
+  labels: jax.Array,
+  **options: Any,
+) -> Loss:
+  """Parameters to the loss in training mode, and the new statistics.
+
+  The options are those of `model.apply`.
+  """
+
+  def loss(params: Any) -> tuple[jax.Array, Any]:
     logits, updated = model.apply(
       state._replace(params=params).variables,
       images,
       train=True,
       mutable=['batch_stats'],
+      **options,
     )
     return mean_loss(logits, labels), updated.get('batch_stats', {})
 
-  gradient = jax.value_and_grad(loss_and_stats, has_aux=True)
-  (loss, stats), grads = gradient(state.params)
+  return loss
+
+
+def update(
+  optimizer: optax.GradientTransformation, state: State, loss: Loss
+) -> tuple[State, jax.Array]:
+  """The state after a step of the optimizer, and the loss before it."""
+  gradient = jax.value_and_grad(loss, has_aux=True)
+  (value, stats), grads = gradient(state.params)
   updates, moments = optimizer.update(grads, state.optimizer, state.params)
   params = optax.apply_updates(state.params, updates)
-  return State(params, stats, moments), loss
+  return State(params, stats, moments), value
 
 
 def mean_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -144,7 +181,32 @@ def predict(model: nn.Module, variables: Any, images: jax.Array) -> jax.Array:
   return model.apply(variables, images, train=False)
 
 
+def logits_of(
+  model: nn.Module, variables: Any, images: np.ndarray
+) -> np.ndarray:
+  """The logits of all images, a thousand at a time."""
+  starts = range(0, len(images), 1000)
+  chunks = [predict(model, variables, images[i : i + 1000]) for i in starts]
+  return np.concatenate(chunks)
+
+
 def accuracy(model: nn.Module, variables: Any, dataset: data.Dataset) -> float:
   """The share of test images that the model gets right, in percent."""
-  logits = predict(model, variables, dataset.test_images)
-  return 100 * float((logits.argmax(-1) == dataset.test_labels).mean())
+  found = logits_of(model, variables, dataset.test_images).argmax(-1)
+  return 100 * float((found == dataset.test_labels).mean())
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def layer_outputs(
+  model: nn.Module, variables: Any, images: jax.Array, names: tuple[str, ...]
+) -> dict[str, jax.Array]:
+  """The outputs of the model's layers of these names, in evaluation mode."""
+  _, captured = model.apply(
+    variables,
+    images,
+    train=False,
+    capture_intermediates=lambda module, _: module.name in names,
+    mutable=['intermediates'],
+  )
+  found = captured['intermediates']
+  return {n: found[n]['__call__'][0] for n in names if n in found}

@@ -4,10 +4,17 @@
 long` draws twenty times as many examples, others each run.
 """
 
+from collections.abc import Callable
+import importlib
+import itertools
 import os
+import pathlib
+from types import ModuleType
 
 import hypothesis
 import jax
+import numpy as np
+import pytest
 
 jax.config.update('jax_platforms', os.environ.get('JAX_PLATFORMS') or 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
@@ -17,3 +24,63 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.register_profile('long', deadline=None, max_examples=200)
 hypothesis.settings.load_profile('normkit')
+
+
+EXAMPLES = pathlib.Path(__file__).parents[1] / 'examples'
+
+
+@pytest.fixture(scope='session')
+def example():
+  """Imports a module of the examples; a script's folder is on its path."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(EXAMPLES)
+    yield importlib.import_module
+
+
+@pytest.fixture
+def run_small(tmp_path, capsys) -> Callable[..., str]:
+  """Runs an example in a small setting: what it prints; its figures exist."""
+
+  def run(module: ModuleType, *figures: str, data: str = '') -> str:
+    out = tmp_path / 'out'
+    flags = [f'--data={data}'] if data else []
+    with jax.numpy_rank_promotion('allow'):  # optax's schedules and masks
+      module.main(['--small', f'--out={out}', *flags])
+    for name in figures:
+      content = (out / f'{name}.png').read_bytes()
+      assert content.startswith(b'\x89PNG')
+    return capsys.readouterr().out
+
+  return run
+
+
+@pytest.fixture(scope='session')
+def digits_folder(example, tmp_path_factory) -> str:
+  """The digits in files like MNIST's."""
+  folder = tmp_path_factory.mktemp('digits')
+  _, *arrays = example('data').digits()
+  kinds = 'images', 'labels'
+  for (part, kind), array in zip(
+    itertools.product(('train', 't10k'), kinds), arrays, strict=True
+  ):
+    values = np.round(255 * array[..., 0]) if kind == 'images' else array
+    header = np.array([2048 + values.ndim, *values.shape], '>u4').tobytes()
+    (folder / f'{part}-{kind}').write_bytes(header + np.uint8(values).tobytes())
+  return str(folder)
+
+
+@pytest.fixture(scope='session')
+def photographs_folder(example, tmp_path_factory) -> str:
+  """The patches of photographs in files like CIFAR-10's."""
+  folder = tmp_path_factory.mktemp('photographs')
+  dataset = example('data').photographs()
+  for name, images, labels in (
+    ('data_batch_1.bin', dataset.train_images, dataset.train_labels),
+    ('test_batch.bin', dataset.test_images, dataset.test_labels),
+  ):
+    planes = np.round(255 * images.transpose(0, 3, 1, 2)).reshape(
+      len(images), -1
+    )
+    records = np.uint8(np.hstack([labels[:, None], planes]))
+    (folder / name).write_bytes(records.tobytes())
+  return str(folder)

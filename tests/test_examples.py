@@ -2,7 +2,6 @@
 
 import csv
 import gzip
-import importlib
 import os
 import pathlib
 import re
@@ -18,22 +17,14 @@ EXAMPLES = pathlib.Path(__file__).parents[1] / 'examples'
 STEPS = 20
 
 
-@pytest.fixture(scope='module', autouse=True)
-def examples_on_path():
-  """The folder of a script is on its path."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(EXAMPLES)
-    yield
+@pytest.fixture(scope='module')
+def data(example):
+  return example('data')
 
 
 @pytest.fixture(scope='module')
-def data(examples_on_path):
-  return importlib.import_module('data')
-
-
-@pytest.fixture(scope='module')
-def train_cnn(examples_on_path):
-  return importlib.import_module('train_cnn')
+def train_cnn(example):
+  return example('train_cnn')
 
 
 # Files in the formats of MNIST and CIFAR-10.
@@ -423,7 +414,7 @@ def test_pooling(tmp_path):
   }
   assert len(counts) == 8
   assert {name: int(n) for name, n in counts if n != '1'} == alone
-  errors = re.findall(r'│ (.*?) *│ [\d.]+ *│ (\S+) *│', done.stdout)
+  errors = re.findall(r'│ (.*?) *│ +[\d.]+ │ +(\S+) │', done.stdout)
   off = [name for name, error in errors if float(error) > 1e-6]
   assert len(errors) == 7
   assert off == ['flax, pmap, axis_name']
@@ -433,14 +424,15 @@ def test_pooling(tmp_path):
 # Which norm for which batch.
 
 
-def test_batch_size(tmp_path):
+def test_batch_size(tmp_path, digits_folder):
   """Errors of a short run, in the terminal, in files and in a document."""
   names = 'batch-size', 'skewed', 'costs'
   document = tmp_path / 'document.md'
   document.write_text(''.join(f'<!-- {n} -->\n<!-- /{n} -->\n' for n in names))
   script, out = EXAMPLES / 'batch_size.py', tmp_path / 'out'
+  flags = '--small', f'--data={digits_folder}', f'--out={out}'
   done = subprocess.run(
-    [sys.executable, script, '--small', '--out', out, '--update', document],
+    [sys.executable, script, *flags, '--update', document],
     env=os.environ | {'JAX_PLATFORMS': 'cpu', 'COLUMNS': '200'},
     capture_output=True,
     text=True,
@@ -458,10 +450,10 @@ def test_batch_size(tmp_path):
 
 
 def test_folds_are_disjoint_and_skewed_batches_hold_few_classes(
-  examples_on_path,
+  example,
 ):
-  batch_size = importlib.import_module('batch_size')
-  digits = batch_size.load(folds=5)
+  batch_size = example('batch_size')
+  digits = batch_size.load(batch_size.data.digits(), folds=5)
   assert len(np.unique(digits.test)) == digits.test.size == 1795
   streams = {
     10: batch_size.mixed(digits, 4000).reshape(5, 100, 40),

@@ -1,7 +1,5 @@
 """The example from training to a file, run small."""
 
-import importlib
-import pathlib
 import re
 
 import chex
@@ -10,15 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-EXAMPLES = pathlib.Path(__file__).parents[1] / 'examples'
-
 
 @pytest.fixture(scope='module')
-def deploy():
-  """The module; the folder of a script is on its path."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(EXAMPLES)
-    yield importlib.import_module('deploy')
+def deploy(example):
+  return example('deploy')
 
 
 def test_average_is_of_the_second_half(deploy, monkeypatch):
@@ -67,12 +60,8 @@ def test_costs_are_of_every_program_and_round(deploy):
     assert costs[name].megabytes >= 2 * x.nbytes / 1e6
 
 
-def test_it_runs_small(deploy, tmp_path, capsys):
-  deploy.main(['--small', '--out', str(tmp_path)])
-  for name in ('accuracy', 'cost'):
-    content = (tmp_path / f'deploy_{name}.png').read_bytes()
-    assert content.startswith(b'\x89PNG')
-  told = capsys.readouterr().out
+def test_it_runs_small(deploy, run_small, tmp_path, photographs_folder):
+  told = run_small(deploy, 'deploy_accuracy', 'deploy_cost')
   accuracies = re.findall(
     r'(trained|averaged|recalibrated|folded|file) +│ +([\d.]+) ± [\d.]+', told
   )
@@ -88,5 +77,8 @@ def test_it_runs_small(deploy, tmp_path, capsys):
   assert [size for size, _ in costs] == ['1'] * 3 + ['64'] * 3
   for _, cells in costs:
     assert all(float(n) > 0 for n in re.findall(r'[\d.]+', cells))
-  program = jax.jit(deploy.load(tmp_path / 'deploy.jax'))
+  program = jax.jit(deploy.load(tmp_path / 'out' / 'deploy.jax'))
   chex.assert_shape(program(np.zeros((2, 32, 32, 3), np.float32)), (2, 10))
+  # The same images from files are as good.
+  again = run_small(deploy, data=photographs_folder)
+  assert len(again.splitlines()) > 10 and 'nan' not in again.lower()

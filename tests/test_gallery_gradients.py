@@ -1,8 +1,6 @@
 """The gallery's example of gradients: its numbers and its figures."""
 
-import importlib
 import math
-import pathlib
 import re
 
 import chex
@@ -14,30 +12,33 @@ import pytest
 
 import normkit.linen
 
-EXAMPLES = pathlib.Path(__file__).parents[1] / 'examples'
 SEED = 5
 
 
 @pytest.fixture(scope='module')
-def gradients():
-  with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(EXAMPLES)
-    yield importlib.import_module('gradients')
+def gradients(example):
+  return example('gradients')
 
 
 def test_small_run_writes_figures_and_finite_numbers(
-  gradients, tmp_path, capsys
+  gradients, run_small, digits_folder
 ):
-  gradients.main(['--small', '--out', str(tmp_path)])
-  for name in ('start', 'sigmoid', 'noise', 'landscape'):
-    path = tmp_path / f'gradients_{name}.png'
-    assert path.read_bytes().startswith(b'\x89PNG')
-  printed = capsys.readouterr().out
+  printed = run_small(
+    gradients,
+    'gradients_start',
+    'gradients_channels',
+    'gradients_sigmoid',
+    'gradients_noise',
+    'gradients_landscape',
+  )
   pairs = re.findall(r'([\d.e+-]+) ± ([\d.e+-]+)', printed)
-  in_tables = 2 * (4 + 2 + 4) + 3 * 2
-  in_claims = 2 * (4 + 1 + 4)
+  in_tables = 2 * (5 + 2 + 4) + 3 * 2
+  in_claims = 2 * (5 + 1 + 4)
   assert len(pairs) == in_tables + in_claims
   assert all(math.isfinite(float(x)) for pair in pairs for x in pair)
+  # The same images from files are as good.
+  again = run_small(gradients, data=digits_folder)
+  assert len(again.splitlines()) > 10 and 'nan' not in again.lower()
 
 
 def test_gradients_are_in_the_order_of_the_network(gradients):
@@ -48,7 +49,7 @@ def test_gradients_are_in_the_order_of_the_network(gradients):
 
 
 def test_gradient_of_the_logits_is_the_softmax_less_the_label(gradients):
-  dataset = gradients.photographs()
+  dataset = gradients.halved(gradients.data.photographs())
   chex.assert_shape(dataset.test_images, (900, 16, 16, 3))
   original = gradients.data.photographs().test_images[0]
   np.testing.assert_allclose(
@@ -61,6 +62,9 @@ def test_gradient_of_the_logits_is_the_softmax_less_the_label(gradients):
   # One class of each image is pulled up: the gradient there is negative.
   np.testing.assert_array_equal((start.logits < 0).sum(-1), 1)
   assert len(start.means) == 3 and len(start.grads) == 6
+  for grads, channels in zip(start.grads, start.channels, strict=True):
+    assert channels.size * 9 == grads.size
+    np.testing.assert_allclose(channels.mean(), grads.mean(), rtol=1e-5)
 
 
 def test_tail_and_share(gradients):
@@ -68,6 +72,8 @@ def test_tail_and_share(gradients):
   assert np.isclose(gradients.tail(values), 999 / 500)
   logits = np.array([[1, 0], [2, 1], [0, 3], [9, 1]])
   assert gradients.share(logits) == 75
+  # Output channels of means 1, 2 and 6.
+  assert gradients.unevenness(np.array([[0, 1, 7], [2, 3, 5]])) == 2
 
 
 def test_drift_and_jumps(gradients):

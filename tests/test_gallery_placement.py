@@ -1,39 +1,39 @@
 """The gallery's example of placement: its numbers and its figures."""
 
-import importlib
-import pathlib
 import re
 
+from flax import linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-EXAMPLES = pathlib.Path(__file__).parents[1] / 'examples'
-
 
 @pytest.fixture(scope='module')
-def placement():
-  with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(EXAMPLES)
-    yield importlib.import_module('placement')
+def placement(example):
+  return example('placement')
 
 
-def test_runs_small(placement, tmp_path, capsys):
-  placement.main(['--small', '--out', str(tmp_path)])
-  for name in ('activation', 'clipping', 'conventions'):
-    path = tmp_path / f'placement_{name}.png'
-    assert path.read_bytes().startswith(b'\x89PNG')
-  printed = capsys.readouterr().out
+def test_runs_small(placement, run_small, digits_folder):
+  printed = run_small(
+    placement,
+    'placement_activation',
+    'placement_clipping',
+    'placement_conventions',
+  )
   pairs = re.findall(r'([\d.]+) ± ([\d.]+)', printed)
-  assert len(pairs) == 3 * 3 * 3 + 3 * 6 + 3
+  assert len(pairs) == 3 * 3 + 3 * 4 + 1
   assert all(np.isfinite(float(n)) for pair in pairs for n in pair)
   assert 'deviations off with momentum 0.9' in printed
+  # The same images from files are as good.
+  again = run_small(placement, data=digits_folder)
+  assert len(again.splitlines()) > 10 and 'nan' not in again.lower()
 
 
 def test_conventions_by_hand(placement):
   """Running means are sums of the batches' with weights that fall."""
-  found = placement.conventions(12)
+  found = placement.conventions(placement.data.digits(), 12)
   images = placement.data.digits().train_images.reshape(-1, 64)
   order = placement.training.batches(len(images), 60, seed=0)
   pixel = images[:, images.var(0).argmax()].astype(np.float64)
@@ -47,12 +47,39 @@ def test_conventions_by_hand(placement):
   assert np.all(np.diff(found.factors[np.argsort(found.var)]) >= 0)
 
 
-def test_clipping_bounds_the_step(placement):
+def test_the_norm_is_where_it_is_said_to_be(placement):
+  """By the order of the layers that a network calls."""
+  x = np.ones((4, 8, 8, 1), np.float32)
+  for place, kinds in {
+    'none': [],
+    'before': ['norm', 'activation'],
+    'after': ['activation', 'norm'],
+  }.items():
+    called = []
+
+    def activation(y, called=called):
+      called.append('activation')
+      return y
+
+    net = placement.placed_net(place, activation, 2)
+    key = jax.random.key(0)
+
+    def watch(next_fun, args, kwargs, context, called=called):
+      if (context.module.name or '').startswith('norm'):
+        called.append('norm')
+      return next_fun(*args, **kwargs)
+
+    with nn.intercept_methods(watch):
+      net.init(key, x, train=False)
+    assert called == 2 * (kinds or ['activation'])
+
+
+def test_clipping_bounds_the_step(example):
   """By hand: gradients of norm 5, of which 1 is left."""
   params = {'w': jnp.array([1.0, 1.0])}
   grads = {'w': jnp.array([3.0, 4.0])}
-  faster = importlib.import_module('faster')
-  optimizer = faster.clipped(optax.clip_by_global_norm(1.0))
+  sweep = example('sweep')
+  optimizer = sweep.clipped(optax.clip_by_global_norm(1.0))
   state = optimizer.init(params)
   rate = {'learning_rate': jnp.float32(0.5)}
   state = state._replace(hyperparams=state.hyperparams | rate)

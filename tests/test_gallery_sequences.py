@@ -1,7 +1,5 @@
 """The sequence example: its text, its loop against NumPy, and a small run."""
 
-import importlib
-import pathlib
 import re
 
 import chex
@@ -9,15 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-EXAMPLES = pathlib.Path(__file__).parents[1] / 'examples'
-
 
 @pytest.fixture(scope='module')
-def sequences():
-  """The folder of a script is on its path."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(EXAMPLES)
-    yield importlib.import_module('sequences')
+def sequences(example):
+  return example('sequences')
 
 
 def test_docstrings_are_found_once_and_not_in_tests(
@@ -125,22 +118,20 @@ def test_runs_side_by_side_are_those_of_adam_in_numpy(sequences):
   chex.assert_trees_all_close(tests, tested, rtol=1e-4, atol=1e-5)
 
 
-def test_runs_small(sequences, tmp_path, capsys):
-  sequences.main(['--small', '--out', str(tmp_path)])
-  for name in ('lstm', 'transformer', 'gradients'):
-    file = tmp_path / f'sequences_{name}.png'
-    assert file.read_bytes().startswith(b'\x89PNG')
-  out = capsys.readouterr().out
+def test_runs_small(sequences, run_small):
+  out = run_small(
+    sequences, 'sequences_lstm', 'sequences_transformer', 'sequences_gradients'
+  )
   # With a mask the padding moves nothing.
   number = r'([\d.]+)'
   rows = re.findall(
-    rf'(none|batch) +\S +{number} \S +{number} \S .* {number} \S\n', out
+    rf'(none|batch) +\S +{number} ± {number} \S .* {number} \S\n', out
   )
   assert [row[0] for row in rows] == ['none', 'batch']
   assert all(0 <= float(accuracy) <= 100 for _, accuracy, *_ in rows)
   assert [float(moved) for *_, moved in rows] == [0, 0]
   (losses,) = re.findall(
-    rf'layer +\S post +\S +{number}±\S+ \S +{number}±', out
+    rf'layer +\S post +\S +{number} ± \S+ \S +{number} ±', out
   )
   assert all(np.isfinite(float(loss)) for loss in losses)
   (best,) = re.findall(rf'post: best {number} bits', out)

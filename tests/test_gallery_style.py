@@ -1,21 +1,15 @@
 """The example of style and contrast: it runs, and its measures are right."""
 
-import importlib
-import pathlib
 import re
 
 import chex
 import numpy as np
 import pytest
 
-EXAMPLES = pathlib.Path(__file__).parents[1] / 'examples'
-
 
 @pytest.fixture(scope='module')
-def style():
-  with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(EXAMPLES)
-    yield importlib.import_module('style')
+def style(example):
+  return example('style')
 
 
 @pytest.fixture
@@ -67,15 +61,20 @@ def test_instance_norm_takes_contrast_away(style, images):
   chex.assert_trees_all_close(half, full, atol=1e-4)
 
 
-def test_runs_small(style, tmp_path, capsys):
-  style.main(['--small', '--out', str(tmp_path)])
-  for name in ('contrast', 'contrast_accuracy', 'decoders', 'grid'):
-    path = tmp_path / f'style_{name}.png'
-    assert path.read_bytes().startswith(b'\x89PNG')
-  printed = capsys.readouterr().out
+def test_runs_small(style, run_small, photographs_folder):
+  printed = run_small(
+    style,
+    'style_contrast',
+    'style_contrast_accuracy',
+    'style_decoders',
+    'style_grid',
+  )
   rows = re.findall(r'^│ (batch|instance|none) +│(.+)│$', printed, re.MULTILINE)
   assert [name for name, _ in rows] == 2 * ['batch', 'instance', 'none']
   values = [float(n) for _, row in rows for n in re.findall(r'[\d.]+', row)]
   assert len(values) == 3 * (6 + 2) * 2
   assert np.isfinite(values).all()
   assert len(re.findall(r'^(Holds|Does not hold): ', printed, re.M)) == 4
+  # The same images from files are as good.
+  again = run_small(style, data=photographs_folder)
+  assert len(again.splitlines()) > 10 and 'nan' not in again.lower()

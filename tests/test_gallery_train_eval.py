@@ -1,7 +1,5 @@
 """The example of training against evaluation mode, run small."""
 
-import importlib
-import pathlib
 import re
 
 import chex
@@ -9,15 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-EXAMPLES = pathlib.Path(__file__).parents[1] / 'examples'
-
 
 @pytest.fixture(scope='module')
-def train_eval():
-  """The module; the folder of a script is on its path."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(EXAMPLES)
-    yield importlib.import_module('train_eval')
+def train_eval(example):
+  return example('train_eval')
 
 
 def test_skewed_batches_are_of_two_classes(train_eval):
@@ -70,12 +63,10 @@ def test_accuracies_are_of_both_modes(train_eval, monkeypatch):
   chex.assert_trees_all_close(both, (100.0, zeros), rtol=1e-6)
 
 
-def test_it_runs_small(train_eval, tmp_path, capsys):
-  train_eval.main(['--small', '--out', str(tmp_path)])
-  for name in ('gap', 'curves', 'inspect'):
-    content = (tmp_path / f'train_eval_{name}.png').read_bytes()
-    assert content.startswith(b'\x89PNG')
-  told = capsys.readouterr().out
+def test_it_runs_small(train_eval, run_small, photographs_folder):
+  told = run_small(
+    train_eval, 'train_eval_gap', 'train_eval_curves', 'train_eval_inspect'
+  )
   rows = re.findall(r'(baseline|forgotten `mutable`) +│(.+)', told)
   assert [name for name, _ in rows] == train_eval.SMALL
   for _, cells in rows:
@@ -84,3 +75,5 @@ def test_it_runs_small(train_eval, tmp_path, capsys):
     assert all(0 <= float(mean) <= 100 for mean, _ in numbers)
   warned = ' '.join(told.split()).partition('warns of: ')[2]
   assert re.search('forgotten `mutable`, [^;.]*not_updated', warned)
+  # The same images from files give the same numbers.
+  assert run_small(train_eval, data=photographs_folder) == told

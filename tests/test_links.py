@@ -17,7 +17,7 @@ import normkit as nk
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 FENCED = re.compile(r'^```.*?^```$', re.DOTALL | re.MULTILINE)
-LINK = re.compile(r'\]\(([^)\s]+)\)')
+LINK = re.compile(r'\]\(([^)\s]+)\)|<img src="([^"]+)"')
 
 
 def anchors(page):
@@ -30,7 +30,7 @@ def anchors(page):
 def broken(page):
   """The links of a page to files and headings that are not there."""
   text = re.sub(r'`[^`\n]*`', '', FENCED.sub('', page.read_text()))
-  for link in LINK.findall(text):
+  for link in map(''.join, LINK.findall(text)):
     if re.match(r'https?://', link):
       continue
     path, anchor = urldefrag(link)
@@ -48,6 +48,8 @@ def test_a_broken_link_is_found(tmp_path):
   page = tmp_path / 'page.md'
   page.write_text("# It's a page\n[a](#its-a-page) [b](#page) [c](no.md)")
   assert list(broken(page)) == ['#page', 'no.md']
+  page.write_text('<img src="page.md"> <img src="no.png" width="240">')
+  assert list(broken(page)) == ['no.png']
 
 
 class Parser(HTMLParser):

@@ -1,7 +1,5 @@
 """The networks of the examples against PyTorch's layers, and their data."""
 
-import importlib
-import pathlib
 import re
 
 import chex
@@ -13,27 +11,18 @@ import pytest
 
 import normkit as nk
 
-EXAMPLES = pathlib.Path(__file__).parents[1] / 'examples'
 SEED = 3
 N = 6  # images of a batch
 
 
-@pytest.fixture(scope='module', autouse=True)
-def examples_on_path():
-  """The folder of a script is on its path."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(EXAMPLES)
-    yield
+@pytest.fixture(scope='module')
+def models(example):
+  return example('models')
 
 
 @pytest.fixture(scope='module')
-def models(examples_on_path):
-  return importlib.import_module('models')
-
-
-@pytest.fixture(scope='module')
-def data(examples_on_path):
-  return importlib.import_module('data')
+def data(example):
+  return example('data')
 
 
 @pytest.fixture(scope='module')
@@ -305,45 +294,57 @@ def test_the_last_relu_leaves_no_logit_below_zero(models):
 # The data.
 
 
-@pytest.mark.parametrize(
-  ('name', 'shape'),
-  [
-    ('digits28', (28, 28, 1)),
-    ('digits_rgb28', (28, 28, 3)),
-    ('digit_sequences', (28, 3)),
-  ],
-)
-def test_digits_keep_their_labels_and_range(data, name, shape):
+@pytest.fixture(scope='module')
+def enlarged(data):
+  """The digits in each form that a network takes, by shape."""
+  digits = data.digits()
+  return {
+    (28, 28, 1): data.as_images(digits, (28, 28, 1)),
+    (28, 28, 3): data.as_images(digits, (28, 28, 3)),
+    (28, 3): data.as_sequences(digits),
+  }
+
+
+def test_digits_keep_their_labels_and_range(data, enlarged):
   small = data.digits()
-  large, again = (getattr(data, name)() for _ in range(2))
-  for part in ('train', 'test'):
-    images = getattr(large, f'{part}_images')
-    labels = getattr(large, f'{part}_labels')
-    assert images.shape == (len(labels), *shape)
-    assert images.dtype == np.float32
-    assert images.min() >= 0 and images.max() <= 1
-    np.testing.assert_array_equal(labels, getattr(small, f'{part}_labels'))
-    np.testing.assert_array_equal(images, getattr(again, f'{part}_images'))
+  for shape, large in enlarged.items():
+    for part in ('train', 'test'):
+      images = getattr(large, f'{part}_images')
+      labels = getattr(large, f'{part}_labels')
+      assert images.shape == (len(labels), *shape)
+      assert images.dtype == np.float32
+      assert images.min() >= 0 and images.max() <= 1
+      np.testing.assert_array_equal(labels, getattr(small, f'{part}_labels'))
 
 
-def test_enlarged_digits_are_the_same_digits(data):
+def test_enlarged_digits_are_the_same_digits(data, enlarged):
   small = data.digits().test_images
-  large = data.digits28().test_images
+  large = enlarged[28, 28, 1].test_images
   # The mean of 7x7 pixels is that of 2x2 pixels before, nearly.
   means = large.reshape(-1, 4, 7, 4, 7).mean((2, 4))
   chex.assert_trees_all_close(
     means, small.reshape(-1, 4, 2, 4, 2).mean((2, 4)), atol=0.15
   )
-  rgb = data.digits_rgb28().test_images
+  rgb = enlarged[28, 28, 3].test_images
   for channel in range(3):
     np.testing.assert_array_equal(rgb[..., channel], large[..., 0])
 
 
-def test_sequences_are_rows_of_the_digits(data):
+def test_sequences_are_rows_of_the_digits(data, enlarged):
   rows = data.digits().test_images[:, 2:5, :, 0]
-  means = data.digit_sequences().test_images.reshape(-1, 4, 7, 3).mean(2)
+  means = enlarged[28, 3].test_images.reshape(-1, 4, 7, 3).mean(2)
   wanted = rows.reshape(-1, 3, 4, 2).mean(3).transpose(0, 2, 1)
   chex.assert_trees_all_close(means, wanted, atol=0.15)
+
+
+def test_images_of_the_right_shape_stay_and_colors_are_averaged(
+  data, photographs
+):
+  assert data.as_images(photographs, (32, 32, 3)) is photographs
+  grey = data.as_images(photographs, (32, 32, 1))
+  assert grey.name == 'patches of ten photographs, 32x32x1'
+  wanted = np.float64(photographs.test_images).mean(-1, keepdims=True)
+  chex.assert_trees_all_close(grey.test_images, wanted, atol=1e-6)
 
 
 def test_photographs_are_patches_in_equal_shares(data, photographs):
@@ -386,11 +387,9 @@ def test_no_pixel_is_in_training_and_test(data, monkeypatch):
 # Training and figures.
 
 
-def test_training_repeats_with_its_seed_and_learns(
-  examples_on_path, data, models
-):
-  training = importlib.import_module('training')
-  dataset = data.digit_sequences()
+def test_training_repeats_with_its_seed_and_learns(example, data, models):
+  training = example('training')
+  dataset = data.as_sequences(data.digits())
   optimizer = optax.adam(0.01)
 
   def fit(seed):
@@ -408,25 +407,25 @@ def test_training_repeats_with_its_seed_and_learns(
 
 @pytest.mark.parametrize('size', [0, 1438])
 def test_training_refuses_a_batch_that_is_not_there(
-  examples_on_path, data, models, size
+  example, data, models, size
 ):
-  training = importlib.import_module('training')
+  training = example('training')
   options = {'steps': 1, 'seed': 0, 'batch_size': size}
   message = rf'batch_size is {size}, but digits has 1437 .* from 1 to 1437'
   with pytest.raises(ValueError, match=message):
     training.fit(models.MnistNet(), data.digits(), optax.sgd(1.0), **options)
 
 
-def test_each_look_is_another(examples_on_path):
-  figures = importlib.import_module('figures')
+def test_each_look_is_another(example):
+  figures = example('figures')
   looks = [figures.look(i) for i in range(8)]
   for part in ('color', 'marker'):
     assert len({look[part] for look in looks}) == 8
   assert figures.look('batch') == looks[0]
 
 
-def test_band_is_a_standard_deviation_each_way(examples_on_path):
-  figures = importlib.import_module('figures')
+def test_band_is_a_standard_deviation_each_way(example):
+  figures = example('figures')
   _, axes = figures.make('title')
   figures.draw(axes[0, 0], [1, 2], [[1.0, 4.0], [3.0, 4.0]], 'batch')
   (line,) = axes[0, 0].lines
@@ -437,13 +436,9 @@ def test_band_is_a_standard_deviation_each_way(examples_on_path):
   assert len(axes[0, 0].collections) == 1
 
 
-def test_articles_run_small(examples_on_path, tmp_path, capsys):
-  importlib.import_module('articles').main(['--small', '--out', str(tmp_path)])
-  for name in ('articles.png', 'last_relu.png'):
-    assert (tmp_path / name).read_bytes().startswith(b'\x89PNG')
-  rows = re.findall(
-    r'(MnistNet|Conv1D) +\S (.+?) +\S +([\d.]+) \S', capsys.readouterr().out
-  )
+def test_articles_run_small(example, run_small, digits_folder):
+  printed = run_small(example('articles'), 'articles', 'articles_last_relu')
+  rows = re.findall(r'(MnistNet|Conv1D) +\S (.+?) +\S +([\d.]+) ±', printed)
   assert [row[:2] for row in rows] == [
     ('MnistNet', 'batch'),
     ('MnistNet', 'none'),
@@ -453,3 +448,46 @@ def test_articles_run_small(examples_on_path, tmp_path, capsys):
     ('Conv1D', 'none'),
   ]
   assert all(0 < float(accuracy) <= 100 for *_, accuracy in rows)
+  assert 'To PyTorch and back, all arrays are equal' in printed
+  again = run_small(example('articles'), data=digits_folder)
+  assert 'To PyTorch and back, all arrays are equal' in again
+
+
+def test_weights_of_the_article_reach_pytorch(example, torch, models):
+  """What the example says of them, and of others."""
+  articles = example('articles')
+  rng = np.random.default_rng(SEED)
+  images = np.float32(rng.uniform(size=(N, 28, 28, 1)))
+  _, variables = shapes(models.MnistNet(), 'MnistNet')
+  variables = jax.tree.map(
+    lambda a: np.asarray(rng.uniform(0.02, 0.05, a.shape), a.dtype), variables
+  )
+  told = articles.to_torch_and_back(variables, images)
+  (off,) = re.findall(r'are equal; its log-prob.* differ by (\S+)\.$', told)
+  assert float(off) < 1e-4
+  state = articles.convert.to_torch(variables)
+  state['conv1.bias'] = state['conv1.bias'] + 1
+  others = articles.torch_outputs(state, images)
+  y = models.MnistNet().apply(variables, images, train=False)
+  assert np.abs(others - y).max() > 1e-3
+
+
+# What is said of numbers.
+
+
+@pytest.fixture(scope='module')
+def summary(example):
+  return example('summary')
+
+
+def test_spread_and_difference_by_hand(summary):
+  assert summary.spread([1.0, 3.0]) == '2.0 ± 1.4'
+  assert summary.spread([2.0], 2) == '2.00'
+  assert summary.reach([3.0, 1.0, 2.0]) == '1.0 to 3.0'
+  # Differences of 2 and 4: a mean of 3, a standard error of 1.
+  found = summary.difference([3.0, 6.0], [1.0, 2.0], 2)
+  assert found == '+3.00 ± 1.00 points, not clear'
+  found = summary.difference([1.0, 2.0], [3.0, 6.0])
+  assert found == '-3.0 ± 1.0 points, not clear'
+  found = summary.difference([1.0, 2.0], [4.0, 5.2])
+  assert found == '-3.1 ± 0.1 points, clear'

@@ -70,6 +70,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
   markdown = re.sub(r'(?<=\]\()(?:\.\./)?examples/(\w+)\.py', example, markdown)
   markdown = re.sub(r'(?<=\]\()\.\./README\.md', 'index.md', markdown)
   markdown = re.sub(r'(?<=\]\()(\.\./)?docs/', r'\1', markdown)
+  markdown = markdown.replace('src="docs/', 'src="')
   return markdown.replace('<details>', '<details markdown="1">')
 
 

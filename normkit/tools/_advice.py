@@ -138,6 +138,7 @@ def mean(values: Floats) -> float:
 
 
 def rms(values: Floats) -> float:
+  """The root mean square over the channels that were seen."""
   return math.sqrt(mean(np.abs(values) ** 2))
 
 

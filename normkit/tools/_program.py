@@ -200,9 +200,11 @@ def _wide_axes(value: Value) -> frozenset[int]:
 
 
 def read(env: Mapping[Value, Any], value: Value) -> Any:
+  """What a value is where the program runs: its literal, or from `env`."""
   return env[value] if value.literal is None else value.literal
 
 
 def struct(leaf: Any) -> jax.ShapeDtypeStruct:
+  """Shape and dtype of an array or a number."""
   aval = jax.typeof(leaf)
   return jax.ShapeDtypeStruct(aval.shape, aval.dtype)

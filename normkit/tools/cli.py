@@ -78,40 +78,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(prog='normkit', description=__doc__)
   commands = parser.add_subparsers(dest='command', required=True)
+  for add in (_add_convert, _add_inspect, _add_fold):
+    add(commands)
+  return parser
 
-  def command(
-    name: str, run: Callable[[Any], None], text: str, example: str
-  ) -> argparse.ArgumentParser:
-    made = commands.add_parser(
-      name,
-      help=text,
-      description=text,
-      epilog=f'example:\n  {example}',
-      formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    made.set_defaults(run=run)
-    made.add_argument('source', type=pathlib.Path, help='the file to read')
-    if name != 'inspect':
-      made.add_argument('target', type=pathlib.Path, help='the file to write')
-      made.add_argument(
-        '--overwrite', action='store_true', help='replace files that are there'
-      )
-    made.add_argument(
-      '--model',
-      required=True,
-      metavar='MODULE:FUNCTION',
-      help='what makes the model, without arguments',
-    )
-    made.add_argument(
-      '--input',
-      required=True,
-      type=_shape,
-      metavar='1x32x32x3',
-      help='the shape of an input, the batch first',
-    )
-    return made
 
-  made = command(
+def _add_convert(commands: Any) -> None:
+  made = _add_command(
+    commands,
     'convert',
     _convert,
     'weights of PyTorch or Keras, for a Flax model',
@@ -149,7 +123,11 @@ def _parser() -> argparse.ArgumentParser:
   made.add_argument(
     '--count', type=int, help='updates to store where a batch norm counts them'
   )
-  made = command(
+
+
+def _add_inspect(commands: Any) -> None:
+  made = _add_command(
+    commands,
     'inspect',
     _inspect,
     'running statistics beside those of data, and advice',
@@ -163,7 +141,11 @@ def _parser() -> argparse.ArgumentParser:
   made.add_argument(
     '--overwrite', action='store_true', help='replace files that are there'
   )
-  made = command(
+
+
+def _add_fold(commands: Any) -> None:
+  made = _add_command(
+    commands,
     'fold',
     _fold,
     'norms into the layers beside them, for inference',
@@ -176,7 +158,44 @@ def _parser() -> argparse.ArgumentParser:
     type=pathlib.Path,
     help='also write the folded model, by jax.export, for inputs of this shape',
   )
-  return parser
+
+
+def _add_command(
+  commands: Any,
+  name: str,
+  run: Callable[[Any], None],
+  text: str,
+  example: str,
+) -> argparse.ArgumentParser:
+  """A command on a file, and what all of them take."""
+  made: argparse.ArgumentParser = commands.add_parser(
+    name,
+    help=text,
+    description=text,
+    epilog=f'example:\n  {example}',
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  made.set_defaults(run=run)
+  made.add_argument('source', type=pathlib.Path, help='the file to read')
+  if name != 'inspect':
+    made.add_argument('target', type=pathlib.Path, help='the file to write')
+    made.add_argument(
+      '--overwrite', action='store_true', help='replace files that are there'
+    )
+  made.add_argument(
+    '--model',
+    required=True,
+    metavar='MODULE:FUNCTION',
+    help='what makes the model, without arguments',
+  )
+  made.add_argument(
+    '--input',
+    required=True,
+    type=_shape,
+    metavar='1x32x32x3',
+    help='the shape of an input, the batch first',
+  )
+  return made
 
 
 def _add_data(parser: argparse.ArgumentParser, required: bool) -> None:
@@ -284,7 +303,7 @@ def _load_model(name: str, shape: tuple[int, ...]) -> Loaded:
     empty = jax.eval_shape(
       lambda: model.init(jax.random.key(0), jnp.zeros(shape), **off)
     )
-  except Exception as error:
+  except Exception as error:  # whatever the caller's model raises
     raise ValueError(
       f'{name} does not take an --input of {shape}: {error}'
     ) from error

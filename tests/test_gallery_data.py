@@ -1,0 +1,47 @@
+"""Images of one's own that the examples refuse."""
+
+import re
+
+import numpy as np
+import pytest
+
+RNG = np.random.default_rng(0)
+
+
+def pictures(n, shape):
+  """Noise, and labels of all ten classes."""
+  return RNG.integers(0, 256, (n, *shape), np.uint8), np.arange(n) % 10
+
+
+def write_mnist(folder, train=600, test=100, classes=10):
+  """Files like MNIST's, of 12x12 pixels."""
+  for name, n in (('train', train), ('t10k', test)):
+    images, labels = pictures(n, (12, 12))
+    for kind, array in (('images', images), ('labels', labels % classes)):
+      header = np.array([2048 + array.ndim, *array.shape], '>u4')
+      content = header.tobytes() + array.astype(np.uint8).tobytes()
+      (folder / f'{name}-{kind}').write_bytes(content)
+  return folder
+
+
+def test_color_is_no_ink(example, photographs_folder, capsys):
+  with pytest.raises(SystemExit):
+    example('detection').main([f'--data={photographs_folder}'])
+  assert 'accepted are grey images' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ('files', 'message'),
+  [
+    ({'train': 599}, 'has 599 training images .* at least 600'),
+    ({'test': 99}, 'has 99 test images .* at least 100'),
+    ({'classes': 9}, r'classes \[0, .* 8\], .* all the classes from 0 to 9'),
+  ],
+)
+def test_few_images_or_classes_are_refused(
+  example, tmp_path, capsys, files, message
+):
+  folder = write_mnist(tmp_path, **files)
+  with pytest.raises(SystemExit):
+    example('options').parse([f'--data={folder}'], 'An example.', 'the digits')
+  assert re.search(message, capsys.readouterr().err)
