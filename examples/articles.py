@@ -10,7 +10,7 @@
 # and patches of ten photographs, the class being which of them a patch is from.
 # So the accuracies are not the articles' either.
 #
-# All of it, in a minute or two, or a part, in seconds, to see it run:
+# All of it, in a minute or two, or a part, sooner, to see it run:
 #
 #     python examples/articles.py --out out
 #     python examples/articles.py --out out --small

@@ -11,8 +11,8 @@
 #    "Batch Renormalization", 2017).
 # 3. Time and memory of each norm beside batch norm's.
 #
-# All of it, in about a quarter of an hour, or a small part, in seconds, to see
-# it run:
+# All of it, in about a quarter of an hour, or a small part, sooner, to see it
+# run:
 #
 #     python examples/batch_size.py --out out
 #     python examples/batch_size.py --out out --small

@@ -11,7 +11,7 @@
 # The data are real, and few: patches of ten photographs, the class being which
 # of them a patch is from.
 #
-# All of it, in a minute or two, or a part, in seconds, to see it run:
+# All of it, in a minute or two, or a part, sooner, to see it run:
 #
 #     python examples/deploy.py --out out
 #     python examples/deploy.py --out out --small

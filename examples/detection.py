@@ -12,7 +12,7 @@
 # scikit-learn ships, in white on grey, darkened pieces of photographs that
 # packages ship. 48x48 pixels, and a detector of three convolutions.
 #
-# All of it, in a minute or two, or a part, in seconds, to see it run:
+# All of it, in a minute or two, or a part, sooner, to see it run:
 #
 #     python examples/detection.py --out out
 #     python examples/detection.py --out out --small

@@ -15,7 +15,7 @@
 # The network is small and dense, and the data are 1,797 scans of handwritten
 # digits, 8x8: a network deep enough to be hard to train, and easy data.
 #
-# All of it, in a minute or two, or a part, in seconds, to see it run:
+# All of it, in a minute or two, or a part, sooner, to see it run:
 #
 #     python examples/faster.py --out out
 #     python examples/faster.py --out out --small
@@ -40,6 +40,7 @@ import summary
 from sweep import (
   Runs,
   Setting,
+  after,
   best,
   failed,
   fit,
@@ -129,7 +130,7 @@ def compare(plain: Runs, runs: Runs, target: float) -> str:
   ends = f'ends at {last(runs).mean():.1f}%, the plain network at {target:.1f}%'
   if not math.isfinite(steps) or not math.isfinite(before):
     return (
-      f'takes {steps:.0f} steps, the plain network {before:.0f}, and {ends}'
+      f'is there {after(steps)}, the plain network {after(before)}, and {ends}'
     )
   ratio = before / steps
   much = (

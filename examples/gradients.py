@@ -17,7 +17,7 @@
 # The data are real and small: patches of ten photographs, the class being which
 # of them a patch is from, and 1,797 scans of handwritten digits, 8x8.
 #
-# All of it, in a minute or two, or a part, in seconds, to see it run:
+# All of it, in a minute or two, or a part, sooner, to see it run:
 #
 #     python examples/gradients.py --out out
 #     python examples/gradients.py --out out --small
@@ -48,6 +48,7 @@ from sweep import (
   BATCH_SIZE,
   Runs,
   Setting,
+  after,
   batches,
   best,
   fit,
@@ -454,7 +455,7 @@ def report_noise(
   runs: dict[str, Runs], quantiles: dict[str, np.ndarray], console: Console
 ) -> None:
   """What noise does to the shifts, and to the training."""
-  columns = 'rate', 'last accuracy, %', 'steps to 90%', 'shift'
+  columns = 'rate', 'last accuracy, %', 'at 90%', 'shift'
   title = 'Noise behind batch norm, best rates'
   table = summary.table(title, ['norm'], columns)
   shifts, steps = {}, {}
@@ -464,14 +465,14 @@ def report_noise(
     steps[name] = float(np.median(steps_to(run, 90)[row]))
     shifts[name] = jumps(quantiles[name])
     end, shift = spread(last(run)[row]), spread(shifts[name])
-    table.add_row(name, f'{rate:.2g}', end, f'{steps[name]:.0f}', shift)
+    table.add_row(name, f'{rate:.2g}', end, after(steps[name]), shift)
   console.print(table)
   for name in list(shifts)[2:]:  # those with noise
     more = 'more' if shifts[name].mean() > shifts['none'].mean() else 'no more'
     console.print(
-      f'With {name} the inputs shift {more} than without a norm; at 90% after '
-      f'{steps[name]:.0f} steps, without a norm after {steps["none"]:.0f}, '
-      f'with batch norm after {steps["batch"]:.0f}.',
+      f'With {name} the inputs shift {more} than without a norm; at 90% '
+      f'{after(steps[name])}, without a norm {after(steps["none"])}, with '
+      f'batch norm {after(steps["batch"])}.',
       soft_wrap=True,
     )
 
@@ -518,16 +519,19 @@ def draw_channels(starts: dict[str, list[Start]]) -> Figure:
   count = len(starts['none'][0].channels)
   chosen = sorted({0, count // 2, count - 1})
   figure, panels = figures.make(title, len(starts), len(chosen))
+  every = np.concatenate(
+    [c.ravel() for runs in starts.values() for c in runs[0].channels]
+  )
+  least = np.percentile(every[every > 0], 1)  # and what is below it
+  scale = LogNorm(least, every.max())
   for row, (name, runs) in zip(panels, starts.items(), strict=True):
-    shown = [runs[0].channels[i] for i in chosen]
-    least = min(c[c > 0].min() for c in shown)
-    scale = LogNorm(least, max(c.max() for c in shown))
-    for axes, channels, number in zip(row, shown, chosen, strict=True):
-      image = axes.imshow(channels, norm=scale, aspect='auto')
+    for axes, number in zip(row, chosen, strict=True):
+      shown = np.maximum(runs[0].channels[number], least)
+      image = axes.imshow(shown, norm=scale, aspect='auto')
       axes.grid(False)
       axes.set_title(f'norm: {name}, convolution {number + 1}')
       axes.set(xlabel='output channel', ylabel='input channel')
-    figure.colorbar(image, ax=row, label='mean size of the gradient')
+  figure.colorbar(image, ax=panels, label='mean size of the gradient')
   return figure
 
 

@@ -11,7 +11,7 @@
 # The data are real, and few: 1,797 scans of handwritten digits, enlarged from
 # 8x8 to 28x28 pixels.
 #
-# All of it, in a minute or two, or a part, in seconds, to see it run:
+# All of it, in a minute or two, or a part, sooner, to see it run:
 #
 #     python examples/interpret.py --out out
 #     python examples/interpret.py --out out --small

@@ -12,7 +12,7 @@
 # 3. PyTorch's and Flax's conventions for momentum and epsilon, side by side:
 #    what becomes of running statistics when one is taken for the other.
 #
-# All of it, in a minute or two, or a part, in seconds, to see it run:
+# All of it, in a minute or two, or a part, sooner, to see it run:
 #
 #     python examples/placement.py --out out
 #     python examples/placement.py --out out --small

@@ -14,7 +14,7 @@
 #    Hu and Yang, "Understanding the Disharmony between Dropout and Batch
 #    Normalization by Variance Shift", 2019).
 #
-# All of it, in a minute or two, or a part, in seconds, to see it run:
+# All of it, in a minute or two, or a part, sooner, to see it run:
 #
 #     python examples/regularization.py --out out
 #     python examples/regularization.py --out out --small

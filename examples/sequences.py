@@ -14,7 +14,7 @@
 # that this example needs anyway. Another release of them is another text. It is
 # little, and the models are tiny.
 #
-# All of it, in a few minutes, or a part, in seconds, to see it run:
+# All of it, in a few minutes, or a part, sooner, to see it run:
 #
 #     python examples/sequences.py --out out
 #     python examples/sequences.py --out out --small
@@ -75,7 +75,7 @@ SMALL = Setting(
   steps=4,
   rates=(0.001, 0.03),
   depths=(2,),
-  lstms=('none', 'batch'),
+  lstms=('none', 'batch', 'batch, no mask'),
   norms=('layer',),
   places=('post',),
 )
@@ -244,10 +244,12 @@ class Classifier(nn.Module):
       cell = normkit.linen.BatchNormLSTMCell(
         WIDTH, max_length=MOST, use_running_average=not train, momentum=0.9
       )
-    masked = self.norm != 'batch, no mask'
-    rnn = (normkit.linen.RNN if masked else nn.RNN)(
-      cell, variable_carry='batch_stats', return_carry=True
-    )
+    if self.norm == 'batch, no mask':
+      stats = {'variable_carry': 'batch_stats'}
+      fixed = {'variable_broadcast': ('params', 'batch_stats')}
+      rnn = nn.RNN(cell, return_carry=True, **(stats if train else fixed))
+    else:
+      rnn = normkit.linen.RNN(cell, return_carry=True)
     x = nn.Embed(WORDS + 2, WIDTH)(words)
     (_, h, *_), _ = rnn(x, seq_lengths=lengths)
     return nn.Dense(len(PACKAGES))(h)

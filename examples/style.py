@@ -17,7 +17,7 @@
 # on six photographs, where the paper has VGG, trained on ImageNet. It knows
 # colors, edges and their contrast, so that is the style that it can transfer.
 #
-# All of it, in a minute or two, or a part, in seconds, to see it run:
+# All of it, in a minute or two, or a part, sooner, to see it run:
 #
 #     python examples/style.py --out out
 #     python examples/style.py --out out --small
@@ -458,9 +458,9 @@ def findings(classified: Classified, decoded: Decoded) -> Iterator[str]:
   }
   for name in ('batch', 'instance'):
     more = total[name] - total['none']
-    worse = more.mean() > 0 and summary.is_clear(more)
+    told = verdict(more.mean() > 0) if summary.is_clear(more) else 'Not clear'
     yield (
-      f'{verdict(worse)}: {name} norm in the decoder spoils it. Content lost '
+      f'{told}: {name} norm in the decoder spoils it. Content lost '
       'and style left together beside those without: '
       f'{summary.difference(total[name], total["none"])}.'
     )

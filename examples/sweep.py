@@ -161,6 +161,11 @@ def steps_to(runs: Runs, target: float) -> np.ndarray:
   return np.where(reached.any(-1), runs.steps[reached.argmax(-1)], np.inf)
 
 
+def after(steps: float) -> str:
+  """In words, after so many steps; inf is never."""
+  return f'after {steps:.0f} steps' if math.isfinite(steps) else 'never'
+
+
 def last(runs: Runs) -> np.ndarray:
   """The last accuracies, (settings, seeds)."""
   return runs.accuracies[..., -1]

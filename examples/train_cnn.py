@@ -35,6 +35,7 @@ from rich.table import Table
 from sklearn.model_selection import train_test_split
 
 import data
+import figures
 import normkit as nk
 import normkit.linen
 import options
@@ -365,8 +366,7 @@ def write_losses(results: dict[str, list[Run]], path: pathlib.Path) -> None:
 
 def draw(results: dict[str, list[Run]], title: str) -> Figure:
   """Loss and accuracy over steps: the mean over the seeds, and their range."""
-  figure = Figure(figsize=(9, 3.6), layout='constrained')
-  left, right = figure.subplots(1, 2)
+  figure, ((left, right),) = figures.make(title, 1, 2)
   for name, runs in results.items():
     draw_field(left, name, runs, 'train_loss')
     draw_field(right, name, runs, 'validation_accuracy')
@@ -374,10 +374,7 @@ def draw(results: dict[str, list[Run]], title: str) -> Figure:
   right.set(ylabel='validation accuracy', ylim=late_range(results))
   for axes in (left, right):
     axes.set_xlabel('step')
-    axes.spines[['top', 'right']].set_visible(False)
-    axes.grid(alpha=0.3)
-  right.legend(title='norm', frameon=False, loc='lower right')
-  figure.suptitle(title)
+  figures.legend(figure, 'norm')
   return figure
 
 
@@ -389,10 +386,11 @@ def curves(runs: list[Run], field: str) -> np.ndarray:
 def draw_field(axes: Axes, name: str, runs: list[Run], field: str) -> None:
   """Draws a field's mean over the seeds, and its range as a band."""
   steps, values = curves(runs[:1], 'step')[0], curves(runs, field)
-  (line,) = axes.plot(steps, values.mean(0), marker='.', label=name)
-  color = line.get_color()
+  look = figures.look(name)
+  axes.plot(steps, values.mean(0), label=name, **look)
+  low, high = values.min(0), values.max(0)
   axes.fill_between(
-    steps, values.min(0), values.max(0), color=color, alpha=0.15
+    steps, low, high, color=look['color'], alpha=0.15, linewidth=0
   )
 
 
@@ -587,9 +585,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   (args.out / 'accuracy.md').write_text(markdown(rows))
   write_losses(results, args.out / 'losses.csv')
   title = f'{splits.name}, mean and range of {args.seeds} seeds'
-  draw(results, title).savefig(args.out / 'curves.png', dpi=150)
+  figures.save(args.out, curves=draw(results, title))
   print_comparison(console, rows)
-  console.print(f'Wrote accuracy.md, losses.csv and curves.png to {args.out}.')
+  console.print(f'Wrote accuracy.md and losses.csv to {args.out}.')
 
 
 # %%

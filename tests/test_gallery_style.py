@@ -74,7 +74,9 @@ def test_runs_small(style, run_small, photographs_folder):
   values = [float(n) for _, row in rows for n in re.findall(r'[\d.]+', row)]
   assert len(values) == 3 * (6 + 2) * 2
   assert np.isfinite(values).all()
-  assert len(re.findall(r'^(Holds|Does not hold): ', printed, re.M)) == 4
+  assert (
+    len(re.findall(r'^(Holds|Not clear|Does not hold): ', printed, re.M)) == 4
+  )
   # The same images from files are as good.
   again = run_small(style, data=photographs_folder)
   assert len(again.splitlines()) > 10 and 'nan' not in again.lower()
