@@ -63,9 +63,12 @@ def as_images(dataset: Dataset, shape: tuple[int, int, int]) -> Dataset:
   *size, channels = shape
 
   def convert(images: np.ndarray) -> np.ndarray:
-    if images.shape[-1] != channels:
-      images = np.repeat(images.mean(-1, keepdims=True), channels, -1)
-    return images if images.shape[1:3] == (*size,) else enlarge(images, size)
+    other = images.shape[-1] != channels
+    if other:
+      images = images.mean(-1, keepdims=True)
+    if images.shape[1:3] != (*size,):
+      images = enlarge(images, size)
+    return np.repeat(images, channels, -1) if other else images
 
   if dataset.train_images.shape[1:] == shape:
     return dataset

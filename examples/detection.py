@@ -107,9 +107,11 @@ def load_parts(digits: data.Dataset) -> tuple[Parts, Parts]:
   return train, test
 
 
-def compose(parts: Parts, count: int, size: int, most: int) -> Scenes:
-  """Scenes of one to `most` digits, the same at every call."""
-  rng = np.random.default_rng(size)
+def compose(
+  parts: Parts, count: int, size: int, most: int, seed: int
+) -> Scenes:
+  """Scenes of one to `most` digits; of another seed, others."""
+  rng = np.random.default_rng(seed)
   scenes = Scenes(
     np.empty((count, size, size, 1), np.float32),
     np.zeros((count, most, 4), np.float32),
@@ -152,7 +154,7 @@ def place(
 # No anchors. Each of 6x6 cells says whether the middle of a digit lies in it,
 # which digit that is, where in the cell its middle is, and the logarithms of
 # the box's sides. The backbone first learns to name single digits on such
-# backgrounds, once for each norm, in batches of 64.
+# backgrounds, once for each norm and seed, in batches of 64.
 
 
 # %%
@@ -343,22 +345,27 @@ LOOKS = {
 }
 
 
+class Backboned(NamedTuple):
+  variables: dict[str, Any]
+  accuracy: float  # of single digits, %
+
+
 def single_digits(parts: Sequence[Parts], images: int) -> data.Dataset:
   """So many training and test images of one digit each."""
-  sets = [compose(part, images, CROP, 1) for part in parts]
+  sets = [compose(part, images, CROP, 1, i) for i, part in enumerate(parts)]
   arrays = [a for s in sets for a in (s.images, s.labels[:, 0])]
   return data.Dataset('single digits', *arrays)
 
 
 def pretrain(
-  norm: nk.Norm | None, dataset: data.Dataset, steps: int
-) -> tuple[dict[str, Any], float]:
+  norm: nk.Norm | None, dataset: data.Dataset, steps: int, seed: int
+) -> Backboned:
   """A backbone that has learned to name single digits, its test accuracy."""
   run = training.fit(
-    Classifier(norm), dataset, PRETRAINER, steps=steps, seed=0, tests=1
+    Classifier(norm), dataset, PRETRAINER, steps=steps, seed=seed, tests=1
   )
   variables = {k: v['backbone'] for k, v in run.variables.items() if v}
-  return variables, run.accuracies[-1]
+  return Backboned(variables, float(run.accuracies[-1]))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -411,18 +418,18 @@ class Run(NamedTuple):
 
 def train(
   model: Detector,
-  backbone: Any,
+  backbones: Sequence[Backboned],
   train_set: Scenes,
   test_set: Scenes,
   setting: Setting,
 ) -> list[Run]:
-  """A run for each seed, all from the same backbone."""
+  """A run for each seed, each from a backbone of that seed."""
   optimizer = make_optimizer(model, train_set.images, setting.steps)
   when = np.linspace(0, setting.steps, setting.tests + 1).astype(int)[1:]
   shape, targets, runs = (DEVICES, EACH), encode(train_set), []
-  for seed in range(setting.seeds):
+  for seed, backbone in enumerate(backbones):
     state = training.init(model, optimizer, train_set.images, seed)
-    state = start(state, backbone)
+    state = start(state, backbone.variables)
     order = training.batches(len(train_set.images), DEVICES * EACH, seed)
     precisions = []
     for number in range(1, setting.steps + 1):
@@ -453,7 +460,7 @@ def start(state: training.State, backbone: Any) -> training.State:
 
 # %%
 def precision_table(
-  results: dict[str, list[Run]], accuracies: dict[str, float]
+  results: dict[str, list[Run]], backbones: dict[str, list[Backboned]]
 ) -> Table:
   """The precision after the last step, over the seeds."""
   columns = 'mean ± std', 'range', 'digits named by the backbone'
@@ -461,8 +468,8 @@ def precision_table(
   table = summary.table(title, ['norm'], columns)
   for name, runs in results.items():
     last = [run.precisions[-1] for run in runs]
-    row = summary.spread(last), summary.reach(last), f'{accuracies[name]:.1f}'
-    table.add_row(name, *row)
+    named = summary.spread([b.accuracy for b in backbones[name]])
+    table.add_row(name, summary.spread(last), summary.reach(last), named)
   return table
 
 
@@ -543,22 +550,28 @@ def main(argv: Sequence[str] | None = None) -> None:
   setting = SMALL if args.small else Setting()
   console = Console(markup=False, emoji=False, width=100)
   parts = load_parts(args.data or data.digits())
-  train_set = compose(parts[0], setting.train, CANVAS, MOST)
-  test_set = compose(parts[1], setting.test, CANVAS, MOST)
+  train_set = compose(parts[0], setting.train, CANVAS, MOST, 2)
+  test_set = compose(parts[1], setting.test, CANVAS, MOST, 3)
   singles = single_digits(parts, setting.singles)
   results: dict[str, list[Run]] = {}
-  accuracies: dict[str, float] = {}
-  backbones: dict[nk.Norm | None, tuple[Any, float]] = {}
+  backbones: dict[str, list[Backboned]] = {}
   with Progress(console=console) as progress:
     for name in progress.track(setting.norms, description='norms'):
       model = DETECTORS[name]
-      # Its statistics are of one device.
-      norm = BATCH if model.norm is SYNCHRONIZED else model.norm
-      if norm not in backbones:
-        backbones[norm] = pretrain(norm, singles, setting.pretraining)
-      backbone, accuracies[name] = backbones[norm]
-      results[name] = train(model, backbone, train_set, test_set, setting)
-  console.print(precision_table(results, accuracies))
+      # These begin with the backbone that was trained on one device.
+      of_batch = model.norm is SYNCHRONIZED or model is FROZEN
+      backbones[name] = (
+        backbones['batch']
+        if of_batch
+        else [
+          pretrain(model.norm, singles, setting.pretraining, seed)
+          for seed in range(setting.seeds)
+        ]
+      )
+      results[name] = train(
+        model, backbones[name], train_set, test_set, setting
+      )
+  console.print(precision_table(results, backbones))
   print('\n'.join(findings(results)))
   spread = f'mean and standard deviation of {setting.seeds} seeds'
   curves = draw_curves(results, spread)

@@ -64,8 +64,8 @@ import training
 # ## 1. At the start: activations and gradients by depth
 #
 # A residual network with the initial weights of He et al., one batch of
-# patches, no step taken. Without a norm every block adds to what it gets, so
-# the activations grow from block to block.
+# patches at half their size, no step taken. Without a norm every block adds to
+# what it gets, so the activations grow from block to block.
 
 
 # %%
@@ -92,8 +92,9 @@ def halved(dataset: data.Dataset) -> data.Dataset:
 
   def shrink(images: np.ndarray) -> np.ndarray:
     n, height, width, channels = images.shape
+    even = images[:, : height // 2 * 2, : width // 2 * 2]
     shape = n, height // 2, 2, width // 2, 2, channels
-    return images.reshape(shape).mean((2, 4))
+    return even.reshape(shape).mean((2, 4))
 
   return data.map_images(f'{dataset.name}, halved', dataset, shrink)
 
@@ -209,7 +210,7 @@ def follow(
 def looks(
   model: nn.Module, dataset: data.Dataset, rate: float, seeds: int, steps: int
 ) -> Iterator[tuple[int, training.State, tuple[np.ndarray, np.ndarray]]]:
-  """Trains a network; at 40 steps their number, the state and the batch."""
+  """Trains a network; now and then the number, the state and the batch."""
   state = start(model, dataset.train_images[:1], [Setting(rate)], seeds)
   order, interval = batches(dataset, seeds), max(steps // 40, 1)
   for number in range(steps):
@@ -308,8 +309,10 @@ def noise(
 # ## 4. The loss along the gradient
 #
 # From where a network is, in the direction of the gradient of a batch: the loss
-# at steps of several lengths, and how far the gradient there is from the one at
-# the start. The lengths are the same for both networks, and so is the rate.
+# at several multiples of it, and how far the gradient there is from the one at
+# the start. The multiples are the same for both networks, and so is the rate; a
+# network with a smaller gradient goes less far, and its loss varies less for
+# that alone. The last two measures take the length into account.
 
 
 # %%
@@ -382,6 +385,7 @@ def along_gradient(
 # %%
 CLAIMS = {
   'means, last / first': 'the channel means grow less with depth',
+  'gradient': 'the gradients are smaller',
   'gradient, last / first': 'the last gradients are smaller beside the first',
   'tail': 'the tails of the gradients are lighter',
   'channels': 'the gradients of output channels are more alike',
@@ -427,6 +431,9 @@ def of_start(runs: list[Start]) -> dict[str, np.ndarray]:
   ends = [(np.median(run.grads[0]), np.median(run.grads[-1])) for run in runs]
   return {
     'means, last / first': np.array([r.means[-1] / r.means[0] for r in runs]),
+    'gradient': np.array(
+      [np.median([np.median(g) for g in r.grads]) for r in runs]
+    ),
     'gradient, last / first': np.array([end / begin for begin, end in ends]),
     'tail': np.array([np.nanmedian([tail(g) for g in r.grads]) for r in runs]),
     'channels': np.array(
@@ -458,21 +465,25 @@ def report_noise(
   columns = 'rate', 'last accuracy, %', 'at 90%', 'shift'
   title = 'Noise behind batch norm, best rates'
   table = summary.table(title, ['norm'], columns)
-  shifts, steps = {}, {}
+  shifts, steps, ends = {}, {}, {}
   for name, run in runs.items():
     rate = best(RATES, run)
     row = RATES.index(rate)
     steps[name] = float(np.median(steps_to(run, 90)[row]))
     shifts[name] = jumps(quantiles[name])
-    end, shift = spread(last(run)[row]), spread(shifts[name])
-    table.add_row(name, f'{rate:.2g}', end, after(steps[name]), shift)
+    ends[name], shift = last(run)[row], spread(shifts[name])
+    table.add_row(
+      name, f'{rate:.2g}', spread(ends[name]), after(steps[name]), shift
+    )
   console.print(table)
   for name in list(shifts)[2:]:  # those with noise
     more = 'more' if shifts[name].mean() > shifts['none'].mean() else 'no more'
     console.print(
       f'With {name} the inputs shift {more} than without a norm; at 90% '
       f'{after(steps[name])}, without a norm {after(steps["none"])}, with '
-      f'batch norm {after(steps["batch"])}.',
+      f'batch norm {after(steps["batch"])}. In the end beside batch norm: '
+      f'{summary.difference(ends[name], ends["batch"])}; beside none: '
+      f'{summary.difference(ends[name], ends["none"])}.',
       soft_wrap=True,
     )
 

@@ -457,19 +457,17 @@ def findings(
   told = []
   for name, seeds in explained.items():
     more = np.array([e.salient - e.random for e in seeds])
-    clear = 'finds' if more.mean() > more.std(ddof=1) else 'does not find'
+    finds = more.mean() > 0 and summary.is_clear(more)
     told.append(
-      f'With {name}, saliency {clear} pixels that matter: without them the '
-      f'probability falls by {summary.spread(more)} points more than without '
-      'others.'
+      f'With {name}, saliency {"finds" if finds else "does not find"} pixels '
+      'that matter: without them the probability falls by '
+      f'{summary.spread(more)} points more than without others.'
     )
   maps = {n: agreements([e.maps for e in of]) for n, of in explained.items()}
-  batch, none = (maps[name] for name in MODELS)
-  differ = abs(np.mean(batch) - np.mean(none)) > np.std(batch) + np.std(none)
+  batch, none = (summary.spread(maps[name]) for name in MODELS)
   told.append(
     'Networks of two seeds agree in their saliency to '
-    f'{summary.spread(batch)}% with batch norm and {summary.spread(none)}% '
-    f'without: {"a clear difference" if differ else "no clear difference"}.'
+    f'{batch}% with batch norm and {none}% without (of pairs of seeds).'
   )
   for mode, seeds in depends.items():
     change = [found[-1].change for found in seeds]
@@ -478,13 +476,14 @@ def findings(
       f'In {mode} other images change the saliency of an image by up to '
       f'{largest:.2g}%, and by {summary.spread(change)}% in the largest batch.'
     )
-  for way, seeds in climbed.items():
-    told.append(
-      f'Images maximized with {way}: networks of other seeds give the class '
-      f'{summary.spread([c.others for c in seeds])}%, likeness to its images '
-      f'{summary.spread([c.likeness for c in seeds])}%, roughness '
-      f'{summary.spread([c.roughness for c in seeds])}.'
-    )
+  usual, training_mode, _ = (
+    np.array([[c.likeness, c.roughness] for c in of]) for of in climbed.values()
+  )
+  told.append(
+    'Images maximized in training mode beside evaluation mode: likeness '
+    f'{summary.difference(training_mode[:, 0], usual[:, 0])}; roughness '
+    f'{usual[:, 1].mean():.2f} to {training_mode[:, 1].mean():.2f}.'
+  )
   return told
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import data
 
 # Fewer, and a test or a batch of some example would lack a class.
-LEAST_TRAIN, LEAST_TEST = 600, 100
+LEAST_TRAIN, LEAST_TEST = 1024, 100
 
 
 def make_parser(

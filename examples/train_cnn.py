@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 from flax import linen as nn
 import jax
 from jax import lax
-import jax.numpy as jnp
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 import numpy as np
@@ -130,16 +129,6 @@ def batches(train: Split, size: int, seed: int) -> Iterator[Batch]:
       yield Batch(train.images[index], train.labels[index], shifts)
 
 
-def shifted(images: jax.Array, shifts: jax.Array) -> jax.Array:
-  """Moves each image by up to one pixel each way, and fills with zeros."""
-  padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
-
-  def crop(image, shift):
-    return lax.dynamic_slice(image, (*shift, 0), images.shape[1:])
-
-  return jax.vmap(crop)(padded, shifts)
-
-
 # %% [markdown]
 # ## A step
 #
@@ -170,7 +159,7 @@ def make_step(
   def loss_and_stats(params, batch_stats, batch):
     logits, updated = model.apply(
       {'params': params, 'batch_stats': batch_stats},
-      shifted(batch.images, batch.shifts),
+      training.shifted(batch.images, batch.shifts),
       train=True,
       mutable=['batch_stats'],
     )

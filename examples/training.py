@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from flax import linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -164,6 +165,19 @@ def mean_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
   """The mean cross entropy, of logits or of their log-softmax."""
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
   return losses.mean()
+
+
+def shifted(images: jax.Array, shifts: jax.Array) -> jax.Array:
+  """Each image moved, with zeros behind.
+
+  `shifts`, (n, 2), are from 0 to 2: a pixel down or right, none, up or left.
+  """
+  padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
+
+  def crop(image: jax.Array, shift: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_slice(image, (*shift, 0), images.shape[1:])
+
+  return jax.vmap(crop)(padded, shifts)
 
 
 def batches(images: int, size: int, seed: int) -> Iterator[np.ndarray]:

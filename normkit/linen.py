@@ -893,7 +893,8 @@ class BatchNormLSTMCell(nn.LSTMCell):
   `normkit.recurrent.batch_norm_lstm`.
 
   Run it with `normkit.linen.RNN`, which tells the cell where sequences end.
-  Flax's RNN does not: there, say `variable_carry='batch_stats'`, and where
+  Flax's RNN does not: there, say `variable_carry='batch_stats'` in training and
+  `variable_broadcast=('params', 'batch_stats')` in evaluation, and where
   `seq_lengths` are given, give them to the carry too, or the padding enters the
   statistics: `initial_carry=carry.with_lengths(seq_lengths)`, with the carry
   from `initialize_carry`.

@@ -9,6 +9,7 @@ import importlib
 import itertools
 import os
 import pathlib
+import re
 from types import ModuleType
 
 import hypothesis
@@ -54,16 +55,31 @@ def run_small(tmp_path, capsys) -> Callable[..., str]:
   return run
 
 
+@pytest.fixture
+def takes_images(run_small) -> Callable[..., None]:
+  """Asserts that an example with images from files finds other numbers."""
+
+  def check(module: ModuleType, printed: str, folder: str) -> None:
+    again = run_small(module, data=folder)
+    before, after = (re.findall(r'(\S+) ± ', text) for text in (printed, again))
+    assert len(after) > 4 and before != after
+    assert 'nan' not in again.lower()
+
+  return check
+
+
 @pytest.fixture(scope='session')
 def digits_folder(example, tmp_path_factory) -> str:
-  """The digits in files like MNIST's."""
+  """The digits, dark on light, in files like MNIST's."""
   folder = tmp_path_factory.mktemp('digits')
   _, *arrays = example('data').digits()
   kinds = 'images', 'labels'
   for (part, kind), array in zip(
     itertools.product(('train', 't10k'), kinds), arrays, strict=True
   ):
-    values = np.round(255 * array[..., 0]) if kind == 'images' else array
+    values = array
+    if kind == 'images':
+      values = np.round(255 * (1 - array[..., 0]))
     header = np.array([2048 + values.ndim, *values.shape], '>u4').tobytes()
     (folder / f'{part}-{kind}').write_bytes(header + np.uint8(values).tobytes())
   return str(folder)
@@ -71,14 +87,14 @@ def digits_folder(example, tmp_path_factory) -> str:
 
 @pytest.fixture(scope='session')
 def photographs_folder(example, tmp_path_factory) -> str:
-  """The patches of photographs in files like CIFAR-10's."""
+  """The negatives of photographs in files like CIFAR-10's."""
   folder = tmp_path_factory.mktemp('photographs')
   dataset = example('data').photographs()
   for name, images, labels in (
     ('data_batch_1.bin', dataset.train_images, dataset.train_labels),
     ('test_batch.bin', dataset.test_images, dataset.test_labels),
   ):
-    planes = np.round(255 * images.transpose(0, 3, 1, 2)).reshape(
+    planes = np.round(255 * (1 - images.transpose(0, 3, 1, 2))).reshape(
       len(images), -1
     )
     records = np.uint8(np.hstack([labels[:, None], planes]))

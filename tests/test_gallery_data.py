@@ -13,7 +13,7 @@ def pictures(n, shape):
   return RNG.integers(0, 256, (n, *shape), np.uint8), np.arange(n) % 10
 
 
-def write_mnist(folder, train=600, test=100, classes=10):
+def write_mnist(folder, train=1024, test=100, classes=10):
   """Files like MNIST's, of 12x12 pixels."""
   for name, n in (('train', train), ('t10k', test)):
     images, labels = pictures(n, (12, 12))
@@ -33,7 +33,7 @@ def test_color_is_no_ink(example, photographs_folder, capsys):
 @pytest.mark.parametrize(
   ('files', 'message'),
   [
-    ({'train': 599}, 'has 599 training images .* at least 600'),
+    ({'train': 1023}, 'has 1023 training images .* at least 1024'),
     ({'test': 99}, 'has 99 test images .* at least 100'),
     ({'classes': 9}, r'classes \[0, .* 8\], .* all the classes from 0 to 9'),
   ],

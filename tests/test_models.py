@@ -436,7 +436,7 @@ def test_band_is_a_standard_deviation_each_way(example):
   assert len(axes[0, 0].collections) == 1
 
 
-def test_articles_run_small(example, run_small, digits_folder):
+def test_articles_run_small(example, run_small, takes_images, digits_folder):
   printed = run_small(example('articles'), 'articles', 'articles_last_relu')
   rows = re.findall(r'(MnistNet|Conv1D) +\S (.+?) +\S +([\d.]+) ±', printed)
   assert [row[:2] for row in rows] == [
@@ -449,8 +449,7 @@ def test_articles_run_small(example, run_small, digits_folder):
   ]
   assert all(0 < float(accuracy) <= 100 for *_, accuracy in rows)
   assert 'To PyTorch and back, all arrays are equal' in printed
-  again = run_small(example('articles'), data=digits_folder)
-  assert 'To PyTorch and back, all arrays are equal' in again
+  takes_images(example('articles'), printed, digits_folder)
 
 
 def test_weights_of_the_article_reach_pytorch(example, torch, models):
