@@ -16,6 +16,9 @@
 #
 #     python examples/batch_size.py --out out
 #     python examples/batch_size.py --out out --small
+#
+# With `--data`, larger images take longer in proportion, and those of CIFAR-10
+# several gigabytes of memory.
 
 # %%
 from collections.abc import Callable, Sequence

@@ -3,6 +3,7 @@
 import re
 
 import chex
+from flax.traverse_util import flatten_dict
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ import optax
 import pytest
 
 import normkit as nk
+from normkit.tools import convert
 
 SEED = 3
 N = 6  # images of a batch
@@ -57,7 +59,7 @@ NORMS = {  # channels of each norm, which has a scale and a bias of each
 }
 
 
-def inception(channels, width):
+def inception_weights(channels, width):
   """The weights of a block: seven convolutions."""
   return width * (4 * channels + 3 * 9 * width)
 
@@ -68,9 +70,9 @@ WITHOUT = {  # all others, of the network without norm
   'Conv1D': (9 + 1) * 16 + (48 + 1) * 32 + (32 * 28 + 1) * 10,
   'Conv2D': (27 + 1) * 16 + (144 + 1) * 32 + (32 * 28 * 28 + 1) * 10,
   'SmallInception': 27 * 16
-  + inception(16, 8)
-  + inception(32, 16)
-  + inception(64, 16)
+  + inception_weights(16, 8)
+  + inception_weights(32, 16)
+  + inception_weights(64, 16)
   + NORMS['SmallInception']
   + 65 * 10,
   'SmallResNet': 9 * (3 * 16 + 2 * 16 * 16 + 16 * 32 + 32 * 32 + 32 * 64)
@@ -289,6 +291,144 @@ def test_the_last_relu_leaves_no_logit_below_zero(models):
     y = model.apply(variables, x, train=False)
     wanted = logits - np.log(np.exp(logits).sum())
     chex.assert_trees_all_close(y, np.tile(wanted, (N, 1)), rtol=1e-5)
+
+
+# The networks that follow papers, of PyTorch's layers under the same names.
+
+
+def conv_norm(torch, channels, features, size=3, stride=1):
+  nn = torch.nn
+  return nn.ModuleDict(
+    {
+      'conv': nn.Conv2d(
+        channels, features, size, stride, size // 2, bias=False
+      ),
+      'norm': nn.BatchNorm2d(features),
+    }
+  )
+
+
+def inception(torch):
+  """`SmallInception`: its modules, and a function that applies them."""
+  nn, f = torch.nn, torch.nn.functional
+  branches = {'one': (1,), 'three': (1, 3), 'double': (1, 3, 3), 'pool': (1,)}
+  modules = nn.ModuleDict({'stem': conv_norm(torch, 3, 16, 3, 2)})
+  channels = 16
+  for number, width in ((1, 8), (2, 16), (3, 16)):
+    block = nn.ModuleDict()
+    for name, sizes in branches.items():
+      inputs = [channels] + [width] * (len(sizes) - 1)
+      for i, size in enumerate(sizes):
+        block[f'{name}_{i}'] = conv_norm(torch, inputs[i], width, size)
+    modules[f'block{number}'] = block
+    channels = 4 * width
+  modules['dense'] = nn.Linear(channels, 10)
+
+  def apply(x, m):
+    x = f.relu(m['stem']['norm'](m['stem']['conv'](x)))
+    for number in (1, 2, 3):
+      outputs = []
+      for name, sizes in branches.items():
+        y = f.avg_pool2d(x, 3, 1, 1) if name == 'pool' else x
+        for i in range(len(sizes)):
+          layer = m[f'block{number}'][f'{name}_{i}']
+          y = f.relu(layer['norm'](layer['conv'](y)))
+        outputs.append(y)
+      x = torch.cat(outputs, 1)
+      x = f.max_pool2d(x, 2) if number == 1 else x
+    return m['dense'](x.mean((2, 3)))
+
+  return modules.double(), apply
+
+
+def residual(torch):
+  """`SmallResNet` with two blocks a stage."""
+  nn, f = torch.nn, torch.nn.functional
+  modules = nn.ModuleDict({'stem': conv_norm(torch, 3, 16)})
+  channels = 16
+  for stage, width in ((1, 16), (2, 32), (3, 64)):
+    for number in (1, 2):
+      stride = 2 if stage > 1 and number == 1 else 1
+      modules[f'stage{stage}_block{number}'] = nn.ModuleDict(
+        {
+          'first': conv_norm(torch, channels, width, 3, stride),
+          'second': conv_norm(torch, width, width),
+        }
+      )
+      channels = width
+  modules['dense'] = nn.Linear(channels, 10)
+
+  def apply(x, m):
+    x = f.relu(m['stem']['norm'](m['stem']['conv'](x)))
+    for name, block in m.items():
+      if 'block' in name:
+        first, second = block['first'], block['second']
+        y = f.relu(first['norm'](first['conv'](x)))
+        y = second['norm'](second['conv'](y))
+        stride = first['conv'].stride[0]
+        shortcut = x[:, :, ::stride, ::stride]
+        new = y.shape[1] - shortcut.shape[1]
+        x = f.relu(y + f.pad(shortcut, (0, 0, 0, 0, 0, new)))
+    return m['dense'](x.mean((2, 3)))
+
+  return modules.double(), apply
+
+
+@pytest.mark.parametrize('train', [False, True])
+@pytest.mark.parametrize('name', ['SmallInception', 'SmallResNet'])
+def test_every_layer_of_the_papers_networks(models, torch, name, train):
+  torch.manual_seed(SEED)
+  is_inception = name == 'SmallInception'
+  modules, apply = (inception if is_inception else residual)(torch)
+  for key, value in modules.state_dict().items():
+    if '.norm.' in key and value.ndim:
+      value.uniform_(0.5, 1.5)
+  model = getattr(models, name)(**({} if is_inception else {'blocks': 2}))
+  x = batch(name)
+  _, empty = shapes(model, name)
+  state = {
+    key: (value.float() if value.ndim else value).numpy().copy()
+    for key, value in modules.state_dict().items()
+  }
+  variables = convert.from_torch(state, empty)
+  named = {
+    key.replace('.', '/'): module
+    for key, module in modules.named_modules()
+    if not isinstance(module, torch.nn.ModuleDict)
+  }
+  wanted = outputs(
+    _Named(modules, named),
+    lambda x, m: apply(x, m.modules),
+    torch.tensor(np.moveaxis(x, -1, 1)).double(),
+    train,
+  )
+  y, updated = jax.jit(
+    lambda v, x: model.apply(
+      v, x, train=train, capture_intermediates=True, mutable=['batch_stats']
+    )
+  )(variables, x)
+  found = flatten_dict(updated['intermediates'], sep='/')
+  found = {key.removesuffix('/__call__'): v[0] for key, v in found.items()}
+  for key in named:
+    chex.assert_trees_all_close(found[key], wanted[key], rtol=1e-3, atol=1e-4)
+  chex.assert_trees_all_close(y, wanted[''], rtol=1e-3, atol=1e-4)
+  if train:
+    for key, value in flatten_dict(updated['batch_stats'], sep='/').items():
+      layer, _, kind = key.rpartition('/')
+      if kind in ('mean', 'var'):
+        after = getattr(named[layer], f'running_{kind}').numpy()
+        chex.assert_trees_all_close(value, after, rtol=1e-3, atol=1e-5)
+
+
+class _Named:
+  """Modules by their whole names, for `outputs`."""
+
+  def __init__(self, modules, named):
+    self.modules, self.items = modules, named.items
+
+  def train(self, mode):
+    self.modules.train(mode)
+    return self
 
 
 # The data.
