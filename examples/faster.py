@@ -203,15 +203,19 @@ LOOKS = {
 }
 
 
-def draw_curves(runs: dict[str, Runs], target: float, title: str) -> Figure:
-  """Test error over the steps."""
+def draw_curves(
+  runs: dict[str, Runs], target: float, title: str, least: float
+) -> Figure:
+  """Test error over the steps, down to the least that is shown."""
   figure, ((axes,),) = figures.make(title)
   for name, run in runs.items():
     errors = 100 - run.accuracies[0]
     figures.draw(axes, run.steps, errors, name, LOOKS[name])
-    axes.lines[-1].set_markevery(4)
+    axes.lines[-1].set_markevery(max(len(run.steps) // 15, 1))
   axes.axhline(100 - target, color='black', linewidth=0.8, label='target')
-  axes.set(xlabel='step', ylabel='test error, %', yscale='log', ylim=(2, 100))
+  axes.set(
+    xlabel='step', ylabel='test error, %', yscale='log', ylim=(least, 100)
+  )
   axes.yaxis.set_major_locator(FixedLocator([2, 5, 10, 20, 50, 100]))
   axes.yaxis.set_major_formatter('{x:.0f}')
   axes.yaxis.set_minor_locator(NullLocator())
@@ -304,11 +308,14 @@ def main(argv: Sequence[str] | None = None) -> None:
   over = f'mean and standard deviation of {seeds} seeds'
   figures.save(
     args.out,
-    faster_curves=draw_curves(curves, target, f'Error over the steps, {over}'),
+    faster_curves=draw_curves(
+      curves, target, f'Error over the steps, {over}', 2
+    ),
     faster_inception=draw_curves(
       inception,
       goal,
       f'A small Inception, mean and standard deviation of {seeds_of} seeds',
+      10,
     ),
     faster_rates=draw_settings(
       RATES, rates, 'learning rate', f'Learning rates, {over}'
