@@ -305,7 +305,7 @@ class Setting(NamedTuple):
   skewed_steps: int = 400
   folds: int = FOLDS
   shape: tuple[int, ...] = (64, 32, 32, 64)
-  rounds: int = 25
+  rounds: int = 40
 
 
 SMALL = Setting(
