@@ -646,7 +646,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   digits = args.data or data.digits()
   blocks, layers, seeds, steps = (1, 2, 2, 8) if args.small else (3, 8, 5, 300)
   levels = LEVELS[:1] if args.small else LEVELS
-  console = Console(markup=False, emoji=False, width=100)
+  console = Console(markup=False, emoji=False, width=120)
   over = f'mean and standard deviation of {seeds} seeds'
   norms = {'none': None, 'batch': TORCH}
 

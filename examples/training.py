@@ -103,11 +103,15 @@ def init(
   """The state before the first step, for images of that shape."""
   # Of JAX's generators this one compiles fastest.
   key = jax.random.key(seed, impl='rbg')
-  variables = jax.jit(functools.partial(model.init, train=False))(
-    key, images[:1]
-  )
+  variables = initial(model, key, images[:1])
   params = variables['params']
   return State(params, variables.get('batch_stats', {}), optimizer.init(params))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def initial(model: nn.Module, key: jax.Array, images: jax.Array) -> Any:
+  """The initial variables."""
+  return model.init(key, images, train=False)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -27,7 +27,7 @@ def runs_of(sweep, accuracies):
 
 
 def test_small_run_writes_figures_and_finite_numbers(
-  faster, run_small, takes_images, digits_folder
+  faster, run_small, takes_images, photographs_folder
 ):
   names = 'curves', 'inception', 'rates', 'scales'
   printed = run_small(faster, *(f'faster_{name}' for name in names))
@@ -37,7 +37,7 @@ def test_small_run_writes_figures_and_finite_numbers(
     0 <= float(mean) <= 100 and math.isfinite(float(std)) for mean, std in pairs
   )
   assert len(re.findall('the paper: ', printed)) == 8
-  takes_images(faster, printed, digits_folder)
+  takes_images(faster, printed, photographs_folder)
 
 
 def test_runs_differ_by_seed_rate_and_scale_alone(faster, sweep):
