@@ -248,9 +248,25 @@ COARSE = [0.01, 0.03, 0.1]  # of the Inception
 TIMES = {'none': (1, 5), 'batch': (1, 5, 30)}
 
 
+def inception_curves(
+  dataset: data.Dataset, seeds: int, steps: int
+) -> tuple[float, dict[str, Runs]]:
+  """The plain Inception's best rate, and the runs at multiples of it."""
+  plain = fit_inception(None, dataset, COARSE, seeds, steps)
+  rate = best(COARSE, plain)
+  curves = {'none, x1': row_of(plain, COARSE.index(rate))}
+  for name, n in (('none', 5), ('batch', 1), ('batch', 5), ('batch', 30)):
+    curves[f'{name}, x{n}'] = fit_inception(
+      NORMS[name], dataset, [n * rate], seeds, steps
+    )
+  return rate, curves
+
+
 def main(argv: Sequence[str] | None = None) -> None:
   args = options.parse(
-    argv, 'Steps to an accuracy, with batch norm and without.', 'the digits'
+    argv,
+    'Steps to an accuracy, with batch norm and without.',
+    'digits and photographs',
   )
   dataset = args.data or data.digits()
   layers, seeds, steps = (2, 2, 20) if args.small else (8, 5, 300)
@@ -287,17 +303,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
   patches = args.data or data.photographs()
   seeds_of, steps_of = (2, 6) if args.small else (3, 180)
-  plain = fit_inception(None, patches, COARSE, seeds_of, steps_of)
-  rate = best(COARSE, plain)
-  inception = {'none, x1': row_of(plain, COARSE.index(rate))}
-  for name, n in track(
-    [('none', 5), ('batch', 1), ('batch', 5), ('batch', 30)],
-    'Inception',
-    console=console,
-  ):
-    inception[f'{name}, x{n}'] = fit_inception(
-      NORMS[name], patches, [n * rate], seeds_of, steps_of
-    )
+  rate, inception = inception_curves(patches, seeds_of, steps_of)
   # What every plain run reaches: they end far apart.
   goal = float(last(inception['none, x1']).min())
   console.print(curves_table(inception, goal))

@@ -93,6 +93,16 @@ def unevenness(activations: np.ndarray) -> float:
   return float(stds.max() / np.median(stds))
 
 
+def unevennesses(
+  found: list[dict[str, jax.Array]],
+) -> dict[str, list[float]]:
+  """That of each layer and seed."""
+  return {
+    layer: [unevenness(np.array(of[layer])) for of in found]
+    for layer in found[0]
+  }
+
+
 # %% [markdown]
 # ## Saliency
 #
@@ -253,6 +263,20 @@ def depend(
     leaks.append((squares[:, 1:].sum(1) / squares.sum(1)).mean())
     flips.append((found.argmax(-1) != usual[i]).mean())
   return Dependence(*(100 * float(np.mean(x)) for x in (changes, leaks, flips)))
+
+
+def dependences(
+  trained: Trained, dataset: data.Dataset, in_training: bool, small: bool
+) -> list[list[Dependence]]:
+  """Those of each seed and size of batch; without training few draws do."""
+  images, draws = (2 if small else 12), (6 if in_training else 2)
+  return [
+    [
+      depend(in_training, v, dataset, size, images=images, draws=draws)
+      for size in SIZES[: 2 if small else None]
+    ]
+    for v in trained['batch norm']
+  ]
 
 
 def in_company(variables: Any, dataset: data.Dataset) -> dict[str, np.ndarray]:
@@ -592,30 +616,12 @@ def main(argv: Sequence[str] | None = None) -> None:
   }
   with console.status('other images'):
     depends = {
-      mode: [
-        [
-          depend(
-            in_training,
-            v,
-            dataset,
-            size,
-            images=2 if small else 12,
-            draws=6 if in_training else 2,
-          )
-          for size in SIZES[: 2 if small else None]
-        ]
-        for v in trained['batch norm']
-      ]
+      mode: dependences(trained, dataset, in_training, small)
       for mode, in_training in MODES.items()
     }
   with console.status('maximizing'):
     climbed = maximized(trained, dataset, 4 if small else 60)
-  uneven = {
-    name: {
-      layer: [unevenness(np.array(f[layer])) for f in of] for layer in of[0]
-    }
-    for name, of in found.items()
-  }
+  uneven = {name: unevennesses(of) for name, of in found.items()}
   console.print(
     network_table(accuracies, uneven, explained),
     dependence_table(depends),

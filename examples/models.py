@@ -2,10 +2,9 @@
 
 Four are those of articles on batch normalization, for PyTorch and for Keras,
 layer for layer. Two follow papers, made small. One is as deep as it is told to
-be. Each takes a transform, such as
-`nk.BatchNorm()` or `nk.LayerNorm()`, or None for no normalization, and gives
-the logits of its classes, or their log-softmax, where a docstring says so.
-Cross entropy is the same of both.
+be. Each takes a transform, such as `nk.BatchNorm()` or `nk.LayerNorm()`, or
+None for no normalization, and gives the logits of its classes, or their
+log-softmax, where a docstring says so. Cross entropy is the same of both.
 
 Initial weights are Flax's, not those of PyTorch or Keras.
 """
