@@ -287,9 +287,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, task in tasks.items():
       bar = progress.add_task(name, total=len(task.variants) * seeds)
       watch = functools.partial(progress.advance, bar)
-      runs[name] = train(task, task.load(args.data), seeds, watch)
-  images = TASKS['MnistNet'].load(args.data).test_images
-  mnist = runs['MnistNet']
+      dataset = task.load(args.data)
+      runs[name] = train(task, dataset, seeds, watch)
+      if name == 'MnistNet':
+        mnist, images = runs[name], dataset.test_images
   console.print(accuracy_table(runs), dead_table(mnist, images))
   console.print(to_torch_and_back(mnist['batch'][0].variables, images[:100]))
   spread = f'mean and standard deviation of {seeds} seeds'

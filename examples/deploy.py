@@ -61,7 +61,10 @@ def train(
   """The variables after the last step, and those with averaged weights."""
   order = training.batches(len(dataset.train_labels), 64, seed)
   order = itertools.islice(order, steps)
-  for number, state, _ in training.walk(model, OPTIMIZER, dataset, order, seed):
+  first = training.init(model, OPTIMIZER, dataset.train_images, seed)
+  for number, state, _ in training.walk(
+    model, OPTIMIZER, dataset, order, first
+  ):
     if number <= steps // 2:
       average = state.params
     else:
@@ -162,14 +165,6 @@ def measure(
 
 
 # %%
-def in_parts(
-  program: Callable[[Any], jax.Array], images: np.ndarray
-) -> np.ndarray:
-  """The outputs for all images, a thousand at a time."""
-  starts = range(0, len(images), 1000)
-  return np.concatenate([program(images[i : i + 1000]) for i in starts])
-
-
 class Result(NamedTuple):
   """One seed: what each step leaves, and how the outputs compare.
 
@@ -214,11 +209,11 @@ def deploy(
     'trained': training.logits_of(model, trained, dataset.test_images),
     'averaged': training.logits_of(model, averaged, dataset.test_images),
     'recalibrated': training.logits_of(model, mended, dataset.test_images),
-    'folded': in_parts(
+    'folded': training.in_parts(
       jax.jit(functools.partial(folded.apply, folded.params)),
       dataset.test_images,
     ),
-    'file': in_parts(program, dataset.test_images),
+    'file': training.in_parts(program, dataset.test_images),
   }
   wanted = np.array(logits['recalibrated'])
   off = np.abs(np.array(logits['file']) - wanted).max() / np.abs(wanted).max()

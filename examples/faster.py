@@ -24,6 +24,7 @@
 
 # %%
 from collections.abc import Sequence
+import itertools
 import math
 from typing import Any
 
@@ -96,14 +97,14 @@ def fit_inception(
   model, every = SmallInception(norm), max(steps // 12, 3)
 
   def run(rate: float, seed: int) -> tuple[list[Any], list[float]]:
-    state = training.init(model, OPTIMIZER, dataset.train_images, seed)
-    state = with_rate(state, rate)
+    first = training.init(model, OPTIMIZER, dataset.train_images, seed)
+    first = with_rate(first, rate)
     order = training.batches(len(dataset.train_labels), BATCH_SIZE, seed)
+    order = itertools.islice(order, steps)
     losses, accuracies = [], []
-    for number in range(1, steps + 1):
-      index = next(order)
-      batch = dataset.train_images[index], dataset.train_labels[index]
-      state, loss = training.step(model, OPTIMIZER, state, *batch)
+    for number, state, loss in training.walk(
+      model, OPTIMIZER, dataset, order, first
+    ):
       losses.append(loss)
       if number % every == 0:
         accuracies.append(training.accuracy(model, state.variables, dataset))

@@ -244,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
   activations, kinds = list(ACTIVATIONS), list(CLIPS)
   if args.small:
-    activations, kinds = activations[-1:], kinds[:2]
+    activations, kinds = activations[:1], kinds[:2]
 
   placed: dict[str, dict[str, Runs]] = {}
   for name in track(activations, 'places', console=console):
@@ -261,9 +261,11 @@ def main(argv: Sequence[str] | None = None) -> None:
   clips = {}
   for name in track(kinds, 'clipping', console=console):
     for title, place in (('no norm', 'none'), ('batch norm', 'before')):
-      model = placed_net(place, nn.relu, layers)
-      clips[f'{title}, {name}'] = fit(
-        model, dataset, settings, seeds, steps, CLIPS[name]
+      model, clip = placed_net(place, nn.relu, layers), CLIPS[name]
+      clips[f'{title}, {name}'] = (
+        fit(model, dataset, settings, seeds, steps, clip)
+        if clip
+        else placed['ReLU'][place]
       )
   found = conventions(dataset, 20 if args.small else 100)
 

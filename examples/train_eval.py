@@ -160,7 +160,7 @@ def train(
   ema = swa = first.params
   points = []
   for number, state, _ in training.walk(
-    setting.model, optimizer, dataset, order, seed
+    setting.model, optimizer, dataset, order, first
   ):
     if taken := max(number - steps // 2, 0):
       ema = mix(state.params, ema, 1 if taken == 1 else 0.05)

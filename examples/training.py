@@ -72,7 +72,8 @@ def fit(
   when = np.unique(np.linspace(0, steps, tests + 1).astype(int))[1:]
   order = itertools.islice(batches(images, batch_size, seed), steps)
   losses, accuracies = [], []
-  for number, state, loss in walk(model, optimizer, dataset, order, seed):
+  first = init(model, optimizer, dataset.train_images, seed)
+  for number, state, loss in walk(model, optimizer, dataset, order, first):
     losses.append(loss)
     if number in when:
       accuracies.append(accuracy(model, state.variables, dataset))
@@ -84,11 +85,10 @@ def walk(
   optimizer: optax.GradientTransformation,
   dataset: data.Dataset,
   order: Iterable[np.ndarray],
-  seed: int,
+  state: State,
 ) -> Iterator[tuple[int, State, jax.Array]]:
   """A step for each batch of indices: their number, the state and the loss."""
   images, labels = dataset.train_images, dataset.train_labels
-  state = init(model, optimizer, images, seed)
   for number, index in enumerate(order, 1):
     state, loss = step(model, optimizer, state, images[index], labels[index])
     yield number, state, loss
@@ -202,10 +202,16 @@ def predict(model: nn.Module, variables: Any, images: jax.Array) -> jax.Array:
 def logits_of(
   model: nn.Module, variables: Any, images: np.ndarray
 ) -> np.ndarray:
-  """The logits of all images, a thousand at a time."""
+  """The logits of all images, with running statistics."""
+  return in_parts(functools.partial(predict, model, variables), images)
+
+
+def in_parts(
+  program: Callable[[Any], jax.Array], images: np.ndarray
+) -> np.ndarray:
+  """The outputs for all images, a thousand at a time."""
   starts = range(0, len(images), 1000)
-  chunks = [predict(model, variables, images[i : i + 1000]) for i in starts]
-  return np.concatenate(chunks)
+  return np.concatenate([program(images[i : i + 1000]) for i in starts])
 
 
 def accuracy(model: nn.Module, variables: Any, dataset: data.Dataset) -> float:

@@ -13,6 +13,7 @@ import re
 from types import ModuleType
 
 import hypothesis
+from images import idx
 import jax
 import numpy as np
 import pytest
@@ -80,8 +81,7 @@ def digits_folder(example, tmp_path_factory) -> str:
     values = array
     if kind == 'images':
       values = np.round(255 * (1 - array[..., 0]))
-    header = np.array([2048 + values.ndim, *values.shape], '>u4').tobytes()
-    (folder / f'{part}-{kind}').write_bytes(header + np.uint8(values).tobytes())
+    (folder / f'{part}-{kind}').write_bytes(idx(values))
   return str(folder)
 
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 
+from images import idx
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -36,12 +37,6 @@ MNIST = {
   't10k-images-idx3-ubyte': RNG.integers(0, 256, (12, 9, 8), np.uint8),
   't10k-labels-idx1-ubyte': RNG.integers(0, 10, 12, np.uint8),
 }
-
-
-def idx(array):
-  """The bytes of an IDX file."""
-  header = np.array([2048 + array.ndim, *array.shape], '>u4')
-  return header.tobytes() + array.tobytes()
 
 
 TRAIN_IMAGES, TRAIN_LABELS, *_ = (idx(a) for a in MNIST.values())

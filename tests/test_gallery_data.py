@@ -2,6 +2,7 @@
 
 import re
 
+from images import idx
 import numpy as np
 import pytest
 
@@ -17,10 +18,8 @@ def write_mnist(folder, train=1024, test=100, classes=10):
   """Files like MNIST's, of 12x12 pixels."""
   for name, n in (('train', train), ('t10k', test)):
     images, labels = pictures(n, (12, 12))
-    for kind, array in (('images', images), ('labels', labels % classes)):
-      header = np.array([2048 + array.ndim, *array.shape], '>u4')
-      content = header.tobytes() + array.astype(np.uint8).tobytes()
-      (folder / f'{name}-{kind}').write_bytes(content)
+    (folder / f'{name}-images').write_bytes(idx(images))
+    (folder / f'{name}-labels').write_bytes(idx(labels % classes))
   return folder
 
 

@@ -52,6 +52,7 @@ def test_conventions_by_hand(placement):
       off.append((running - mean) / std)
   wanted = np.sqrt(np.mean(np.square(off)))
   np.testing.assert_allclose(found.errors[0.1], wanted, rtol=1e-4)
+  assert np.all(np.diff(found.factors[np.argsort(found.var)]) >= 0)
   least = found.factors.argmin()
   assert least == found.var.argmin()
   wanted = ((std[least] ** 2 + 1e-5) / (std[least] ** 2 + 1e-3)) ** 0.5

@@ -434,8 +434,7 @@ class _Named:
 # The data.
 
 
-@pytest.fixture(scope='module')
-def enlarged(data):
+def enlarge(data):
   """The digits in each form that a network takes, by shape."""
   digits = data.digits()
   return {
@@ -445,8 +444,13 @@ def enlarged(data):
   }
 
 
+@pytest.fixture(scope='module')
+def enlarged(data):
+  return enlarge(data)
+
+
 def test_digits_keep_their_labels_and_range(data, enlarged):
-  small = data.digits()
+  small, again = data.digits(), enlarge(data)
   for shape, large in enlarged.items():
     for part in ('train', 'test'):
       images = getattr(large, f'{part}_images')
@@ -455,6 +459,9 @@ def test_digits_keep_their_labels_and_range(data, enlarged):
       assert images.dtype == np.float32
       assert images.min() >= 0 and images.max() <= 1
       np.testing.assert_array_equal(labels, getattr(small, f'{part}_labels'))
+      np.testing.assert_array_equal(
+        images, getattr(again[shape], f'{part}_images')
+      )
 
 
 def test_enlarged_digits_are_the_same_digits(data, enlarged):
