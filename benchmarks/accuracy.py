@@ -17,7 +17,7 @@ from rich.progress import track
 
 from benchmarks import peers, report
 from normkit.affine import Arguments, affine
-from normkit.moments import Centred, _one_pass, _two_pass
+from normkit.centred import Centred, _one_pass, _two_pass
 
 RATIOS = 0, 1e2, 1e3, 1e4, 1e5
 SCALES = 1e-15, 1.0, 1e15

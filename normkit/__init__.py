@@ -8,16 +8,12 @@ them is imported here.
 
 from importlib import metadata
 
-from normkit.evonorm import EvoNormParams
+from normkit.general import normalize
 from normkit.masks import decay_mask
 from normkit.moments import Moments, moments
-from normkit.norm import (
-  EmptyState,
-  Norm,
-  NormParams,
-  normalize,
-  products_saveable,
-)
+from normkit.norm import EmptyState, Norm, NormParams
+from normkit.norms._evonorm import EvoNormParams
+from normkit.norms._running import BatchNormState
 from normkit.norms.batch import BatchNorm, batch_norm
 from normkit.norms.dyt import DyT, DyTParams, dyt
 from normkit.norms.evonorm_b0 import EvoNormB0, evonorm_b0
@@ -43,7 +39,7 @@ from normkit.norms.whitening import (
   WhiteningState,
   iterative_whitening,
 )
-from normkit.running import BatchNormState
+from normkit.policies import products_saveable
 
 __version__ = metadata.version('normkit')
 

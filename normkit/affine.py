@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from normkit import _types
 from normkit._types import Array, DType
+from normkit.centred import Centred
 from normkit.kernels.rows import reciprocal_root
-from normkit.moments import Centred
 
 
 class Arguments(NamedTuple):

@@ -16,9 +16,16 @@ from flax.linen.recurrent import DenseParams
 import jax
 import jax.numpy as jnp
 
-from normkit import _types, norm, recurrent, running, weights
+from normkit import (
+  _types,
+  arguments,
+  general,
+  norm,
+  recurrent,
+  weights,
+)
 from normkit._types import Array, Axes, AxisName, DType, Groups, Implementation
-from normkit.norms import batch, group, instance
+from normkit.norms import _running, batch, group, instance
 
 Initializer = nn.initializers.Initializer
 
@@ -90,7 +97,9 @@ class _FlaxNorm(nn.Module):
   """What the modules below share: the check that Flax lacks."""
 
   def __post_init__(self) -> None:
-    norm.check_not_width(self.epsilon, 'Modules find the width themselves.')
+    arguments.check_not_width(
+      self.epsilon, 'Modules find the width themselves.'
+    )
     super().__post_init__()
 
 
@@ -175,7 +184,7 @@ class BatchNorm(_FlaxNorm):
     if self.debias or self.momentum is None:
       count = self.variable('batch_stats', 'count', jnp.zeros, shape, jnp.int32)
     x, options = _prepare(self, x, shape, mask)
-    old = running.BatchNormState(
+    old = _running.BatchNormState(
       *_promoted(mean.value, var.value, _flax_dtype(self, x)),
       jnp.zeros(shape, jnp.int32) if count is None else count.value,
     )
@@ -410,7 +419,7 @@ def _normalize(
     for name in ('feature_axes', 'reduction_axes')
   )
   x, options = _prepare(module, x, tuple(x.shape[a] for a in features), mask)
-  return norm.normalize(
+  return general.normalize(
     x, axis=reduced, feature_axis=features, center=center, **options
   )
 
@@ -1071,7 +1080,7 @@ class _CellNorm(nn.Module):
 
   @nn.compact
   def __call__(
-    self, initial: running.BatchNormState | None
+    self, initial: _running.BatchNormState | None
   ) -> tuple[norm.NormParams, Any]:
     shape, dtype = (self.width,), self.param_dtype
     scale, bias = self.param('scale', self.scale_init, shape, dtype), None

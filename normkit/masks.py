@@ -7,8 +7,8 @@ import jax
 from jax.tree_util import GetAttrKey
 import numpy as np
 
-from normkit.evonorm import EvoNormParams
 from normkit.norm import NormParams
+from normkit.norms._evonorm import EvoNormParams
 from normkit.norms.dyt import DyTParams
 from normkit.norms.response import FilterResponseParams
 

@@ -24,9 +24,16 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from normkit import _types, norm, recurrent, running, weights
+from normkit import (
+  _types,
+  arguments,
+  general,
+  norm,
+  recurrent,
+  weights,
+)
 from normkit._types import Array, Axes, AxisName, DType, Groups, Implementation
-from normkit.norms import batch, group, instance
+from normkit.norms import _running, batch, group, instance
 
 Metadata = Mapping[str, Any]
 
@@ -161,7 +168,7 @@ class _Scaled(nnx.Module):
     scale_metadata: Metadata | None,
   ) -> None:
     width = 'The width is num_features, the first argument.'
-    norm.check_not_width(self.epsilon, width)
+    arguments.check_not_width(self.epsilon, width)
     self.axis_index_groups = _types.hashable(self.axis_index_groups)
     self.scale = self._param(self.use_scale, scale_init, rngs, scale_metadata)
 
@@ -325,7 +332,7 @@ class BatchNorm(_Affine, _Running):
       mean = mean.astype(x.dtype)
     y, updated = batch.batch_norm(
       x,
-      running.BatchNormState(
+      _running.BatchNormState(
         *(_as_features(s, x, axes) for s in (mean, var, self._updates()))
       ),
       train=train,
@@ -562,7 +569,7 @@ def _normalize(
     for name in ('feature_axes', 'reduction_axes')
   )
   x, _, options = module._prepare(x, mask, features)
-  return norm.normalize(
+  return general.normalize(
     x, axis=reduced, feature_axis=features, center=center, **options
   )
 
@@ -617,7 +624,7 @@ class _Wrapper(nnx.Module):
   def _check(self) -> None:
     _types.check_layer(self.layer_instance, nnx.Pytree, 'nnx.Linear(...)')
     width = 'The layer is the first argument.'
-    norm.check_not_width(self.epsilon, width)
+    arguments.check_not_width(self.epsilon, width)
 
   def _params(self) -> dict[_Path, nnx.Param[Array]]:
     """The parameters of the layer, by their paths."""
@@ -1286,7 +1293,7 @@ class _CellNorm(nnx.Module):
     param_dtype: DType,
     rngs: nnx.Rngs,
     use_bias: bool = True,
-    stats: running.BatchNormState | None = None,
+    stats: _running.BatchNormState | None = None,
   ) -> None:
     self.scale = nnx.Param(scale_init(rngs.params(), (width,), param_dtype))
     self.bias: Any = nnx.data(None)
@@ -1300,10 +1307,10 @@ class _CellNorm(nnx.Module):
     """The parameters as arrays."""
     return norm.NormParams(*_read((self.scale, self.bias)))
 
-  def stats(self) -> running.BatchNormState:
+  def stats(self) -> _running.BatchNormState:
     """The variables that hold the statistics."""
-    names = running.BatchNormState._fields
-    return running.BatchNormState(*(getattr(self, name) for name in names))
+    names = _running.BatchNormState._fields
+    return _running.BatchNormState(*(getattr(self, name) for name in names))
 
 
 def _lstm_norms(hidden: int) -> dict[str, int]:

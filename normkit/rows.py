@@ -19,16 +19,10 @@ from jax.sharding import PartitionSpec as P
 from normkit import _types
 from normkit._types import Array, Implementation
 from normkit.affine import Arguments, activated
+from normkit.centred import Centred, centred, changes, named
 from normkit.kernels import cases
 from normkit.kernels.rows import Spec, statistics
-from normkit.moments import (
-  Centred,
-  centred,
-  changes,
-  merge_channels,
-  named,
-  spread,
-)
+from normkit.pooling import merge_channels, spread
 
 Arrays = dict[str, Array]
 FLOATS = {*map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16))}

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from normkit import _types, norm
+from normkit import _types, arguments
 from normkit._types import Array, ArrayLike, Axes, DType
+from normkit.centred import centred, square
 from normkit.kernels.rows import reciprocal_root
-from normkit.moments import centred, square
 from normkit.norm import EmptyState, NormParams
 
 Tree: TypeAlias = Any
@@ -100,7 +100,9 @@ def weight_norm(
   """
   weight = _types.check_input(weight, 'weight')
   features = _features(feature_axes, weight.ndim)
-  scale = norm.check_feature(scale, weight.shape, features, 'scale', 'weight')
+  scale = arguments.check_feature(
+    scale, weight.shape, features, 'scale', 'weight'
+  )
   epsilon = _types.check_epsilon(epsilon)
   dtype = _types.check_output_dtype(dtype, weight.dtype, 'weight')
   v = weight.astype(_types.statistics_dtype(weight.dtype))
@@ -174,7 +176,9 @@ def weight_standardize(
   weight = _types.check_input(weight, 'weight')
   features = _features(feature_axes, weight.ndim)
   if gain is not None and jnp.ndim(gain) > 0:
-    gain = norm.check_feature(gain, weight.shape, features, 'gain', 'weight')
+    gain = arguments.check_feature(
+      gain, weight.shape, features, 'gain', 'weight'
+    )
   scaled = _types.check_flag(scaled, 'scaled')
   epsilon = _EPSILON[scaled] if epsilon is None else epsilon
   epsilon = _types.check_epsilon(epsilon)

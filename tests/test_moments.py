@@ -12,13 +12,8 @@ import pytest
 
 import normkit as nk
 from normkit.affine import Arguments, affine
-from normkit.moments import (
-  Centred,
-  _about_zero,
-  _one_pass,
-  _two_pass,
-  centred,
-)
+from normkit.centred import Centred, _one_pass, _two_pass, centred
+from normkit.moments import _about_zero
 
 UNIT = 2.0**-24
 

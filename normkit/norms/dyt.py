@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from normkit import _types, norm
+from normkit import _types, arguments, norm
 from normkit._types import Array, ArrayLike, Axes, DType
 from normkit.norm import EmptyState
 
@@ -75,11 +75,11 @@ def dyt(
     >>> nk.dyt(jnp.array([0., 100.]), 0.5).tolist()
     [0.0, 1.0]
   """
-  x = norm.check_real(x, 'dynamic tanh is for real ones')
+  x = arguments.check_real(x, 'dynamic tanh is for real ones')
   features = _types.check_axes(axis, x.ndim)
-  scale = norm.check_feature(scale, x.shape, features, 'scale')
-  bias = norm.check_feature(bias, x.shape, features, 'bias')
-  factor = norm.check_feature(alpha, x.shape, (), 'alpha')
+  scale = arguments.check_feature(scale, x.shape, features, 'scale')
+  bias = arguments.check_feature(bias, x.shape, features, 'bias')
+  factor = arguments.check_feature(alpha, x.shape, (), 'alpha')
   assert factor is not None
   dtype = _types.check_output_dtype(dtype, x.dtype)
   mask = _types.check_where(where, x.shape)
@@ -97,8 +97,8 @@ def _dyt(
   dtype: DType,
 ) -> Array:
   """Checkpointed: x is kept for the backward, in its own dtype, alone."""
-  x = norm.known(x, where, _types.statistics_dtype(x.dtype))
-  return norm.scaled(jnp.tanh(alpha * x), scale, bias, dtype)
+  x = arguments.known(x, where, _types.statistics_dtype(x.dtype))
+  return arguments.scaled(jnp.tanh(alpha * x), scale, bias, dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

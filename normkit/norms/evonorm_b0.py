@@ -14,9 +14,15 @@ from normkit._types import (
   Groups,
   Implementation,
 )
-from normkit.evonorm import EvoNormOptions, EvoNormParams, finish, prepare
-from normkit.moments import centred, flatten, pool, squeeze
-from normkit.running import (
+from normkit.centred import centred
+from normkit.moments import flatten, squeeze
+from normkit.norms._evonorm import (
+  EvoNormOptions,
+  EvoNormParams,
+  finish,
+  prepare,
+)
+from normkit.norms._running import (
   BatchNormState,
   check_average,
   check_several,
@@ -25,6 +31,7 @@ from normkit.running import (
   running,
   update,
 )
+from normkit.pooling import pool
 
 
 def evonorm_b0(

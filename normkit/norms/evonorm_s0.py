@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from normkit import _types, norm
+from normkit import _types, arguments, norm
 from normkit._types import (
   Array,
   ArrayLike,
@@ -14,10 +14,16 @@ from normkit._types import (
   Groups,
   Implementation,
 )
-from normkit.evonorm import EvoNormOptions, EvoNormParams, finish, prepare
+from normkit.centred import Centred, centred
 from normkit.kernels.rows import reciprocal_root
-from normkit.moments import Centred, centred, merge_channels, pool, spread
 from normkit.norm import EmptyState
+from normkit.norms._evonorm import (
+  EvoNormOptions,
+  EvoNormParams,
+  finish,
+  prepare,
+)
+from normkit.pooling import merge_channels, pool, spread
 
 
 def evonorm_s0(
@@ -75,7 +81,7 @@ def evonorm_s0(
     x, v, scale, bias, epsilon, where, dtype, implementation
   )
   last = x.ndim - 1
-  norm.check_groups(x.shape, (last,), num_groups)
+  arguments.check_groups(x.shape, (last,), num_groups)
   _types.check_not_empty(x.shape, tuple(range(1, x.ndim)))
   stats = centred(x, tuple(range(1, last)), args.where)
   stats = merge_channels(stats, last, num_groups)
@@ -119,7 +125,7 @@ class EvoNormS0(EvoNormOptions):
     self, x: Array | jax.ShapeDtypeStruct
   ) -> tuple[EvoNormParams, EmptyState]:
     """Returns `(params, state)` for inputs like x, an array or its shape."""
-    norm.check_groups(x.shape, (len(x.shape) - 1,), self.num_groups)
+    arguments.check_groups(x.shape, (len(x.shape) - 1,), self.num_groups)
     return self.init_params(x), EmptyState()
 
   def apply(

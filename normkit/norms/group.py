@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 
-from normkit import _types, norm, rows
+from normkit import _types, arguments, norm, rows
 from normkit._types import (
   Array,
   ArrayLike,
@@ -15,8 +15,9 @@ from normkit._types import (
   Implementation,
 )
 from normkit.affine import affine
-from normkit.moments import Centred, centred, merge_channels, pool, spread
+from normkit.centred import Centred, centred
 from normkit.norm import EmptyState, NormParams
+from normkit.pooling import merge_channels, pool, spread
 
 
 def group_norm(
@@ -79,11 +80,11 @@ def group_norm(
   """
   x = _types.check_input(x)
   channels = _types.check_axes(axis, x.ndim)
-  spatial = norm.spatial_axes(x.ndim, channels, batch_axis)
-  args = norm.check_arguments(
+  spatial = arguments.spatial_axes(x.ndim, channels, batch_axis)
+  args = arguments.check_arguments(
     x, scale, bias, channels, epsilon, where, dtype, implementation
   )
-  channel = norm.check_groups(x.shape, channels, num_groups)
+  channel = arguments.check_groups(x.shape, channels, num_groups)
   _types.check_not_empty(x.shape, spatial + channels)
   if implementation != 'xla':
     is_pooled = axis_name is not None or axis_index_groups is not None
@@ -178,7 +179,7 @@ class GroupNorm(norm.CenteredOptions):
   ) -> tuple[NormParams, EmptyState]:
     """Returns `(params, state)` for inputs like x, an array or its shape."""
     channels = _types.check_axes(self.axis, len(x.shape))
-    norm.check_groups(x.shape, channels, self.num_groups)
+    arguments.check_groups(x.shape, channels, self.num_groups)
     return norm.init_params(x, self.axis, self), EmptyState()
 
   def apply(

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from normkit import _types, norm
+from normkit import _types, arguments, general, norm
 from normkit._types import (
   Array,
   ArrayLike,
@@ -77,11 +77,11 @@ def instance_norm(
   """
   x = _types.check_input(x)
   channels = _types.check_axes(axis, x.ndim)
-  return norm.normalize(
+  return general.normalize(
     x,
     scale,
     bias,
-    axis=norm.spatial_axes(x.ndim, channels, batch_axis),
+    axis=arguments.spatial_axes(x.ndim, channels, batch_axis),
     feature_axis=channels,
     epsilon=epsilon,
     where=where,
@@ -144,7 +144,7 @@ def adaptive_instance_norm(
       'Make x complex, or take a part of style.'
     )
   channels = _types.check_axes(axis, x.ndim)
-  spatial = norm.spatial_axes(x.ndim, channels, batch_axis)
+  spatial = arguments.spatial_axes(x.ndim, channels, batch_axis)
   for a in _types.other_axes(spatial, x.ndim):
     sizes = (x.shape[a],) if a in channels else (x.shape[a], 1)
     if style.shape[a] not in sizes:

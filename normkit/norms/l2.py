@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from normkit import _types, norm
+from normkit import _types, arguments, norm
 from normkit._types import (
   Array,
   ArrayLike,
@@ -17,8 +17,9 @@ from normkit._types import (
   Implementation,
 )
 from normkit.affine import affine
-from normkit.moments import centred, pool
+from normkit.centred import centred
 from normkit.norm import EmptyState, NormParams
+from normkit.pooling import pool
 
 
 def l2_norm(
@@ -74,9 +75,9 @@ def l2_norm(
   x = _types.check_input(x)
   axes = _types.check_axes(axis, x.ndim)
   if axis_name is None:
-    norm.check_some_axes(axes, x.shape)
+    arguments.check_some_axes(axes, x.shape)
   one = scale is not None and jnp.ndim(scale) == 0
-  args = norm.check_arguments(
+  args = arguments.check_arguments(
     x, scale, None, () if one else axes, epsilon, where, dtype, implementation
   )
   _types.refuse_kernel(implementation, 'L2 norm has none')

@@ -5,7 +5,7 @@ import dataclasses
 
 import jax
 
-from normkit import norm
+from normkit import general, norm
 from normkit._types import (
   Array,
   ArrayLike,
@@ -67,7 +67,7 @@ def layer_norm(
     >>> nk.layer_norm(jnp.array([[1., 3.]]), epsilon=0.).tolist()
     [[-1.0, 1.0]]
   """
-  return norm.normalize(
+  return general.normalize(
     x,
     scale,
     bias,
@@ -131,7 +131,7 @@ def add_layer_norm(
     >>> y.tolist(), total.tolist()
     ([[-1.0, 1.0]], [[1.0, 3.0]])
   """
-  return norm.add_normalize(
+  return general.add_normalize(
     x,
     residual,
     scale,

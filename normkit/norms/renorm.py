@@ -8,7 +8,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from normkit import _types, norm
+from normkit import _types, arguments, norm
 from normkit._types import (
   Array,
   ArrayLike,
@@ -19,10 +19,11 @@ from normkit._types import (
   Implementation,
 )
 from normkit.affine import affine
+from normkit.centred import Centred, centred
 from normkit.kernels.rows import reciprocal_root
-from normkit.moments import Centred, centred, flatten, pool, squeeze
+from normkit.moments import flatten, squeeze
 from normkit.norm import NormParams
-from normkit.running import (
+from normkit.norms._running import (
   BatchNormState,
   RunningOptions,
   check_average,
@@ -31,6 +32,7 @@ from normkit.running import (
   running,
   update,
 )
+from normkit.pooling import pool
 
 Limit: TypeAlias = float | Callable[[Array], Any] | None
 
@@ -109,10 +111,10 @@ def batch_renorm(
     >>> y.round(2).tolist()  # as the running mean 0 and variance 1 would
     [[1.0], [3.0]]
   """
-  x = norm.check_real(x, 'there is no order to clip d by')
+  x = arguments.check_real(x, 'there is no order to clip d by')
   features = _types.check_axes(axis, x.ndim)
   reduced = _types.other_axes(features, x.ndim)
-  args = norm.check_arguments(
+  args = arguments.check_arguments(
     x, scale, bias, features, epsilon, where, dtype, implementation
   )
   _types.refuse_kernel(implementation, 'XLA reads x no more often')

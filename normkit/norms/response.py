@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from normkit import _types, norm
+from normkit import _types, arguments, general, norm
 from normkit._types import (
   Array,
   ArrayLike,
@@ -101,17 +101,17 @@ def filter_response_norm(
   """
   x = _types.check_input(x)
   channels = _types.check_axes(axis, x.ndim)
-  least = norm.check_feature(threshold, x.shape, channels, 'threshold')
+  least = arguments.check_feature(threshold, x.shape, channels, 'threshold')
   if least is not None and jnp.iscomplexobj(x):
     raise TypeError(
       f'x must be real where there is a threshold, got {x.dtype}: complex '
       'numbers have no order. Leave the threshold out.'
     )
-  y = norm.normalize(
+  y = general.normalize(
     x,
     scale,
     bias,
-    axis=norm.spatial_axes(x.ndim, channels, batch_axis),
+    axis=arguments.spatial_axes(x.ndim, channels, batch_axis),
     feature_axis=channels,
     center=False,
     epsilon=epsilon,

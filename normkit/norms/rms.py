@@ -5,7 +5,7 @@ import dataclasses
 
 import jax
 
-from normkit import norm
+from normkit import general, norm
 from normkit._types import (
   Array,
   ArrayLike,
@@ -66,7 +66,7 @@ def rms_norm(
     >>> nk.rms_norm(jnp.array([[2., 2.]]), epsilon=0.).tolist()
     [[1.0, 1.0]]
   """
-  return norm.normalize(
+  return general.normalize(
     x,
     scale,
     axis=axis,
@@ -129,7 +129,7 @@ def add_rms_norm(
     >>> y.tolist(), total.tolist()
     ([[1.0, 1.0]], [[1.0, 1.0]])
   """
-  return norm.add_normalize(
+  return general.add_normalize(
     x,
     residual,
     scale,

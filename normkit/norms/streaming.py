@@ -9,7 +9,7 @@ import dataclasses
 from jax import lax
 import jax.numpy as jnp
 
-from normkit import _types, norm
+from normkit import _types, arguments, norm
 from normkit._types import (
   Array,
   ArrayLike,
@@ -20,9 +20,10 @@ from normkit._types import (
   Implementation,
 )
 from normkit.affine import affine
-from normkit.moments import Centred, centred, flatten, merge, pool, squeeze
+from normkit.centred import Centred, centred
+from normkit.moments import flatten, squeeze
 from normkit.norm import NormParams
-from normkit.running import (
+from normkit.norms._running import (
   BatchNormState,
   RunningOptions,
   check_average,
@@ -32,6 +33,7 @@ from normkit.running import (
   shares,
   update,
 )
+from normkit.pooling import merge, pool
 
 
 def streaming_norm(
@@ -110,7 +112,7 @@ def streaming_norm(
   x = _types.check_input(x)
   features = _types.check_axes(axis, x.ndim)
   reduced = _types.other_axes(features, x.ndim)
-  args = norm.check_arguments(
+  args = arguments.check_arguments(
     x, scale, bias, features, epsilon, where, dtype, implementation
   )
   _types.refuse_kernel(implementation, 'XLA reads x no more often')

@@ -7,7 +7,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from normkit import _types, norm
+from normkit import _types, arguments, norm
 from normkit._types import (
   Array,
   ArrayLike,
@@ -16,10 +16,12 @@ from normkit._types import (
   Groups,
   Implementation,
 )
-from normkit.covariance import covariance, inverse_root, whitened
-from normkit.moments import centred, flatten, pool, pool_sum, squeeze
+from normkit.centred import centred
+from normkit.moments import flatten, squeeze
 from normkit.norm import NormParams
-from normkit.running import check_average, check_several, shares
+from normkit.norms._covariance import covariance, inverse_root, whitened
+from normkit.norms._running import check_average, check_several, shares
+from normkit.pooling import pool, pool_sum
 
 
 class WhiteningState(NamedTuple):
@@ -111,9 +113,9 @@ def iterative_whitening(
     >>> jnp.cov(y.T, bias=True).round(2).tolist()
     [[1.0, 0.0], [0.0, 1.0]]
   """
-  x = norm.check_real(x, 'covariances are real here')
+  x = arguments.check_real(x, 'covariances are real here')
   last = x.ndim - 1
-  args = norm.check_arguments(
+  args = arguments.check_arguments(
     x, scale, bias, (last,), epsilon, where, dtype, implementation
   )
   _types.refuse_kernel(implementation, 'whitening has none')

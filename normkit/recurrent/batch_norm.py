@@ -15,6 +15,7 @@ from normkit._types import (
   Groups,
 )
 from normkit.norms import batch
+from normkit.norms._running import BatchNormState
 from normkit.recurrent.cells import (
   CellParams,
   Function,
@@ -23,7 +24,6 @@ from normkit.recurrent.cells import (
   check_type,
   lstm,
 )
-from normkit.running import BatchNormState
 
 
 class BatchNormLSTMState(NamedTuple):

@@ -21,10 +21,11 @@ import jax.numpy as jnp
 
 from normkit import _types
 from normkit._types import Array
+from normkit.centred import Centred, centred
 import normkit.linen
-from normkit.moments import Centred, centred, pool
 import normkit.nnx
-from normkit.running import RunningOptions
+from normkit.norms._running import RunningOptions
+from normkit.pooling import pool
 
 Model: TypeAlias = Any
 Path: TypeAlias = tuple[Any, ...]

@@ -22,7 +22,8 @@ import numpy.typing as npt
 
 from normkit import _types
 from normkit._types import Array
-from normkit.moments import Centred, merge, pool_sum
+from normkit.centred import Centred
+from normkit.pooling import merge, pool_sum
 from normkit.tools import _advice, _layers, _views
 from normkit.tools._frameworks import EPSILONS
 from normkit.tools._layers import (

@@ -15,7 +15,9 @@ import jax.numpy as jnp
 
 from normkit import _types
 from normkit._types import Array
-from normkit.moments import Centred, flatten, merge
+from normkit.centred import Centred
+from normkit.moments import flatten
+from normkit.pooling import merge
 from normkit.tools import _layers
 from normkit.tools._layers import (
   Batches,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from normkit import _types, norm
+from normkit import _types, arguments, norm
 from normkit._types import Array, ArrayLike, DType, Implementation
 from normkit.affine import Arguments
 
@@ -43,18 +43,18 @@ def prepare(
   implementation: Implementation | None,
 ) -> tuple[Array, Array, Arguments]:
   """Checks what both take; gives x, the slope and the arguments."""
-  x = norm.check_real(x, 'the nonlinearity is not')
+  x = arguments.check_real(x, 'the nonlinearity is not')
   if x.ndim < 2:
     raise ValueError(
       f'x must be (batch, ..., channels), got the shape {x.shape}. Add the '
       'axis of the batch, for example x[None].'
     )
   channels = (x.ndim - 1,)
-  args = norm.check_arguments(
+  args = arguments.check_arguments(
     x, scale, bias, channels, epsilon, where, dtype, implementation
   )
   _types.refuse_kernel(implementation, 'EvoNorm has none')
-  slope = norm.check_feature(v, x.shape, channels, 'v')
+  slope = arguments.check_feature(v, x.shape, channels, 'v')
   if slope is None:
     raise TypeError('v must be an array, one number a channel, got None.')
   return x, slope, args
@@ -74,8 +74,8 @@ def finish(
 
   def run(x: Array, slope: Any, statistics: Any, args: Any) -> Array:
     scale, bias, where = args
-    x = norm.known(x, where, wide)
-    return norm.scaled(form(x, slope, *statistics), scale, bias, dtype)
+    x = arguments.known(x, where, wide)
+    return arguments.scaled(form(x, slope, *statistics), scale, bias, dtype)
 
   wide, dtype = args.statistics_dtype, args.dtype
   given = args.scale, args.bias, args.where

@@ -10,8 +10,8 @@ from jax.sharding import PartitionSpec as P
 from normkit import _types
 from normkit._types import Array
 from normkit.affine import Arguments
-from normkit.moments import Centred
-from normkit.norm import scaled
+from normkit.arguments import scaled
+from normkit.centred import Centred
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=3)

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from normkit import _types, norm
 from normkit._types import Array, Axes, AxisName, DType, Groups
-from normkit.moments import Centred, Moments
+from normkit.centred import Centred
+from normkit.moments import Moments
 
 
 class BatchNormState(NamedTuple):

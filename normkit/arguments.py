@@ -1,0 +1,134 @@
+"""The arguments that norms share, checked and in the form that maths takes."""
+
+from typing import Any
+
+from jax import lax
+import jax.numpy as jnp
+
+from normkit import _types
+from normkit._types import Array, ArrayLike, Axes, DType, Implementation
+from normkit.affine import Arguments
+
+
+def check_arguments(
+  x: Array,
+  scale: ArrayLike | None,
+  bias: ArrayLike | None,
+  feature_axes: tuple[int, ...],
+  epsilon: float,
+  where: ArrayLike | None,
+  dtype: DType | None,
+  implementation: Implementation | None,
+) -> Arguments:
+  """Checks what all norms share and gives it in its broadcast form."""
+  _types.check_implementation(implementation)
+  return Arguments(
+    check_feature(scale, x.shape, feature_axes, 'scale'),
+    check_feature(bias, x.shape, feature_axes, 'bias'),
+    _types.check_epsilon(epsilon),
+    _types.check_where(where, x.shape),
+    _types.check_output_dtype(dtype, x.dtype),
+    _types.statistics_dtype(x.dtype),
+  )
+
+
+def check_some_axes(axes: tuple[int, ...], shape: tuple[int, ...]) -> None:
+  """Raises if no axis is normalized: every element would become zero."""
+  if not axes:
+    raise ValueError(
+      f'no axis is left to normalize over in x of shape {shape}: every element '
+      'would become zero. Give x with the axes that are reduced.'
+    )
+
+
+def check_feature(
+  value: ArrayLike | None,
+  shape: tuple[int, ...],
+  feature_axes: tuple[int, ...],
+  name: str,
+  of: str = 'x',
+) -> Array | None:
+  """Returns `value`, one number a feature, in a form that broadcasts to x."""
+  if value is None:
+    return None
+  value = jnp.asarray(value)
+  features = tuple(shape[a] for a in feature_axes)
+  if value.shape == features:
+    return lax.expand_dims(value, _types.other_axes(feature_axes, len(shape)))
+  if value.ndim != len(shape):
+    raise ValueError(
+      f'{name} of shape {value.shape} fits neither the feature axes '
+      f'{feature_axes} of {of}, of shape {features}, nor the rank of {of}, of '
+      f'shape {shape}. Give one number a feature, or an array of rank '
+      f'{len(shape)} that broadcasts to {of}.'
+    )
+  _types.check_broadcast(value.shape, shape, name, of)
+  return value
+
+
+def check_not_width(epsilon: Any, width: str) -> None:
+  """Raises for a width in the place of epsilon; `width` tells its own."""
+  if _types.is_integer(epsilon) and epsilon >= 1:
+    raise ValueError(
+      f'epsilon={epsilon} is added to the variance, but looks like a number of '
+      f'features. {width} Leave epsilon out, or give {float(epsilon)} if you '
+      'mean it.'
+    )
+
+
+def known(x: Array, where: Array | None, dtype: DType) -> Array:
+  """x in `dtype`; where it is masked and not finite, zero."""
+  x = x.astype(dtype)
+  return x if where is None else jnp.where(where | jnp.isfinite(x), x, 0)
+
+
+def scaled(
+  y: Array, scale: Array | None, bias: Array | None, dtype: DType
+) -> Array:
+  """y * scale + bias in `dtype`, without those that are None."""
+  y = y if scale is None else y * scale
+  return (y if bias is None else y + bias).astype(dtype)
+
+
+def check_real(x: ArrayLike, why: str) -> Array:
+  """Returns x as a real array; `why` tells what complex numbers lack."""
+  x = _types.check_input(x)
+  if jnp.iscomplexobj(x):
+    raise TypeError(
+      f'x must be real, got {x.dtype}: {why}. Take its real and imaginary part '
+      'as features of their own.'
+    )
+  return x
+
+
+def check_groups(
+  shape: tuple[int, ...], channels: tuple[int, ...], num_groups: int
+) -> int:
+  """Returns the one channel axis; raises unless the groups divide it."""
+  if len(channels) != 1:
+    raise ValueError(
+      f'axis={channels} must be the one axis of the channels for group norm.'
+    )
+  (channel,) = channels
+  if not _types.is_integer(num_groups):
+    raise TypeError(f'num_groups must be an integer, got {num_groups!r}.')
+  if num_groups < 1 or shape[channel] % num_groups:
+    raise ValueError(
+      f'num_groups={num_groups} does not divide the {shape[channel]} channels '
+      f'of x of shape {shape}. Give a divisor of {shape[channel]}.'
+    )
+  return channel
+
+
+def spatial_axes(
+  ndim: int, channels: tuple[int, ...], batch_axis: Axes
+) -> tuple[int, ...]:
+  """The axes that are neither channels nor batch."""
+  batch = _types.check_axes(batch_axis, ndim, 'batch_axis')
+  if shared := set(batch) & set(channels):
+    raise ValueError(
+      f'batch_axis={batch_axis!r} and axis share the axes {sorted(shared)} of '
+      f'an input of rank {ndim}: an axis holds examples or channels. For an '
+      'input without a batch, give batch_axis=().'
+    )
+  return _types.other_axes(batch + channels, ndim)

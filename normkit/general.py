@@ -1,0 +1,145 @@
+"""The general form behind layer, RMS and instance norm, and with a residual."""
+
+from collections.abc import Callable
+
+from normkit import _types, rows
+from normkit._types import (
+  Array,
+  ArrayLike,
+  Axes,
+  AxisName,
+  DType,
+  Groups,
+  Implementation,
+)
+from normkit.affine import activated, affine
+from normkit.arguments import check_arguments, check_some_axes
+from normkit.centred import centred
+from normkit.pooling import pool
+
+
+def normalize(
+  x: ArrayLike,
+  scale: ArrayLike | None = None,
+  bias: ArrayLike | None = None,
+  *,
+  axis: Axes,
+  feature_axis: Axes | None = None,
+  center: bool = True,
+  epsilon: float = 1e-6,
+  where: ArrayLike | None = None,
+  axis_name: AxisName | None = None,
+  axis_index_groups: Groups | None = None,
+  dtype: DType | None = None,
+  implementation: Implementation | None = None,
+) -> Array:
+  """Normalizes x over some axes: the general form of layer, RMS and instance.
+
+  With E the mean over `axis` (and over `axis_name`),
+
+    y = (x - E[x]) / sqrt(E[|x - E[x]|^2] + epsilon) * scale + bias,
+
+  where `center=False` leaves out both E[x]. Statistics are in float32 or wider.
+
+  Args:
+    x: array of any shape, float16, bfloat16, float32, float64 or complex.
+    scale: multiplies the result; of the shape of the feature axes, or of x's
+      rank and broadcasting against it. None multiplies by nothing.
+    bias: added last; shaped as `scale` is. None adds nothing.
+    axis: the normalized axes, an integer or several.
+    feature_axis: the axes that a `scale` or `bias` of lower rank belongs to;
+      None takes `axis`.
+    center: subtract the mean.
+    epsilon: added to the variance, not negative.
+    where: boolean mask that broadcasts to x; elements where it is False change
+      neither the statistics nor any other output. A set with no element left
+      gives zeros, then the bias.
+    axis_name: names of mapped axes over which statistics are pooled.
+    axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
+    dtype: dtype of the result; None keeps x's.
+    implementation: 'triton' on NVIDIA GPUs or 'mosaic_tpu', kernels for the
+      last axis alone without mask and pooling; 'xla'; or None to choose.
+
+  Returns:
+    An array of the shape of x.
+
+  Raises:
+    TypeError: if x is not floating-point or complex, `where` not boolean, or
+      epsilon not a number.
+    ValueError: if an axis is out of range or given twice, nothing is reduced,
+      a shape does not fit, or epsilon is negative or not finite.
+    NotImplementedError: if `implementation` names a kernel that does not take
+      this, or not on the platform (when the program is lowered).
+
+  References:
+    Ba, Kiros and Hinton, "Layer Normalization" (2016), equation 3.
+
+  Examples:
+    >>> import jax.numpy as jnp, normkit as nk
+    >>> nk.normalize(jnp.array([1., 3.]), axis=0, epsilon=0.).tolist()
+    [-1.0, 1.0]
+  """
+  x = _types.check_input(x)
+  axes = _types.check_axes(axis, x.ndim)
+  features = (
+    axes
+    if feature_axis is None
+    else _types.check_axes(feature_axis, x.ndim, 'feature_axis')
+  )
+  if axis_name is None:
+    check_some_axes(axes, x.shape)
+  args = check_arguments(
+    x, scale, bias, features, epsilon, where, dtype, implementation
+  )
+  _types.check_not_empty(x.shape, axes)
+  if implementation != 'xla':
+    is_pooled = axis_name is not None or axis_index_groups is not None
+    y = rows.normalize(
+      x, args, axes, features, is_pooled, center, implementation
+    )
+    if y is not None:
+      return y
+  stats = centred(x, axes, args.where, center)
+  stats = pool(stats, axis_name, axis_index_groups)
+  return affine(x, stats, args, center)
+
+
+def add_normalize(
+  x: ArrayLike,
+  residual: ArrayLike,
+  scale: ArrayLike | None,
+  bias: ArrayLike | None,
+  *,
+  center: bool,
+  epsilon: float,
+  activation: Callable[[Array], Array] | None,
+  dtype: DType | None,
+  implementation: Implementation | None,
+) -> tuple[Array, Array]:
+  """Normalizes x + residual over the last axis; see `add_layer_norm`."""
+  x = _types.check_input(x)
+  residual = _types.check_input(residual, 'residual')
+  if (residual.shape, residual.dtype) != (x.shape, x.dtype):
+    raise ValueError(
+      f'residual is {residual.dtype}{list(residual.shape)} and x is '
+      f'{x.dtype}{list(x.shape)}: they are added, and must be alike. Broadcast '
+      'or cast one of them first.'
+    )
+  if activation is not None and not callable(activation):
+    raise TypeError(
+      f'activation must be a function of an array or None, got {activation!r}.'
+    )
+  axes = _types.check_axes(-1, x.ndim)
+  args = check_arguments(
+    x, scale, bias, axes, epsilon, None, dtype, implementation
+  )
+  _types.check_not_empty(x.shape, axes)
+  if implementation != 'xla':
+    found = rows.normalize_rows(
+      x, args, axes, False, center, implementation, residual, activation
+    )
+    if found is not None:
+      return found
+  total = x + residual
+  stats = centred(total, axes, None, center)
+  return activated(total, stats, args, center, activation), total
