@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
+import inspect
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -102,17 +104,31 @@ class Options(ParamOptions):
   axis_index_groups: Groups | None = None
   implementation: Implementation | None = None
 
-  def shared(self) -> dict[str, Any]:
-    """The options that every pure function takes."""
-    names = 'epsilon', 'dtype', 'axis_name', 'axis_index_groups'
-    return {n: getattr(self, n) for n in (*names, 'implementation')}
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CenteredOptions(Options):
   """The options of the transforms that subtract a mean."""
 
   use_bias: bool = True
+
+
+def options_of(holder: Any, function: Callable[..., Any]) -> dict[str, Any]:
+  """The options of a norm's function that a transform or a module holds.
+
+  They are the attributes that have the names of its keyword-only arguments,
+  but for what each call says anew.
+  """
+  names = _keywords(function)
+  return {
+    name: getattr(holder, name) for name in names if hasattr(holder, name)
+  }
+
+
+@functools.cache
+def _keywords(function: Callable[..., Any]) -> tuple[str, ...]:
+  parameters = inspect.signature(function).parameters.values()
+  names = (p.name for p in parameters if p.kind == p.KEYWORD_ONLY)
+  return tuple(name for name in names if name not in ('train', 'where'))
 
 
 _FIELD_CHECKS: dict[str, Callable[[Any], Any]] = {

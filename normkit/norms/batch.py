@@ -258,16 +258,7 @@ class BatchNorm(RunningOptions):
   ) -> tuple[Array, BatchNormState]:
     """Returns `(y, state)`, the state updated if `train`."""
     scale, bias = norm.check_params(params, self)
-    options = dict(
-      self.shared(),
-      axis=self.axis,
-      momentum=self.momentum,
-      debias=self.debias,
-      unbiased=self.unbiased,
-      skip_nonfinite=self.skip_nonfinite,
-      virtual_batch_size=self.virtual_batch_size,
-      check_batch=self.check_batch,
-    )
+    options = norm.options_of(self, batch_norm)
     return batch_norm(
       x, state, scale, bias, train=train, where=where, **options
     )

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -152,5 +152,5 @@ class DyT(norm.ParamOptions):
     del train
     alpha, scale, bias = norm.check_params(params, self, DyTParams)
     norm.check_empty_state(state)
-    options = dict[str, Any](axis=self.axis, where=where, dtype=self.dtype)
-    return dyt(x, alpha, scale, bias, **options), state
+    options = norm.options_of(self, dyt)
+    return dyt(x, alpha, scale, bias, where=where, **options), state

@@ -175,10 +175,7 @@ class EvoNormB0(EvoNormOptions):
   ) -> tuple[Array, BatchNormState]:
     """Returns `(y, state)`, the state updated if `train`."""
     v, scale, bias = norm.check_params(params, self, EvoNormParams)
-    options = dict(
-      self.shared(),
-      momentum=self.momentum,
-      check_batch=self.check_batch,
-      where=where,
+    options = norm.options_of(self, evonorm_b0)
+    return evonorm_b0(
+      x, state, v, scale, bias, train=train, where=where, **options
     )
-    return evonorm_b0(x, state, v, scale, bias, train=train, **options)

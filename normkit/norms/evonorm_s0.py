@@ -140,6 +140,6 @@ class EvoNormS0(EvoNormOptions):
     """Returns `(y, state)`; `train` makes no difference."""
     del train
     norm.check_empty_state(state)
-    options = dict(self.shared(), num_groups=self.num_groups, where=where)
+    options = norm.options_of(self, evonorm_s0)
     v, scale, bias = norm.check_params(params, self, EvoNormParams)
-    return evonorm_s0(x, v, scale, bias, **options), state
+    return evonorm_s0(x, v, scale, bias, where=where, **options), state

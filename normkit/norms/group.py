@@ -195,10 +195,5 @@ class GroupNorm(norm.CenteredOptions):
     del train
     scale, bias = norm.check_params(params, self)
     norm.check_empty_state(state)
-    options = dict(
-      self.shared(),
-      num_groups=self.num_groups,
-      axis=self.axis,
-      batch_axis=self.batch_axis,
-    )
+    options = norm.options_of(self, group_norm)
     return group_norm(x, scale, bias, where=where, **options), state

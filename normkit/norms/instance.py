@@ -229,5 +229,5 @@ class InstanceNorm(norm.CenteredOptions):
     del train
     scale, bias = norm.check_params(params, self)
     norm.check_empty_state(state)
-    options = dict(self.shared(), axis=self.axis, batch_axis=self.batch_axis)
+    options = norm.options_of(self, instance_norm)
     return instance_norm(x, scale, bias, where=where, **options), state

@@ -141,5 +141,5 @@ class ScaleNorm(norm.Options):
     del train
     scale, _ = norm.check_params(params, self)
     norm.check_empty_state(state)
-    options = dict(self.shared(), axis=self.axis, where=where)
-    return l2_norm(x, scale, **options), state
+    options = norm.options_of(self, l2_norm)
+    return l2_norm(x, scale, where=where, **options), state

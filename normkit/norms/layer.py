@@ -195,5 +195,5 @@ class LayerNorm(norm.CenteredOptions):
     del train
     scale, bias = norm.check_params(params, self)
     norm.check_empty_state(state)
-    options = dict(self.shared(), axis=self.axis, where=where)
-    return layer_norm(x, scale, bias, **options), state
+    options = norm.options_of(self, layer_norm)
+    return layer_norm(x, scale, bias, where=where, **options), state

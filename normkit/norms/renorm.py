@@ -252,14 +252,7 @@ class BatchRenorm(RunningOptions):
   ) -> tuple[Array, BatchNormState]:
     """Returns `(y, state)`, the state updated if `train`."""
     scale, bias = norm.check_params(params, self)
-    options = dict(
-      self.shared(),
-      axis=self.axis,
-      momentum=self.momentum,
-      r_max=self.r_max,
-      d_max=self.d_max,
-      check_batch=self.check_batch,
-    )
+    options = norm.options_of(self, batch_renorm)
     return batch_renorm(
       x, state, scale, bias, train=train, where=where, **options
     )

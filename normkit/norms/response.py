@@ -185,6 +185,6 @@ class FilterResponseNorm(norm.CenteredOptions):
       params, self, FilterResponseParams, threshold=self.use_threshold
     )
     norm.check_empty_state(state)
-    options = dict(self.shared(), axis=self.axis, batch_axis=self.batch_axis)
+    options = norm.options_of(self, filter_response_norm)
     y = filter_response_norm(x, scale, bias, least, where=where, **options)
     return y, state

@@ -192,5 +192,5 @@ class RMSNorm(norm.Options):
     del train
     scale, _ = norm.check_params(params, self)
     norm.check_empty_state(state)
-    options = dict(self.shared(), axis=self.axis, where=where)
-    return rms_norm(x, scale, **options), state
+    options = norm.options_of(self, rms_norm)
+    return rms_norm(x, scale, where=where, **options), state

@@ -198,12 +198,7 @@ class StreamingNorm(RunningOptions):
   ) -> tuple[Array, BatchNormState]:
     """Returns `(y, state)`, the state updated if `train`."""
     scale, bias = norm.check_params(params, self)
-    options = dict(
-      self.shared(),
-      axis=self.axis,
-      momentum=self.momentum,
-      debias=self.debias,
-    )
+    options = norm.options_of(self, streaming_norm)
     return streaming_norm(
       x, state, scale, bias, train=train, where=where, **options
     )

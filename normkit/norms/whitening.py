@@ -251,7 +251,7 @@ class IterativeWhitening(norm.CenteredOptions):
   ) -> tuple[Array, WhiteningState]:
     """Returns `(y, state)`, the state updated if `train`."""
     scale, bias = norm.check_params(params, self)
-    options = dict(self.shared(), n_steps=self.n_steps, momentum=self.momentum)
+    options = norm.options_of(self, iterative_whitening)
     return iterative_whitening(
       x, state, scale, bias, train=train, where=where, **options
     )

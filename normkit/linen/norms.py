@@ -1,0 +1,228 @@
+"""Flax's norms with normkit's call.
+
+Fields, parameters, collections and signatures are those of `flax.linen`, whose
+classes these derive from. No maths here.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY
+from typing import Any
+
+from flax import linen as nn
+from flax.linen import dtypes
+from flax.typing import Initializer
+import jax.numpy as jnp
+
+from normkit import _types, general, norm
+from normkit._docs import documented
+from normkit._types import Array, DType
+from normkit.linen._shared import DropIn
+from normkit.norms import _running, batch, group, instance, layer, rms
+
+
+@documented(nn.BatchNorm, batch.BatchNorm)
+class BatchNorm(DropIn, nn.BatchNorm):
+  """Batch normalization, in place of `flax.linen.BatchNorm`.
+
+  Where `momentum` is None or `debias` asked for, the number of updates is kept
+  in `batch_stats/count`.
+
+  Attributes:
+    momentum: the share of the old running value that is kept; None weighs all
+      updates equally.
+    force_float32_reductions: False keeps the stored statistics in param_dtype;
+      they are taken in float32 or wider all the same.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, normkit.linen
+    >>> x = jnp.ones((4, 3))
+    >>> norm = normkit.linen.BatchNorm(use_running_average=False)
+    >>> variables = norm.init(jax.random.key(0), x)
+    >>> y, updates = norm.apply(variables, x, mutable=['batch_stats'])
+    >>> updates['batch_stats']['mean'].shape
+    (3,)
+  """
+
+  _: KW_ONLY
+  debias: bool = False
+  unbiased: bool = False
+  skip_nonfinite: bool = False
+  virtual_batch_size: int | None = None
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Array,
+    use_running_average: bool | None = None,
+    *,
+    mask: Array | None = None,
+  ) -> Array:
+    """Normalizes x; `mask` is True where an element counts."""
+    eval_mode = nn.merge_param(
+      'use_running_average', self.use_running_average, use_running_average
+    )
+    axes = _types.check_axes(self.axis, x.ndim, repeats=True)
+    shape = tuple(x.shape[a] for a in axes)
+    stored = jnp.float32 if self.force_float32_reductions else self.param_dtype
+    mean = self.variable('batch_stats', 'mean', jnp.zeros, shape, stored)
+    var = self.variable('batch_stats', 'var', jnp.ones, shape, stored)
+    count = None
+    if self.debias or self.momentum is None:
+      count = self.variable('batch_stats', 'count', jnp.zeros, shape, jnp.int32)
+    x, options = _prepare(self, batch.batch_norm, x, shape, mask)
+    old = _running.BatchNormState(
+      *_promoted(mean.value, var.value, _flax_dtype(self, x)),
+      jnp.zeros(shape, jnp.int32) if count is None else count.value,
+    )
+    if initializing := self.is_initializing():
+      alone = 'axis_name', 'axis_index_groups', 'virtual_batch_size'
+      options.update(dict.fromkeys(alone))
+    options.update(axis=axes, check_batch=False)
+    y, new = batch.batch_norm(x, old, train=not eval_mode, **options)
+    if not eval_mode and not initializing:
+      mean.value, var.value = new.mean, new.var
+      if count is not None:
+        count.value = new.count
+    return y
+
+
+@documented(nn.LayerNorm, layer.LayerNorm)
+class LayerNorm(DropIn, nn.LayerNorm):
+  """Layer normalization, in place of `flax.linen.LayerNorm`.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, normkit.linen
+    >>> x = jnp.ones((4, 3))
+    >>> norm = normkit.linen.LayerNorm()
+    >>> norm.apply(norm.init(jax.random.key(0), x), x).shape
+    (4, 3)
+  """
+
+  @nn.compact
+  def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
+    """Normalizes x; `mask` is True where an element counts."""
+    return _normalize(self, x, mask, center=True)
+
+
+@documented(nn.RMSNorm, rms.RMSNorm)
+class RMSNorm(DropIn, nn.RMSNorm):
+  """Root mean square normalization, in place of `flax.linen.RMSNorm`.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, normkit.linen
+    >>> x = jnp.ones((4, 3))
+    >>> norm = normkit.linen.RMSNorm()
+    >>> norm.apply(norm.init(jax.random.key(0), x), x).shape
+    (4, 3)
+  """
+
+  @nn.compact
+  def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
+    """Normalizes x; `mask` is True where an element counts."""
+    return _normalize(self, x, mask, center=False)
+
+
+@documented(nn.GroupNorm, group.GroupNorm)
+class GroupNorm(DropIn, nn.GroupNorm):
+  """Group normalization, in place of `flax.linen.GroupNorm`.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, normkit.linen
+    >>> x = jnp.ones((4, 3, 8))
+    >>> norm = normkit.linen.GroupNorm(num_groups=2)
+    >>> norm.apply(norm.init(jax.random.key(0), x), x).shape
+    (4, 3, 8)
+  """
+
+  @nn.compact
+  def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
+    """Normalizes x; `mask` is True where an element counts."""
+    batch_axes = group.batch_axes(self.reduction_axes, x.ndim)
+    shape = x.shape[-1:]
+    groups, _ = group.groups_of(shape[0], self.num_groups, self.group_size)
+    x, options = _prepare(self, group.group_norm, x, shape, mask)
+    options.update(num_groups=groups, batch_axis=batch_axes)
+    return group.group_norm(x, **options)
+
+
+@documented(nn.InstanceNorm, instance.InstanceNorm)
+class InstanceNorm(DropIn, nn.InstanceNorm):
+  """Instance normalization, in place of `flax.linen.InstanceNorm`.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, normkit.linen
+    >>> x = jnp.ones((4, 3, 8))
+    >>> norm = normkit.linen.InstanceNorm()
+    >>> norm.apply(norm.init(jax.random.key(0), x), x).shape
+    (4, 3, 8)
+  """
+
+  @nn.compact
+  def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
+    """Normalizes x; `mask` is True where an element counts."""
+    axes = instance.check_feature_axes(self.feature_axes, x.ndim)
+    shape = tuple(x.shape[a] for a in axes)
+    x, options = _prepare(self, instance.instance_norm, x, shape, mask)
+    return instance.instance_norm(x, **options | {'axis': axes})
+
+
+def _normalize(
+  module: LayerNorm | RMSNorm, x: Array, mask: Array | None, center: bool
+) -> Array:
+  features, reduced = (
+    _types.check_axes(getattr(module, name), x.ndim, name, repeats=True)
+    for name in ('feature_axes', 'reduction_axes')
+  )
+  shape = tuple(x.shape[a] for a in features)
+  x, options = _prepare(module, general.normalize, x, shape, mask)
+  options.update(axis=reduced, feature_axis=features, center=center)
+  return general.normalize(x, **options)
+
+
+def _prepare(
+  module: Any,
+  function: Callable[..., Any],
+  x: Array,
+  shape: Sequence[int],
+  mask: Array | None,
+) -> tuple[Array, dict[str, Any]]:
+  """Makes the parameters; returns x and what the function is told."""
+  scale = bias = None
+  if module.use_scale:
+    scale = _param(module, 'scale', module.scale_init, shape)
+  if getattr(module, 'use_bias', False):
+    bias = _param(module, 'bias', module.bias_init, shape)
+  dtype = dtypes.canonicalize_dtype(x, scale, bias, dtype=module.dtype)
+  where = _types.check_mask(mask, x.shape, cast=True)
+  options = norm.options_of(module, function)
+  options.update(scale=scale, where=where, dtype=dtype)
+  if bias is not None:
+    options['bias'] = bias
+  return _types.as_inexact(x, dtype), options
+
+
+def _param(
+  module: Any, name: str, init: Initializer, shape: Sequence[int]
+) -> Array:
+  """A parameter; without float32 forced in `param_dtype`, however stored."""
+  value: Array = module.param(name, init, shape, module.param_dtype)
+  if module.force_float32_reductions:
+    return value
+  return value.astype(module.param_dtype)
+
+
+def _flax_dtype(module: BatchNorm, x: Array) -> DType:
+  """The dtype of Flax's statistics, to which it promotes the stored ones."""
+  dtype = x.dtype if module.dtype is None else module.dtype
+  if not module.force_float32_reductions:
+    return dtype
+  return _types.statistics_dtype(dtype)
+
+
+def _promoted(mean: Array, var: Array, dtype: DType) -> tuple[Array, Array]:
+  """The statistics in `dtype` or wider, the variance real."""
+  real = _types.real_dtype(dtype)
+  return (
+    mean.astype(jnp.promote_types(mean.dtype, dtype)),
+    var.astype(jnp.promote_types(var.dtype, real)),
+  )

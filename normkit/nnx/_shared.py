@@ -1,0 +1,95 @@
+"""What the modules share: variables as arrays, the choice of statistics."""
+
+from collections.abc import Mapping
+import functools
+import inspect
+from typing import Any, TypeVar
+
+from flax import nnx
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+Class = TypeVar('Class', bound=type)
+
+
+class Running(nnx.Module):
+  """A module that may use stored statistics: `train`, `eval`, `nnx.view`."""
+
+  use_running_average: Any  # whether, or None
+
+  def _evaluates(self, use_running_average: bool | None) -> bool:
+    """Whether to use the stored statistics: the call beats the attribute."""
+    for choice in (use_running_average, self.use_running_average):
+      if choice is not None:
+        return bool(choice)
+    raise ValueError(
+      'use_running_average is None in the module and at the call. Give it in '
+      'either place, or use train(), eval() or nnx.view(module, '
+      'use_running_average=...).'
+    )
+
+  def set_view(self, use_running_average: bool | None = None) -> None:
+    """What `nnx.view` calls.
+
+    Args:
+      use_running_average: normalize with the stored statistics; None leaves it
+        as it is.
+    """
+    if use_running_average is not None:
+      self.use_running_average = use_running_average
+
+
+def with_signature_of(flax: type) -> Any:
+  """Says in a constructor's signature what its `**options` stands for.
+
+  They are the arguments of a Flax class; those of its own are keyword-only, and
+  stand behind.
+  """
+
+  def complete(cls: Class) -> Class:
+    init = cls.__init__  # type: ignore[misc]
+
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **options: Any) -> None:
+      init(self, *args, **options)
+
+    theirs, own = (_parameters(kind) for kind in (flax, cls))
+    merged = [own.get(name, p) for name, p in theirs.items()]
+    merged += [p for name, p in own.items() if name not in theirs]
+    __init__.__signature__ = inspect.Signature(merged)  # type: ignore[attr-defined]
+    cls.__init__ = __init__  # type: ignore[misc]
+    return cls
+
+  return complete
+
+
+def _parameters(cls: Any) -> Mapping[str, inspect.Parameter]:
+  """The parameters of a constructor that can be given by name."""
+  return {
+    name: p
+    for name, p in inspect.signature(cls.__init__).parameters.items()
+    if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+  }
+
+
+def read(variables: Any) -> Any:
+  """A tree of variables as arrays."""
+  return jax.tree.map(lambda v: v[...], variables, is_leaf=_is_variable)
+
+
+def write(variables: Any, values: Any) -> None:
+  """Stores arrays, which take no part in differentiation, in variables."""
+
+  def is_leaf(value: Any) -> bool:
+    return value is None or _is_variable(value)
+
+  old, new = (jax.tree.leaves(t, is_leaf=is_leaf) for t in (variables, values))
+  for variable, value in zip(old, new, strict=True):
+    if variable is not None:
+      new_value = jnp.asarray(value, variable.dtype).reshape(variable.shape)
+      variable[...] = lax.stop_gradient(new_value)
+
+
+def _is_variable(value: Any) -> bool:
+  return isinstance(value, nnx.Variable)

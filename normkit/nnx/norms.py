@@ -1,0 +1,313 @@
+"""Flax's norms with normkit's call.
+
+Constructors, attributes and variables are those of `flax.nnx`, whose classes
+these derive from. No maths here.
+
+Statistics are in float32 or wider: with `dtype=jnp.bfloat16` neither the input
+nor a stored statistic is rounded before it is used, only the result. Flax's
+`promote_dtype` therefore serves to find the dtype of the result; another one is
+called as Flax calls it, and what it returns is used.
+"""
+
+from collections.abc import Callable
+import math
+from typing import Any
+
+from flax import nnx
+from flax.nnx.nn import dtypes
+from flax.typing import PromoteDtypeFn
+import jax.numpy as jnp
+import numpy as np
+
+from normkit import _types, arguments, general, norm
+from normkit._docs import documented
+from normkit._types import Array, DType, Implementation
+from normkit.nnx._shared import Running, read, with_signature_of, write
+from normkit.norms import _running, batch, group, instance, layer, rms
+
+
+class _DropIn(nnx.Module):
+  """What the five share: Flax's constructor, checked, and one option more."""
+
+  axis_index_groups: Any
+  dtype: DType | None
+  promote_dtype: PromoteDtypeFn
+
+  def __init__(
+    self,
+    *args: Any,
+    implementation: Implementation | None = None,
+    **options: Any,
+  ) -> None:
+    width = 'The width is num_features, the first argument.'
+    arguments.check_not_width(options.get('epsilon'), width)
+    super().__init__(*args, **options)
+    self.axis_index_groups = _types.hashable(self.axis_index_groups)
+    self.implementation = implementation
+
+  def _prepare(
+    self,
+    function: Callable[..., Any],
+    x: Array,
+    mask: Array | None,
+    features: tuple[int, ...],
+    *stats: Array,
+  ) -> tuple[Array, tuple[Array, ...], dict[str, Any]]:
+    """Returns x, the statistics, and what the function is told."""
+    params = {
+      n: getattr(self, n) for n in ('scale', 'bias') if hasattr(self, n)
+    }
+    arrays = x, *stats, *read(tuple(params.values()))
+    if self.promote_dtype is dtypes.promote_dtype:
+      dtype = dtypes.canonicalize_dtype(*arrays, dtype=self.dtype)
+      arrays = _types.as_inexact(x, dtype), *arrays[1:]
+    else:
+      arrays = self.promote_dtype(arrays, dtype=self.dtype)
+      outer = arrays[0], *arrays[1 + len(stats) :]
+      dtype = dtypes.canonicalize_dtype(*outer, dtype=self.dtype)
+    x, *rest = arrays
+    options = norm.options_of(self, function)
+    where = _types.check_mask(mask, x.shape, cast=False)
+    options.update(where=where, dtype=dtype)
+    for name, value in zip(params, rest[len(stats) :], strict=True):
+      if value is not None:
+        options[name] = _as_features(value, x, features)
+    return x, tuple(rest[: len(stats)]), options
+
+
+@documented(nnx.BatchNorm, batch.BatchNorm)
+@with_signature_of(nnx.BatchNorm)
+class BatchNorm(_DropIn, nnx.BatchNorm, Running):
+  """Batch normalization, in place of `flax.nnx.BatchNorm`.
+
+  Args:
+    axis: the feature axis; of several, `num_features` is the product.
+    momentum: the share of the old running value that is kept (PyTorch's 0.1 is
+      0.9 here). None weighs all updates equally.
+
+  Attributes:
+    mean: running means, an `nnx.BatchStat`.
+    var: running variances, an `nnx.BatchStat`.
+    count: how many updates each feature has received, an `nnx.BatchStat`, or
+      None where neither `debias` nor `momentum=None` needs it.
+    scale: an `nnx.Param`, or None.
+    bias: an `nnx.Param`, or None.
+
+  Examples:
+    >>> import jax.numpy as jnp, normkit.nnx
+    >>> from flax import nnx
+    >>> norm = normkit.nnx.BatchNorm(3, momentum=0.5, rngs=nnx.Rngs(0))
+    >>> y = norm(jnp.ones((4, 3)))
+    >>> norm.eval()
+    >>> norm(jnp.ones((4, 3))).shape, norm.mean[...].tolist()
+    ((4, 3), [0.5, 0.5, 0.5])
+  """
+
+  def __init__(
+    self,
+    num_features: int,
+    *,
+    debias: bool = False,
+    unbiased: bool = False,
+    skip_nonfinite: bool = False,
+    virtual_batch_size: int | None = None,
+    implementation: Implementation | None = None,
+    **options: Any,
+  ) -> None:
+    super().__init__(num_features, implementation=implementation, **options)
+    self.debias = debias
+    self.unbiased = unbiased
+    self.skip_nonfinite = skip_nonfinite
+    self.virtual_batch_size = virtual_batch_size
+    self.count: Any = nnx.data(None)
+    if self._needs_count():
+      self.count = nnx.BatchStat(jnp.zeros((num_features,), jnp.int32))
+
+  def __call__(
+    self,
+    x: Array,
+    use_running_average: bool | None = None,
+    *,
+    mask: Array | None = None,
+  ) -> Array:
+    """Normalizes x; `mask` is True where an element counts."""
+    train = not self._evaluates(use_running_average)
+    axes = _types.check_axes(self.axis, np.ndim(x), repeats=True)
+    stored = self.mean[...], self.var[...]
+    x, promoted, options = self._prepare(
+      batch.batch_norm, x, mask, axes, *stored
+    )
+    mean, var = stored if train else promoted
+    if train and jnp.iscomplexobj(x):
+      mean = mean.astype(x.dtype)
+    state = _running.BatchNormState(
+      *(_as_features(s, x, axes) for s in (mean, var, self._updates()))
+    )
+    options.update(axis=axes, check_batch=False)
+    y, updated = batch.batch_norm(x, state, train=train, **options)
+    if train:
+      write((self.mean, self.var, self.count), updated)
+    return y
+
+  def _needs_count(self) -> bool:
+    return self.debias or self.momentum is None
+
+  def _updates(self) -> Array:
+    """How many updates each feature has received, or as many zeros."""
+    if self.count is not None:
+      count: Array = self.count[...]
+      return count
+    if self._needs_count():
+      raise ValueError(
+        f'debias={self.debias} with momentum={self.momentum} needs a count of '
+        'the updates, which the module makes at construction. Give them there.'
+      )
+    return jnp.zeros((self.num_features,), jnp.int32)
+
+
+@documented(nnx.LayerNorm, layer.LayerNorm)
+@with_signature_of(nnx.LayerNorm)
+class LayerNorm(_DropIn, nnx.LayerNorm):
+  """Layer normalization, in place of `flax.nnx.LayerNorm`.
+
+  Args:
+    feature_axes: the axes of the parameters; of several, `num_features` is the
+      product.
+
+  Attributes:
+    scale: an `nnx.Param`, or None.
+    bias: an `nnx.Param`, or None.
+
+  Examples:
+    >>> import jax.numpy as jnp, normkit.nnx
+    >>> from flax import nnx
+    >>> norm = normkit.nnx.LayerNorm(3, rngs=nnx.Rngs(0))
+    >>> norm(jnp.ones((4, 3))).shape
+    (4, 3)
+  """
+
+  def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
+    """Normalizes x; `mask` is True where an element counts."""
+    return _normalize(self, x, mask, center=True)
+
+
+@documented(nnx.RMSNorm, rms.RMSNorm)
+@with_signature_of(nnx.RMSNorm)
+class RMSNorm(_DropIn, nnx.RMSNorm):
+  """Root mean square normalization, in place of `flax.nnx.RMSNorm`.
+
+  Args:
+    feature_axes: the axes of the scale; of several, `num_features` is the
+      product.
+
+  Attributes:
+    scale: an `nnx.Param`, or None.
+
+  Examples:
+    >>> import jax.numpy as jnp, normkit.nnx
+    >>> from flax import nnx
+    >>> norm = normkit.nnx.RMSNorm(3, rngs=nnx.Rngs(0))
+    >>> norm(jnp.ones((4, 3))).shape
+    (4, 3)
+  """
+
+  def __call__(self, x: Array, mask: Array | None = None) -> Array:
+    """Normalizes x; `mask` is True where an element counts."""
+    return _normalize(self, x, mask, center=False)
+
+
+@documented(nnx.GroupNorm, group.GroupNorm)
+@with_signature_of(nnx.GroupNorm)
+class GroupNorm(_DropIn, nnx.GroupNorm):
+  """Group normalization, in place of `flax.nnx.GroupNorm`.
+
+  Attributes:
+    num_groups: how many groups there are, given or not.
+    group_size: how many channels a group has, given or not.
+    scale: an `nnx.Param`, or None.
+    bias: an `nnx.Param`, or None.
+
+  Examples:
+    >>> import jax.numpy as jnp, normkit.nnx
+    >>> from flax import nnx
+    >>> norm = normkit.nnx.GroupNorm(8, num_groups=2, rngs=nnx.Rngs(0))
+    >>> norm(jnp.ones((4, 3, 8))).shape, norm.group_size
+    ((4, 3, 8), 4)
+  """
+
+  def __init__(
+    self,
+    num_features: int,
+    num_groups: int | None = 32,
+    group_size: int | None = None,
+    *,
+    implementation: Implementation | None = None,
+    **options: Any,
+  ) -> None:
+    group.groups_of(num_features, num_groups, group_size)
+    options['implementation'] = implementation
+    super().__init__(num_features, num_groups, group_size, **options)
+    self.num_features = num_features
+
+  def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
+    """Normalizes x; `mask` is True where an element counts."""
+    batch_axes = group.batch_axes(self.reduction_axes, np.ndim(x))
+    channels = (np.ndim(x) - 1,)
+    _check_width(self.num_features, x, channels)
+    x, _, options = self._prepare(group.group_norm, x, mask, channels)
+    return group.group_norm(x, **options | {'batch_axis': batch_axes})
+
+
+@documented(nnx.InstanceNorm, instance.InstanceNorm)
+@with_signature_of(nnx.InstanceNorm)
+class InstanceNorm(_DropIn, nnx.InstanceNorm):
+  """Instance normalization, in place of `flax.nnx.InstanceNorm`.
+
+  Args:
+    feature_axes: the channels, an axis or several, not the first; of several,
+      `num_features` is the product.
+
+  Attributes:
+    scale: an `nnx.Param`, or None.
+    bias: an `nnx.Param`, or None.
+
+  Examples:
+    >>> import jax.numpy as jnp, normkit.nnx
+    >>> from flax import nnx
+    >>> norm = normkit.nnx.InstanceNorm(8, rngs=nnx.Rngs(0))
+    >>> norm(jnp.ones((4, 3, 8))).shape
+    (4, 3, 8)
+  """
+
+  def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
+    """Normalizes x; `mask` is True where an element counts."""
+    axes = instance.check_feature_axes(self.feature_axes, np.ndim(x))
+    x, _, options = self._prepare(instance.instance_norm, x, mask, axes)
+    return instance.instance_norm(x, **options | {'axis': axes})
+
+
+def _normalize(
+  module: LayerNorm | RMSNorm, x: Array, mask: Array | None, center: bool
+) -> Array:
+  features, reduced = (
+    _types.check_axes(getattr(module, name), np.ndim(x), name, repeats=True)
+    for name in ('feature_axes', 'reduction_axes')
+  )
+  x, _, options = module._prepare(general.normalize, x, mask, features)
+  options.update(axis=reduced, feature_axis=features, center=center)
+  return general.normalize(x, **options)
+
+
+def _as_features(values: Array, x: Array, axes: tuple[int, ...]) -> Array:
+  """One number a feature, in the shape of the feature axes of x."""
+  _check_width(values.size, x, axes)
+  return values.reshape(tuple(x.shape[a] for a in axes))
+
+
+def _check_width(width: int, x: Array, axes: tuple[int, ...]) -> None:
+  shape = tuple(np.shape(x)[a] for a in axes)
+  if width != math.prod(shape):
+    raise ValueError(
+      f'x has the feature axes {axes} of shape {shape}, but num_features is '
+      f'{width}. Make the module with num_features={math.prod(shape)}.'
+    )

@@ -1,0 +1,92 @@
+"""docs/building.md: the norm that the page adds, added by the page alone."""
+
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import types
+
+import cases
+import family
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import normkit as nk
+import normkit.linen
+import normkit.testing
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGE = (ROOT / 'docs' / 'building.md').read_text()
+
+
+def block(path):
+  """The code that the page puts into a file."""
+  found = re.search(rf'^`{path}`.*\n\n```python\n((?:.*\n)*?)```', PAGE, re.M)
+  return found[1]
+
+
+def test_the_norm_of_the_page():
+  module = types.ModuleType('l1')
+  sys.modules['l1'] = module  # dataclasses look there
+  exec(block('normkit/norms/l1.py'), vars(module))
+  exec(block('tests/family.py'), scope := dict(vars(family)))
+  x, transform = cases.draw((4, 6)), module.L1LayerNorm()
+  where = cases.draw_mask((4, 6))
+  reference = scope['l1_layer_norm']()
+  nk.testing.check_norm(transform, x, reference, where=where)
+  layer = normkit.linen.Norm(transform)
+  variables = layer.init(jax.random.key(0), x, train=True)
+  np.testing.assert_array_equal(
+    layer.apply(variables, x, train=True), module.l1_layer_norm(x)
+  )
+
+
+@pytest.mark.second_tier
+def test_the_page_followed(tmp_path):
+  """In a copy of the project: its files, its command."""
+  for name in ('normkit', 'tests', 'pyproject.toml'):
+    copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+    copy(ROOT / name, tmp_path / name)
+  (tmp_path / 'normkit/norms/l1.py').write_text(block('normkit/norms/l1.py'))
+  edit(tmp_path / 'normkit/__init__.py', block('normkit/__init__.py'), '__all__')
+  edit(
+    tmp_path / 'normkit/__init__.py', "  'L1LayerNorm',\n", "  'BatchNormState'"
+  )
+  with (tmp_path / 'tests/family.py').open('a') as file:
+    file.write('\n\n' + block('tests/family.py'))
+  row = block('tests/cases.py')
+  edit(tmp_path / 'tests/cases.py', row, "  Case('batch_norm', ")
+  command = 'tests/test_conformance.py', '-k', 'l1', '-n', '0', '--all'
+  run = subprocess.run(
+    [sys.executable, '-m', 'pytest', '-q', *command],
+    cwd=tmp_path,
+    env={'PYTHONPATH': str(tmp_path), 'PATH': ''},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert run.returncode == 0, run.stdout[-2000:]
+  assert int(re.search(r'(\d+) passed', run.stdout)[1]) > 20
+
+
+def edit(path, text, before):
+  """Writes text above the line that begins so."""
+  content = path.read_text()
+  assert content.count(f'\n{before}') >= 1
+  path.write_text(content.replace(f'\n{before}', f'\n{text}{before}', 1))
+
+
+def test_a_broken_norm_is_found():
+  """The check that the page promises is no formality."""
+  code = block('normkit/norms/l1.py').replace('deviation + ', '2 * deviation + ')
+  module = types.ModuleType('l1')
+  sys.modules['l1'] = module
+  exec(code, vars(module))
+  exec(block('tests/family.py'), scope := dict(vars(family)))
+  with pytest.raises(AssertionError):
+    nk.testing.check_norm(
+      module.L1LayerNorm(), jnp.ones((2, 3)) * 2, scope['l1_layer_norm']()
+    )
