@@ -64,6 +64,7 @@ LAYERS = (
   ('_types',),
 )
 DEPTH = {name: depth for depth, row in enumerate(LAYERS) for name in row}
+LONGEST = 450  # lines of a file
 
 
 def modules():
@@ -125,6 +126,26 @@ def test_import_rule_can_fail():
   assert above('tools.fold', 'tools._planner')
   assert not above('tools.fold', 'testing._calls')
   assert not above('testing.norm', 'tools.files')
+
+
+def long_files(root):
+  """The lines of each file with more than there may be."""
+  lines = {
+    str(path.relative_to(root)): len(path.read_text().splitlines())
+    for path in root.rglob('*.py')
+  }
+  return {path: count for path, count in lines.items() if count > LONGEST}
+
+
+def test_no_file_is_long():
+  assert not long_files(ROOT), 'part it where it holds several subjects'
+
+
+def test_a_long_file_is_found(tmp_path):
+  (tmp_path / 'full.py').write_text('x = 1\n' * LONGEST)
+  (tmp_path / 'long').mkdir()
+  (tmp_path / 'long' / 'long.py').write_text('x = 1\n' * (LONGEST + 1))
+  assert long_files(tmp_path) == {'long/long.py': LONGEST + 1}
 
 
 def test_importing_normkit_imports_jax_alone():

@@ -259,7 +259,7 @@ def _before_casts(value: Value) -> Value:
 
 
 def label(value: Value) -> str:
-  """The path of the variable that a constant is made of."""
+  """The path of the largest variable that a constant is made of."""
   return value.main.label if value.main else 'constant'
 
 
