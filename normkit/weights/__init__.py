@@ -6,7 +6,7 @@ in, `weights` out, with the weights that the optimizer moves never overwritten.
 """
 
 from normkit.weights._shared import Tree as Tree, Where as Where
-from normkit.weights.spectral_norm import (
+from normkit.weights.spectral_normalization import (
   SpectralNorm,
   SpectralNormState,
   spectral_norm,
@@ -15,7 +15,7 @@ from normkit.weights.standardization import (
   WeightStandardization,
   weight_standardize,
 )
-from normkit.weights.weight_norm import WeightNorm, weight_norm
+from normkit.weights.weight_normalization import WeightNorm, weight_norm
 
 __all__ = [
   'SpectralNorm',
