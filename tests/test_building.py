@@ -51,7 +51,9 @@ def test_the_page_followed(tmp_path):
     copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
     copy(ROOT / name, tmp_path / name)
   (tmp_path / 'normkit/norms/l1.py').write_text(block('normkit/norms/l1.py'))
-  edit(tmp_path / 'normkit/__init__.py', block('normkit/__init__.py'), '__all__')
+  edit(
+    tmp_path / 'normkit/__init__.py', block('normkit/__init__.py'), '__all__'
+  )
   edit(
     tmp_path / 'normkit/__init__.py', "  'L1LayerNorm',\n", "  'BatchNormState'"
   )
@@ -81,7 +83,9 @@ def edit(path, text, before):
 
 def test_a_broken_norm_is_found():
   """The check that the page promises is no formality."""
-  code = block('normkit/norms/l1.py').replace('deviation + ', '2 * deviation + ')
+  code = block('normkit/norms/l1.py').replace(
+    'deviation + ', '2 * deviation + '
+  )
   module = types.ModuleType('l1')
   sys.modules['l1'] = module
   exec(code, vars(module))

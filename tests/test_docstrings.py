@@ -4,14 +4,5 @@ Editors read a docstring from the source, so that each function and transform
 has all of its arguments written out.
 """
 
-import importlib
-import inspect
-import re
-
-import pytest
-
-import normkit as nk
-import normkit.weights
-
 # By argument: the forms there are of its sentence.
 SENTENCES = {}

@@ -27,21 +27,33 @@ MODULES = (
   'normkit.tools.recalibrate',
   'normkit.tools.replace',
 )
-# One way only: a module may import from the rows below its own.
+# One way only: a module may import from the rows below its own, and from a
+# package that is below its own package.
 LAYERS = (
   ('__main__',),
   ('tools.cli',),
   ('tools.adapt', 'tools.convert'),
   ('tools', 'testing'),
+  ('tools._planner', 'tools._layouts', 'tools._gradients'),
+  ('tools._statistics', 'tools._inspection', 'tools._seen'),
   ('tools._plan', 'tools._template', 'tools._layers', 'tools._views'),
-  ('tools._chains', 'tools._advice'),
+  ('tools._chains', 'tools._advice', 'tools._options'),
   ('tools._frameworks',),
   ('tools._program', 'tools.files'),
+  (
+    'testing.forms',
+    'testing.gradients',
+    'testing.transformations',
+    'testing.values',
+  ),
+  ('testing.assertions',),
+  ('testing._calls', 'testing._compare'),
   ('linen', 'nnx'),
+  ('linen._shared', 'nnx._shared', '_docs'),
   ('recurrent', 'masks'),
   ('recurrent.cells',),
   ('norms', 'weights'),
-  ('norms._running', 'norms._evonorm', 'norms._covariance'),
+  ('weights._shared', 'norms._running', 'norms._evonorm', 'norms._covariance'),
   ('norm', 'general', 'policies'),
   ('rows', 'arguments'),
   ('affine', 'moments'),
@@ -53,6 +65,7 @@ LAYERS = (
   ('_types',),
 )
 DEPTH = {name: depth for depth, row in enumerate(LAYERS) for name in row}
+LONGEST = 450  # lines of a file
 
 
 def modules():
@@ -85,7 +98,9 @@ def depth(name):
 
 def above(name, other):
   """Whether `name` may import `other`."""
-  return depth(name) < depth(other)
+  package, others = name.split('.')[0], other.split('.')[0]
+  by_package = package == others or depth(package) < depth(others)
+  return by_package and depth(name) < depth(other)
 
 
 @pytest.mark.parametrize(('path', 'name'), list(modules()))
@@ -106,6 +121,32 @@ def test_import_rule_can_fail():
   assert not above('norms.batch', 'norms.layer')
   assert not above('moments', 'norm')
   assert not above('norm', 'linen')
+  assert above('weights.weight_normalization', 'weights._shared')
+  assert not above('weights.weight_normalization', 'weights.standardization')
+  assert not above('norms.layer', 'weights._shared')
+  assert above('tools.fold', 'tools._planner')
+  assert not above('tools.fold', 'testing._calls')
+  assert not above('testing.norm', 'tools.files')
+
+
+def long_files(root):
+  """The lines of each file with more than there may be."""
+  lines = {
+    str(path.relative_to(root)): len(path.read_text().splitlines())
+    for path in root.rglob('*.py')
+  }
+  return {path: count for path, count in lines.items() if count > LONGEST}
+
+
+def test_no_file_is_long():
+  assert not long_files(ROOT), 'part it where it holds several subjects'
+
+
+def test_a_long_file_is_found(tmp_path):
+  (tmp_path / 'full.py').write_text('x = 1\n' * LONGEST)
+  (tmp_path / 'long').mkdir()
+  (tmp_path / 'long' / 'long.py').write_text('x = 1\n' * (LONGEST + 1))
+  assert long_files(tmp_path) == {'long/long.py': LONGEST + 1}
 
 
 def test_importing_normkit_imports_jax_alone():

@@ -306,9 +306,9 @@ def test_check_norm_runs(name, monkeypatch):
   calls = []
   for check in CHECKS:
     if check != 'check_norm':
-      monkeypatch.setattr(testing, check, lambda *args, **options: None)
+      monkeypatch.setattr(testing.norm, check, lambda *args, **options: None)
   monkeypatch.setattr(
-    testing, name, lambda *args, **options: calls.append((args, options))
+    testing.norm, name, lambda *args, **options: calls.append((args, options))
   )
   where = draw_mask(X.shape)
   testing.check_norm(nk.LayerNorm(), X, reference.layer_norm(), where=where)

@@ -1,6 +1,6 @@
 """What the modules share: variables as arrays, the choice of statistics."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
 import functools
 import inspect
 from typing import Any, TypeVar
@@ -40,11 +40,11 @@ class Running(nnx.Module):
       self.use_running_average = use_running_average
 
 
-def with_signature_of(flax: type) -> Any:
+def with_signature_of(flax: type) -> Callable[[Class], Class]:
   """Says in a constructor's signature what its `**options` stands for.
 
-  They are the arguments of a Flax class; those of its own are keyword-only, and
-  stand behind.
+  They are the arguments of a Flax class, and behind them, by name only, those
+  of the classes in between.
   """
 
   def complete(cls: Class) -> Class:
@@ -54,9 +54,12 @@ def with_signature_of(flax: type) -> Any:
     def __init__(self: Any, *args: Any, **options: Any) -> None:
       init(self, *args, **options)
 
-    theirs, own = (_parameters(kind) for kind in (flax, cls))
-    merged = [own.get(name, p) for name, p in theirs.items()]
-    merged += [p for name, p in own.items() if name not in theirs]
+    theirs = _parameters(flax)
+    own: dict[str, inspect.Parameter] = {}
+    for kind in cls.__mro__[: cls.__mro__.index(flax)]:
+      if '__init__' in vars(kind):
+        own |= _parameters(kind) | own
+    merged = [own.pop(name, p) for name, p in theirs.items()] + [*own.values()]
     __init__.__signature__ = inspect.Signature(merged)  # type: ignore[attr-defined]
     cls.__init__ = __init__  # type: ignore[misc]
     return cls
@@ -64,13 +67,11 @@ def with_signature_of(flax: type) -> Any:
   return complete
 
 
-def _parameters(cls: Any) -> Mapping[str, inspect.Parameter]:
+def _parameters(cls: Any) -> dict[str, inspect.Parameter]:
   """The parameters of a constructor that can be given by name."""
-  return {
-    name: p
-    for name, p in inspect.signature(cls.__init__).parameters.items()
-    if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-  }
+  parameters = inspect.signature(cls.__init__).parameters.values()
+  unnamed = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+  return {p.name: p for p in parameters if p.kind not in unnamed}
 
 
 def read(variables: Any) -> Any:

@@ -111,10 +111,9 @@ class BatchNorm(_DropIn, nnx.BatchNorm, Running):
     unbiased: bool = False,
     skip_nonfinite: bool = False,
     virtual_batch_size: int | None = None,
-    implementation: Implementation | None = None,
     **options: Any,
   ) -> None:
-    super().__init__(num_features, implementation=implementation, **options)
+    super().__init__(num_features, **options)
     self.debias = debias
     self.unbiased = unbiased
     self.skip_nonfinite = skip_nonfinite
@@ -241,12 +240,11 @@ class GroupNorm(_DropIn, nnx.GroupNorm):
     num_groups: int | None = 32,
     group_size: int | None = None,
     *,
-    implementation: Implementation | None = None,
+    rngs: nnx.Rngs,
     **options: Any,
   ) -> None:
     group.groups_of(num_features, num_groups, group_size)
-    options['implementation'] = implementation
-    super().__init__(num_features, num_groups, group_size, **options)
+    super().__init__(num_features, num_groups, group_size, rngs=rngs, **options)
     self.num_features = num_features
 
   def __call__(self, x: Array, *, mask: Array | None = None) -> Array:

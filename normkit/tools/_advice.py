@@ -11,7 +11,13 @@ from normkit.tools._frameworks import EPSILONS
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Flags: TypeAlias = npt.NDArray[np.bool_]
-Layer: TypeAlias = Any  # of normkit.tools.inspect, which is above
+Layer: TypeAlias = Any  # of normkit.tools._inspection, which is above
+
+# Where a channel, or a weight, counts as such.
+EXPLODING = 1e4, 100  # a deviation, and how often the median of the layer
+SATURATED = 3.0  # tanh(3) is 0.995
+SMALL = 1e-2  # of the layer's root mean square scale
+INVARIANT = 3e-3  # cosine between a weight and its gradient
 
 # Where advice begins.
 FAR = 0.5  # deviations off, or twofold differences of deviations

@@ -1,34 +1,16 @@
-"""Which norm goes into which layer, and the program that is left."""
+"""What is folded into which layer, and the program that is left."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
-from jax.extend import core
 import jax.numpy as jnp
 
 from normkit._types import Array
-from normkit.tools._chains import (
-  LAYERS,
-  Chain,
-  Layer,
-  as_layer,
-  chains,
-  spread,
-)
-from normkit.tools._program import (
-  RESHAPES,
-  Call,
-  Graph,
-  Op,
-  Value,
-  bodies,
-  read,
-  struct,
-  trace,
-)
+from normkit.tools._chains import Chain, Layer, spread
+from normkit.tools._program import RESHAPES, Graph, Op, Value, read
 
 
 class Row(NamedTuple):
@@ -51,7 +33,7 @@ class Row(NamedTuple):
 
 
 @dataclasses.dataclass(eq=False)
-class _Fold:
+class Fold:
   """A layer, and the chains before and after it that go into its kernel."""
 
   layer: Layer
@@ -91,7 +73,7 @@ class Plan:
   """The program without the norms that are folded."""
 
   graph: Graph
-  folds: dict[Op, _Fold]
+  folds: dict[Op, Fold]
   rows: list[Row]
 
   def __post_init__(self) -> None:
@@ -103,9 +85,9 @@ class Plan:
     self.kernels: dict[Op, str] = {}
     taken: set[str] = set()
     for op, fold in self.folds.items():
-      self.kernels[op] = _unused(_label(fold.layer.kernel), taken)
+      self.kernels[op] = _unused(label(fold.layer.kernel), taken)
     for value in kept:
-      self.names[value] = _unused(_label(value), taken)
+      self.names[value] = _unused(label(value), taken)
 
   @property
   def tree(self) -> Any:
@@ -189,7 +171,7 @@ class Plan:
   def overflows(self, params: Mapping[str, Array]) -> frozenset[str]:
     """The kernels that cannot hold what is folded into them."""
     return frozenset(
-      _label(fold.layer.kernel)
+      label(fold.layer.kernel)
       for op, fold in self.folds.items()
       if not jnp.isfinite(params[self.kernels[op]]).all()
     )
@@ -243,199 +225,6 @@ class Plan:
       )
 
 
-Planner: TypeAlias = Callable[[Any, tuple[jax.ShapeDtypeStruct, ...]], Plan]
-
-
-def planner(
-  call: Call, variables: Any, forward: bool, overflows: frozenset[str]
-) -> Planner:
-  """Traces and plans, once for each structure of inputs.
-
-  Args:
-    call: the model.
-    variables: its variables, or their shapes.
-    forward: whether to fold norms into the layers after them.
-    overflows: the kernels to fold nothing into.
-
-  Returns:
-    The plan of an input, from its structure and leaves.
-  """
-  structs = jax.tree.map(struct, variables)
-
-  @functools.cache
-  def plan(tree: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> Plan:
-    graph = trace(call, structs, jax.tree.unflatten(tree, leaves))
-    return _plan(graph, forward, overflows)
-
-  return plan
-
-
-def _plan(graph: Graph, forward: bool, overflows: frozenset[str]) -> Plan:
-  """Decides for each chain which layer takes it, if any."""
-  layers = {op: layer for op in graph.ops if (layer := as_layer(op))}
-  folds: dict[Op, _Fold] = {}
-  rows = _own_statistics(graph)
-  own = {row.norm for _, row in rows}
-  biases: dict[Op, Chain] = {}
-  order = {op: i for i, op in enumerate(graph.ops)}
-  for chain in chains(graph, layers):
-    layer, names = chain.layer, chain.owners()
-    if not layer:
-      reason, takers = _refusal(chain, layers, forward)
-    else:
-      _trim(chain)
-      reason, takers = '', [layer.op]
-      if not names:
-        biases[layer.op] = chain
-    if not names:
-      continue
-    if overflows.intersection(_label(layers[op].kernel) for op in takers):
-      reason, takers = _OVERFLOWS, []
-    for op in takers:
-      fold = folds.setdefault(op, _Fold(layers[op]))
-      setattr(fold, 'after' if layer else 'before', chain)
-    into = ' + '.join(_owner(layers[op].kernel) for op in takers)
-    for name in names:
-      if takers or name not in own:
-        row = Row(name, into or None, reason)
-        rows.append((order[chain.ops[0]], row))
-  for op, fold in folds.items():
-    fold.after = fold.after or biases.get(op)
-  rows.sort(key=lambda row: row[0])
-  _check_evaluation(rows, folds)
-  return Plan(graph, folds, [row for _, row in rows])
-
-
-def _refusal(
-  chain: Chain, layers: Mapping[Op, Layer], forward: bool
-) -> tuple[str, list[Op]]:
-  """Why no layer after the chain can take it, or else the layers."""
-  takers: list[Op] = []
-  reasons = []
-  for op in chain.end.uses:
-    layer = layers.get(op) if op else None
-    if layer is None or op is None or layer.moving is not chain.end:
-      reasons.append(f'goes to {op.title if op else "the output"}')
-    elif chain.shifts() and layer.pads:
-      reasons.append(
-        'goes to a convolution that pads with zeros, which the shift would '
-        'have changed'
-      )
-    elif not chain.reaches(layer):
-      reasons.append('is not by the features of the layer after it')
-    else:
-      takers.append(op)
-  narrow, wide = chain.end.aval.dtype, chain.base.aval.dtype
-  if jnp.promote_types(narrow, wide) != narrow:
-    reasons.append(f'is narrowed from {wide} to {narrow} after it')
-  if not forward:
-    reasons.append(
-      'lies too far from zero for the layer after it to keep digits'
-    )
-  if not reasons and takers:
-    return '', takers
-  source = chain.base.source
-  origin = (
-    'shares its input with others'
-    if len(chain.base.uses) > 1
-    else f'follows {source.title if source else "the input"}'
-  )
-  return f'{origin}, {reasons[0] if reasons else "unused"}', []
-
-
-def _trim(chain: Chain) -> None:
-  """Ends the chain with its last sum or product."""
-  while chain.ops[-1] not in chain.steps:
-    chain.end = chain.ops.pop().moving()[0]
-
-
-def _check_evaluation(rows: list[tuple[int, Row]], folds: Any) -> None:
-  for _, row in rows:
-    if row.reason == _BATCH and not folds:
-      raise ValueError(
-        f'nothing can be folded: {row.norm} {_BATCH}. In evaluation batch norm '
-        'takes its running statistics (use_running_average=True, train=False).'
-      )
-
-
-_BATCH = (
-  'normalizes by statistics over the first axis: if that is the batch, call '
-  'the model in evaluation'
-)
-_OWN = 'normalizes by statistics of its own input'
-_OVERFLOWS = 'is too large for the dtype of the kernel that it would go into'
-_LOOPS = frozenset({'scan', 'while'})
-_ROOTS = frozenset({'rsqrt', 'sqrt'})
-
-
-def _own_statistics(graph: Graph) -> list[tuple[int, Row]]:
-  """The norms whose statistics the program computes, and where they are."""
-  rows: dict[str, tuple[int, Row]] = {}
-  for i, op in enumerate(graph.ops):
-    if reason := _statistics(op):
-      name = _nearest(op) or str(op.eqn.source_info.name_stack) or op.name
-      rows.setdefault(name, (i, Row(name, None, reason)))
-  return list(rows.values())
-
-
-def _statistics(op: Op) -> str:
-  """Why an operation, or one inside it, is a norm that stays; or nothing."""
-  roots = (e for e in _inner(op.eqn) if e.primitive.name in _ROOTS)
-  if op.is_constant or not any(roots):
-    return ''
-  if op.name in _ROOTS:
-    sums = list(_sums(op))
-    if not sums:
-      return ''
-    return _BATCH if any(map(_is_over_batch, sums)) else _OWN
-  if op.name in _LOOPS:
-    return 'is inside a loop'
-  found = {_statistics(inner) for body in bodies(op) for inner in body.ops}
-  known = (reason for reason in (_BATCH, _OWN) if reason in found)
-  return next(known, f'is inside {op.name}')
-
-
-def _inner(eqn: core.JaxprEqn) -> Iterator[core.JaxprEqn]:
-  """An equation and those inside it."""
-  yield eqn
-  for jaxpr in core.jaxprs_in_params(eqn.params):
-    for inside in jaxpr.eqns:
-      yield from _inner(inside)
-
-
-def _sums(op: Op) -> Iterator[core.JaxprEqn]:
-  """The nearest sums that an operation follows from."""
-  seen: set[Op] = set()
-  found = [op]
-  while found:
-    for value in found.pop().moving():
-      source = value.source
-      if source is None or source in seen or source.name in LAYERS:
-        continue
-      seen.add(source)
-      sums = [e for e in _inner(source.eqn) if e.primitive.name == 'reduce_sum']
-      yield from sums
-      if not sums:
-        found.append(source)
-
-
-def _is_over_batch(eqn: core.JaxprEqn) -> bool:
-  summed: Any = eqn.invars[0].aval
-  return 0 in eqn.params['axes'] and len(summed.shape) > 1
-
-
-def _nearest(op: Op) -> str:
-  """Whose variables an operation, or one soon after it, takes."""
-  ops = [op]
-  for _ in range(6):
-    leaves = [leaf for op in ops for v in op.inputs for leaf in v.leaves]
-    if leaves:
-      return leaves[0].owner
-    ops = [use for op in ops for v in op.outputs for use in v.uses if use]
-    ops = [use for use in ops if use.name not in LAYERS]
-  return ''
-
-
 def _is_stored(value: Value) -> bool:
   """Whether a constant becomes a parameter, not what reshapes one."""
   source = value.source
@@ -469,11 +258,8 @@ def _before_casts(value: Value) -> Value:
   return value
 
 
-def _owner(value: Value) -> str:
-  return value.main.owner if value.main else 'constant'
-
-
-def _label(value: Value) -> str:
+def label(value: Value) -> str:
+  """The path of the largest variable that a constant is made of."""
   return value.main.label if value.main else 'constant'
 
 

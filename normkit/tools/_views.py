@@ -7,7 +7,7 @@ import numpy as np
 
 from normkit.tools._advice import largest, mean, rms
 
-Inspection: TypeAlias = Any  # of normkit.tools.inspect, which is above
+Inspection: TypeAlias = Any  # of normkit.tools._inspection, which is above
 Layer: TypeAlias = Any
 
 _HEAD = (

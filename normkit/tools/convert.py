@@ -7,15 +7,15 @@ accounted for, and the options that no file holds (epsilon, momentum) come from
 """
 
 from collections.abc import Callable, Mapping, Sequence
-import math
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 
-from normkit import _types
-from normkit.tools import _frameworks
+from normkit.tools import _frameworks, _layouts
 from normkit.tools._frameworks import Source
+from normkit.tools._layouts import Shapes
+from normkit.tools._options import batch_norm_options
 from normkit.tools._template import (
   Layout,
   Names,
@@ -40,72 +40,8 @@ __all__ = [
 ]
 
 Model: TypeAlias = Any
-Shapes: TypeAlias = Mapping[str, Sequence[int]]
 
 TRANSPOSED = ('*ConvTranspose*',)
-
-# What the batch norm of each framework does unless told otherwise: its
-# momentum, unbiased variances, debiased averages.
-_DEFAULTS: dict[str, tuple[float | None, bool, bool]] = {
-  'torch': (0.1, True, False),
-  'keras': (0.99, False, False),
-  'haiku': (None, False, True),
-  'equinox': (0.99, False, False),
-}
-
-
-def batch_norm_options(
-  framework: str,
-  *,
-  epsilon: float | None = None,
-  momentum: float | Literal['default'] | None = 'default',
-) -> dict[str, Any]:
-  """What to build a batch norm with so that it acts as another framework's.
-
-  Of the other norms, `epsilon` alone matters, and its default is the same.
-
-  Args:
-    framework: 'torch', 'keras', 'haiku' or 'equinox'.
-    epsilon: as the other framework's layer has it; None takes its default:
-      1e-3 in Keras, 1e-5 elsewhere.
-    momentum: the momentum (Haiku: decay_rate, which has no default) as the
-      other framework's layer has it. PyTorch's is the share of the new value
-      and becomes its complement; its None, a plain average, stays None.
-
-  Returns:
-    `epsilon`, `momentum`, `unbiased` and `debias`, arguments of
-    `normkit.BatchNorm`, `normkit.linen.BatchNorm` and `normkit.nnx.BatchNorm`.
-
-  Raises:
-    TypeError: if epsilon or momentum is not a number.
-    ValueError: if the framework is another, momentum is needed or not in
-      [0, 1], or epsilon is negative or not finite.
-
-  Examples:
-    >>> from normkit.tools import convert
-    >>> convert.batch_norm_options('torch', momentum=0.1)
-    {'epsilon': 1e-05, 'momentum': 0.9, 'unbiased': True, 'debias': False}
-  """
-  if framework not in _DEFAULTS:
-    raise ValueError(
-      f'framework must be one of {", ".join(_DEFAULTS)}, got {framework!r}.'
-    )
-  default, unbiased, debias = _DEFAULTS[framework]
-  if momentum == 'default':
-    momentum = default
-    if momentum is None:
-      raise ValueError("momentum: give the decay_rate, Haiku's has no default.")
-  share = _types.check_momentum(momentum)
-  if framework == 'torch' and share is not None:
-    share = 1 - share
-  if epsilon is None:
-    epsilon = _frameworks.EPSILONS[framework]
-  return {
-    'epsilon': _types.check_epsilon(epsilon),
-    'momentum': share,
-    'unbiased': unbiased,
-    'debias': debias,
-  }
 
 
 def from_torch(
@@ -174,8 +110,8 @@ def from_torch(
     (3, 3, 2, 8)
   """
   template = template_of(variables)
-  shapes = _check_flatten(flatten, template)
-  layout = _channels_first(shapes, template.is_transposed(transposed))
+  shapes = _layouts.check_flatten(flatten, template)
+  layout = _layouts.channels_first(shapes, template.is_transposed(transposed))
   sources = _frameworks.read_torch(_without(state, ignore))
   return _fill(template, sources, names, '.', layout, count)
 
@@ -219,7 +155,7 @@ def to_torch(
     (3, 2)
   """
   template = template_of(variables)
-  shapes = _check_flatten(flatten, template)
+  shapes = _layouts.check_flatten(flatten, template)
   is_transposed = template.is_transposed(transposed)
   if isinstance(names, Mapping):
     names = {path: name for name, path in names.items()}
@@ -300,17 +236,7 @@ def from_keras(
     (3,)
   """
   template = template_of(variables)
-  is_transposed = template.is_transposed(transposed)
-
-  def layout(
-    layer: str, leaf: str, value: np.ndarray, shape: tuple[int, ...]
-  ) -> np.ndarray:
-    if leaf != 'kernel' or value.ndim < 3:
-      return value
-    if is_transposed(layer):
-      return _frameworks.flipped(value.swapaxes(-2, -1))
-    return _frameworks.from_depthwise(value, shape)
-
+  layout = _layouts.keras(template.is_transposed(transposed))
   sources = _frameworks.read_keras(_without(weights, ignore))
   return _fill(template, sources, names, '/', layout, count)
 
@@ -357,16 +283,7 @@ def from_haiku(
     (2, 3)
   """
   template = template_of(variables)
-  is_transposed = template.is_transposed(transposed)
-
-  def layout(
-    layer: str, leaf: str, value: np.ndarray, shape: tuple[int, ...]
-  ) -> np.ndarray:
-    del shape
-    if leaf == 'kernel' and value.ndim > 2 and is_transposed(layer):
-      return value.swapaxes(-2, -1)
-    return value
-
+  layout = _layouts.haiku(template.is_transposed(transposed))
   kept = _without(params, ignore), _without(state or {}, ignore)
   sources = _frameworks.read_haiku(*kept)
   return _fill(template, sources, names, '/', layout, None)
@@ -415,36 +332,10 @@ def from_equinox(
     (2, 3)
   """
   template = template_of(variables)
-  layout = _channels_first(_check_flatten(flatten, template))
+  layout = _layouts.channels_first(_layouts.check_flatten(flatten, template))
   sources = _frameworks.read_equinox(model, state)
   sources = [s for s in sources if not matches(s.key, ignore)]
   return _fill(template, sources, names, '.', layout, count)
-
-
-def _channels_first(
-  shapes: Mapping[str, tuple[int, ...]],
-  is_transposed: Callable[[str], bool] = lambda layer: False,
-) -> Layout:
-  """The layout of PyTorch, and without transposed ones of Equinox."""
-
-  def layout(
-    layer: str, leaf: str, value: np.ndarray, shape: tuple[int, ...]
-  ) -> np.ndarray:
-    if leaf == 'scale' and len(shape) > 1:
-      raise ValueError(
-        f'{layer!r} is a norm over several axes, {shape}, which is not '
-        'converted: no file tells their order.'
-      )
-    if leaf != 'kernel' or value.ndim < 2:
-      return value
-    if value.ndim > 2 and is_transposed(layer):
-      return _frameworks.from_torch_transposed(value)
-    value = _frameworks.from_oihw(value)
-    if layer in shapes and value.shape == shape:
-      return _frameworks.from_flat(value, shapes[layer])
-    return value
-
-  return layout
 
 
 def _fill(
@@ -467,23 +358,3 @@ def _without(
 ) -> dict[str, Any]:
   """What is not left out on purpose."""
   return {k: v for k, v in arrays.items() if not matches(str(k), ignore)}
-
-
-def _check_flatten(
-  flatten: Shapes | None, template: Template
-) -> dict[str, tuple[int, ...]]:
-  """Returns shapes by layer; raises where one is not that of its inputs."""
-  shapes = {name: tuple(shape) for name, shape in (flatten or {}).items()}
-  for layer, shape in shapes.items():
-    if (layer, 'kernel') not in template.leaves:
-      raise ValueError(
-        f'flatten names {layer!r}, which has no kernel. Give the path of a '
-        'dense layer of the model to fill.'
-      )
-    inputs, *_ = template.shape((layer, 'kernel'))
-    if math.prod(shape) != inputs:
-      raise ValueError(
-        f'flatten gives {layer!r} the shape {shape}, of {math.prod(shape)} '
-        f'elements, but it has {inputs} inputs. Give (C, *spatial).'
-      )
-  return shapes

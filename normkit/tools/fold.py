@@ -23,7 +23,8 @@ from jax.tree_util import keystr, tree_flatten_with_path
 import numpy as np
 
 from normkit._types import Array
-from normkit.tools._plan import Plan, Planner, Row, planner
+from normkit.tools._plan import Plan, Row
+from normkit.tools._planner import Planner, planner
 from normkit.tools._program import Call, names, struct
 
 

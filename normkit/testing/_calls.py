@@ -1,0 +1,65 @@
+"""Calls of a transform: what they start from, and how their failures read."""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import functools
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from normkit._types import Array
+from normkit.norm import Norm
+
+Apply: TypeAlias = Callable[..., Any]
+
+
+def start(transform: Norm, x: Array) -> tuple[Any, Any]:
+  """Parameters, a little off those of `init`, and the state."""
+  params, state = transform.init(x)
+  return jax.tree.map(lambda p: p + 0.1 * _waves(p), params), state
+
+
+def call(
+  transform: Norm,
+  train: bool,
+  params: Any,
+  state: Any,
+  x: Array,
+  where: Any = None,
+) -> dict[str, Any]:
+  """What `transform.apply` returns, by name, as failures will tell it."""
+  y, state = transform.apply(params, state, x, train=train, where=where)
+  return {'y': y, 'state': state}
+
+
+def applied(transform: Norm, train: bool) -> Apply:
+  """A function of params, state, x and where."""
+  return functools.partial(call, transform, train)
+
+
+def loss_of(out: dict[str, Any]) -> Array:
+  """A real number that depends on each value of y and of the state."""
+  leaves = [
+    a for a in jax.tree.leaves(out) if jnp.issubdtype(a.dtype, jnp.inexact)
+  ]
+  return jnp.stack([jnp.sum(_waves(a) * a).real for a in leaves]).sum()
+
+
+def _waves(x: Array) -> Array:
+  """Fixed numbers of size one at most, of the shape and dtype of x."""
+  steps = jnp.arange(1.0, x.size + 1).reshape(x.shape)
+  if jnp.iscomplexobj(x):
+    return jnp.exp(1j * steps).astype(x.dtype)
+  return jnp.cos(steps).astype(x.dtype)
+
+
+@contextlib.contextmanager
+def doing(transform: Norm, what: str) -> Iterator[None]:
+  """Turns whatever is raised into an AssertionError that says where."""
+  try:
+    yield
+  except Exception as error:
+    name = type(transform).__name__
+    kind = '' if isinstance(error, AssertionError) else type(error).__name__
+    raise AssertionError(f'{name}, {what}: {kind} {error}') from error

@@ -1,0 +1,116 @@
+"""Values of a norm: those of a reference, whatever masked elements hold."""
+
+from collections.abc import Callable
+import functools
+import math
+from typing import Any, TypeAlias
+
+import chex  # type: ignore[import-untyped]
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from normkit._types import Array, ArrayLike
+from normkit.norm import Norm
+from normkit.testing._calls import Apply, applied, call, doing, loss_of, start
+from normkit.testing._compare import assert_close, assert_equal
+
+Reference: TypeAlias = Callable[..., tuple[Any, Any]]
+
+
+def check_mask(
+  transform: Norm,
+  x: ArrayLike,
+  *,
+  where: ArrayLike | None = None,
+  rtol: float | None = None,
+  atol: float | None = None,
+) -> None:
+  """Checks that masked values reach nothing but their own outputs.
+
+  Every second masked value is changed, to NaN and infinity too: no other
+  output, no state and no gradient changes, and where the cotangent of a masked
+  output is zero, so is the gradient.
+
+  Args:
+    transform, x, rtol, atol: as `check_norm` takes them.
+    where: boolean mask that broadcasts to the shape of x and leaves some out.
+      None makes one.
+
+  Raises:
+    AssertionError: if a masked value leaks.
+    ValueError: if `where` masks nothing.
+
+  Examples:
+    >>> import jax.numpy as jnp, normkit as nk
+    >>> from normkit import testing
+    >>> testing.check_mask(nk.LayerNorm(), jnp.ones((4, 6)))
+  """
+  x = jnp.asarray(x)
+  params, state = start(transform, x)
+  if where is None:
+    where = np.random.default_rng(0).random(x.shape) < 0.7
+  masked = np.flatnonzero(~np.broadcast_to(where, x.shape))
+  if not masked.size:
+    raise ValueError(
+      f'where of shape {np.shape(where)} masks nothing: there is nothing to '
+      'check. Leave some elements out, or give None for a mask made here.'
+    )
+  changed = np.zeros(x.shape, bool)
+  changed.flat[masked[::2]] = True
+
+  def visible(apply: Apply, params: Any, x: Array) -> tuple[Array, Any]:
+    out = apply(params, state, x, where)
+    out['y'] = jnp.where(changed, 0, out['y'])
+    return loss_of(out), out
+
+  for train in (True, False):
+    loss = functools.partial(visible, applied(transform, train))
+    function = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
+    results = []
+    for value in (0.0, -3.0, math.nan, math.inf):
+      with doing(transform, f'{value} where masked, with train={train}'):
+        (dparams, dx), out = function(params, jnp.where(changed, value, x))
+        out |= {'gradient of params': dparams, 'gradient of x': dx}
+        chex.assert_tree_all_finite(out)
+        results.append(out)
+        assert_close(out, results[0], rtol, atol)
+        leak = {'gradient of x, masked': jnp.where(changed, dx, 0)}
+        assert_equal(leak, jax.tree.map(jnp.zeros_like, leak))
+
+
+def check_values(
+  transform: Norm,
+  x: ArrayLike,
+  reference: Reference,
+  *,
+  where: ArrayLike | None = None,
+  rtol: float | None = None,
+  atol: float | None = None,
+) -> None:
+  """Checks y and the state against a reference, over two steps and in eval.
+
+  Args:
+    transform, x, where, rtol, atol: as `check_norm` takes them.
+    reference: called as `reference(params, state, x, train, where)`, returns
+      `(y, state)` in any precision, with the structure of the transform's.
+
+  Raises:
+    AssertionError: if a value differs.
+
+  Examples:
+    >>> import jax.numpy as jnp, normkit as nk
+    >>> from normkit import testing
+    >>> def reference(params, state, x, train, where):
+    ...   y = x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6)
+    ...   return y * params.scale[None], state
+    >>> testing.check_values(nk.RMSNorm(), jnp.ones((4, 6)), reference)
+  """
+  x = jnp.asarray(x)
+  params, state = start(transform, x)
+  for number, (step, train) in enumerate([(x, True), (-x, True), (x, False)]):
+    with doing(transform, f'step {number} with train={train}'):
+      y, expected = reference(params, state, step, train, where)
+      out = call(transform, train, params, state, step, where)
+      assert_close(out, {'y': y, 'state': expected}, rtol, atol)
+      state = out['state']

@@ -1,0 +1,87 @@
+"""How the arrays of each framework come to lie as Flax has them."""
+
+from collections.abc import Callable, Mapping, Sequence
+import math
+from typing import TypeAlias
+
+import numpy as np
+
+from normkit.tools import _frameworks
+from normkit.tools._template import Layout, Template
+
+Shapes: TypeAlias = Mapping[str, Sequence[int]]
+
+
+def channels_first(
+  shapes: Mapping[str, tuple[int, ...]],
+  is_transposed: Callable[[str], bool] = lambda layer: False,
+) -> Layout:
+  """The layout of PyTorch, and without transposed ones of Equinox."""
+
+  def layout(
+    layer: str, leaf: str, value: np.ndarray, shape: tuple[int, ...]
+  ) -> np.ndarray:
+    if leaf == 'scale' and len(shape) > 1:
+      raise ValueError(
+        f'{layer!r} is a norm over several axes, {shape}, which is not '
+        'converted: no file tells their order.'
+      )
+    if leaf != 'kernel' or value.ndim < 2:
+      return value
+    if value.ndim > 2 and is_transposed(layer):
+      return _frameworks.from_torch_transposed(value)
+    value = _frameworks.from_oihw(value)
+    if layer in shapes and value.shape == shape:
+      return _frameworks.from_flat(value, shapes[layer])
+    return value
+
+  return layout
+
+
+def keras(is_transposed: Callable[[str], bool]) -> Layout:
+  """The layout of Keras."""
+
+  def layout(
+    layer: str, leaf: str, value: np.ndarray, shape: tuple[int, ...]
+  ) -> np.ndarray:
+    if leaf != 'kernel' or value.ndim < 3:
+      return value
+    if is_transposed(layer):
+      return _frameworks.flipped(value.swapaxes(-2, -1))
+    return _frameworks.from_depthwise(value, shape)
+
+  return layout
+
+
+def haiku(is_transposed: Callable[[str], bool]) -> Layout:
+  """The layout of Haiku."""
+
+  def layout(
+    layer: str, leaf: str, value: np.ndarray, shape: tuple[int, ...]
+  ) -> np.ndarray:
+    del shape
+    if leaf == 'kernel' and value.ndim > 2 and is_transposed(layer):
+      return value.swapaxes(-2, -1)
+    return value
+
+  return layout
+
+
+def check_flatten(
+  flatten: Shapes | None, template: Template
+) -> dict[str, tuple[int, ...]]:
+  """Returns shapes by layer; raises where one is not that of its inputs."""
+  shapes = {name: tuple(shape) for name, shape in (flatten or {}).items()}
+  for layer, shape in shapes.items():
+    if (layer, 'kernel') not in template.leaves:
+      raise ValueError(
+        f'flatten names {layer!r}, which has no kernel. Give the path of a '
+        'dense layer of the model to fill.'
+      )
+    inputs, *_ = template.shape((layer, 'kernel'))
+    if math.prod(shape) != inputs:
+      raise ValueError(
+        f'flatten gives {layer!r} the shape {shape}, of {math.prod(shape)} '
+        f'elements, but it has {inputs} inputs. Give (C, *spatial).'
+      )
+  return shapes
