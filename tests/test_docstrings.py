@@ -1,8 +1,128 @@
 """Sentences that many docstrings need, once; all of them are held to these.
 
-Editors read a docstring from the source, so that each function and transform
-has all of its arguments written out.
+Editors read a docstring from the source, so each function and transform has all
+of its arguments written out. An argument that means something else somewhere
+has words of its own there, and that place is named here.
 """
 
-# By argument: the forms there are of its sentence.
-SENTENCES = {}
+import inspect
+import re
+
+import pytest
+
+import normkit as nk
+import normkit.linen
+import normkit.nnx
+import normkit.weights
+
+_SHARE = 'the share of the old running value that is kept, in [0, 1]'
+_KERNELS = "'triton' on NVIDIA GPUs or 'mosaic_tpu', kernels for"
+SENTENCES = {
+  'axis_index_groups': [
+    'groups of indices of `axis_name`, each pooled by itself.'
+  ],
+  'axis_name': [
+    f'names of mapped axes over which {what} pooled.'
+    for what in ('statistics are', 'sums are', 'batches are', 'Var_B is')
+  ],
+  'dtype': [
+    f'dtype of {what}; None keeps {whose}.'
+    for what in ('the result', 'y', 'the normalized weights')
+    for whose in ("x's", "weight's", "each weight's")
+  ],
+  'implementation': [
+    "'xla', or None to choose.",
+    "'triton' on NVIDIA GPUs, 'mosaic_tpu', 'xla', or None to choose.",
+    f'{_KERNELS} channels last without mask and pooling; '
+    "'xla'; or None to choose.",
+  ],
+  'param_dtype': [
+    f'dtype of the {what} that `init` makes.'
+    for what in ('parameters', 'parameter', 'u and sigma', 'scales', 'gains')
+  ],
+  'scale_offset': [
+    'added to the parameter to make the scale.',
+    'added to the parameter to make the scale; with 1 it starts at zero, as in '
+    'Gemma.',
+  ],
+  'use_scale': ['whether there is a scale.', 'whether there are scales.'],
+  'use_bias': ['whether there is a bias.'],
+  'batch_axis': ['the examples, an axis or several; () for a single example.'],
+  'momentum': [
+    f'{_SHARE}.',
+    f'{_SHARE}, as in Flax. None weighs all updates equally.',
+    f"{_SHARE}, as in Flax (PyTorch's 0.1 is 0.9 here). None weighs all "
+    'updates equally.',
+  ],
+}
+# Which of them mean something else, and where.
+OWN = {
+  'moments': {'axis_index_groups', 'axis_name', 'dtype'},
+  'normalize': {'implementation'},  # of any axes
+  'streaming_norm': {'momentum'},  # of batches
+  'WeightStandardization': {'dtype'},
+}
+_ENTRY = re.compile(r'^  (\w+):\s*(\S.*(?:\n   .*)*)', re.MULTILINE)
+_SECTION = r'^(?:Args|Attributes):\n((?:  .*\n|\n)+)'
+
+
+def entries(value):
+  """The arguments that a docstring has, and what it says of them."""
+  doc = f'{inspect.getdoc(value)}\n'
+  for section in re.findall(_SECTION, doc, re.MULTILINE):
+    for name, text in _ENTRY.findall(section):
+      yield name, ' '.join(text.split())
+
+
+def documented():
+  return [*rows()]
+
+
+def rows():
+  for module in (nk, normkit.weights):
+    for name in module.__all__:
+      yield pytest.param(name, getattr(module, name), id=name)
+
+
+def stray(name, value):
+  """What a docstring says otherwise than the table."""
+  return {
+    argument: text
+    for argument, text in entries(value)
+    if argument in SENTENCES.keys() - OWN.get(name, set())
+    and text not in SENTENCES[argument]
+  }
+
+
+@pytest.mark.parametrize(('name', 'value'), documented())
+def test_sentences(name, value):
+  assert not stray(name, value)
+
+
+def test_every_sentence_is_used():
+  used = {
+    (argument, text)
+    for param in documented()
+    for argument, text in entries(param.values[1])
+  }
+  for argument in SENTENCES.keys() - {'dtype'}:
+    for text in SENTENCES[argument]:
+      assert (argument, text) in used
+
+
+def test_a_stray_sentence_is_found():
+  def function(axis_name):
+    """Nothing.
+
+    Args:
+      axis_name: whatever.
+    """
+
+  assert stray('function', function) == {'axis_name': 'whatever.'}
+
+
+@pytest.mark.parametrize('function', [nk.batch_norm, nk.layer_norm, nk.dyt])
+def test_every_argument_is_told(function):
+  assert dict(entries(function)).keys() == (
+    inspect.signature(function).parameters.keys()
+  )
