@@ -1,5 +1,6 @@
 """Eight host devices, no silent rank promotion, the same examples each run.
 
+Tests are in two tiers: those marked `second_tier` wait for `pytest --all`.
 `JAX_PLATFORMS` chooses another platform than the CPU, `--hypothesis-profile
 long` draws twenty times as many examples, others each run.
 """
@@ -26,6 +27,46 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.register_profile('long', deadline=None, max_examples=200)
 hypothesis.settings.load_profile('normkit')
+
+
+def pytest_addoption(parser):
+  parser.addoption(
+    '--all', action='store_true', help='run the second tier of tests too'
+  )
+
+
+def pytest_configure(config):
+  config.pluginmanager.register(Tiers(config))
+
+
+class Tiers:
+  """Without `--all`, leaves out the second tier and says how many that are."""
+
+  def __init__(self, config):
+    self.config = config
+    self.waiting = 0
+
+  def pytest_collection_modifyitems(self, items):
+    if self.config.option.all:
+      return
+    second = [i for i in items if i.get_closest_marker('second_tier')]
+    items[:] = [i for i in items if not i.get_closest_marker('second_tier')]
+    self.waiting = len(second)
+    self.config.hook.pytest_deselected(items=second)
+    if hasattr(self.config, 'workeroutput'):
+      self.config.workeroutput['waiting'] = self.waiting
+
+  @pytest.hookimpl(optionalhook=True)
+  def pytest_testnodedown(self, node):
+    output = getattr(node, 'workeroutput', {})
+    self.waiting = max(self.waiting, output.get('waiting', 0))
+
+  def pytest_terminal_summary(self, terminalreporter):
+    if self.waiting:
+      terminalreporter.write_line(
+        f'{self.waiting} more tests here are of the second tier:'
+        ' `pytest --all` runs them too'
+      )
 
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / 'examples'
