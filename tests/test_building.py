@@ -10,13 +10,11 @@ import types
 import cases
 import family
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import normkit as nk
+from normkit import testing
 import normkit.linen
-import normkit.testing
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = (ROOT / 'docs' / 'building.md').read_text()
@@ -28,20 +26,34 @@ def block(path):
   return found[1]
 
 
-def test_the_norm_of_the_page():
-  module = types.ModuleType('l1')
-  sys.modules['l1'] = module  # dataclasses look there
-  exec(block('normkit/norms/l1.py'), vars(module))
+NORM = 'normkit/norms/deviation.py'
+
+
+def run(code):
+  """The page's norm, from its code, and the page's reference."""
+  module = sys.modules['deviation'] = types.ModuleType('deviation')
+  exec(code, vars(module))  # in a module, where dataclasses look
   exec(block('tests/family.py'), scope := dict(vars(family)))
-  x, transform = cases.draw((4, 6)), module.L1LayerNorm()
+  return module, scope['deviation_norm']()
+
+
+def test_the_norm_of_the_page():
+  module, reference = run(block(NORM))
+  x, transform = cases.draw((4, 6)), module.DeviationNorm()
   where = cases.draw_mask((4, 6))
-  reference = scope['l1_layer_norm']()
-  nk.testing.check_norm(transform, x, reference, where=where)
+  testing.check_norm(transform, x, reference, where=where)
   layer = normkit.linen.Norm(transform)
   variables = layer.init(jax.random.key(0), x, train=True)
   np.testing.assert_array_equal(
-    layer.apply(variables, x, train=True), module.l1_layer_norm(x)
+    layer.apply(variables, x, train=True), module.deviation_norm(x)
   )
+
+
+def test_a_broken_norm_is_found():
+  """The check that the page promises is no formality."""
+  module, reference = run(block(NORM).replace('* root', '* root * 2'))
+  with pytest.raises(AssertionError):
+    testing.check_norm(module.DeviationNorm(), cases.draw((4, 6)), reference)
 
 
 @pytest.mark.second_tier
@@ -50,18 +62,18 @@ def test_the_page_followed(tmp_path):
   for name in ('normkit', 'tests', 'pyproject.toml'):
     copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
     copy(ROOT / name, tmp_path / name)
-  (tmp_path / 'normkit/norms/l1.py').write_text(block('normkit/norms/l1.py'))
+  (tmp_path / 'normkit/norms/deviation.py').write_text(
+    block('normkit/norms/deviation.py')
+  )
   edit(
     tmp_path / 'normkit/__init__.py', block('normkit/__init__.py'), '__all__'
   )
-  edit(
-    tmp_path / 'normkit/__init__.py', "  'L1LayerNorm',\n", "  'BatchNormState'"
-  )
+  edit(tmp_path / 'normkit/__init__.py', "  'DeviationNorm',\n", "  'DyT'")
   with (tmp_path / 'tests/family.py').open('a') as file:
     file.write('\n\n' + block('tests/family.py'))
-  row = block('tests/cases.py')
+  row = block('tests/cases.py').splitlines()[-2] + '\n'
   edit(tmp_path / 'tests/cases.py', row, "  Case('batch_norm', ")
-  command = 'tests/test_conformance.py', '-k', 'l1', '-n', '0', '--all'
+  command = 'tests/test_conformance.py', '-k', 'deviation', '-n', '0', '--all'
   run = subprocess.run(
     [sys.executable, '-m', 'pytest', '-q', *command],
     cwd=tmp_path,
@@ -79,18 +91,3 @@ def edit(path, text, before):
   content = path.read_text()
   assert content.count(f'\n{before}') >= 1
   path.write_text(content.replace(f'\n{before}', f'\n{text}{before}', 1))
-
-
-def test_a_broken_norm_is_found():
-  """The check that the page promises is no formality."""
-  code = block('normkit/norms/l1.py').replace(
-    'deviation + ', '2 * deviation + '
-  )
-  module = types.ModuleType('l1')
-  sys.modules['l1'] = module
-  exec(code, vars(module))
-  exec(block('tests/family.py'), scope := dict(vars(family)))
-  with pytest.raises(AssertionError):
-    nk.testing.check_norm(
-      module.L1LayerNorm(), jnp.ones((2, 3)) * 2, scope['l1_layer_norm']()
-    )

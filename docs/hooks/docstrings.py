@@ -1,5 +1,7 @@
 """What griffe, which reads docstrings for mkdocs, does not see in ours."""
 
+import importlib
+import inspect
 import re
 from typing import Any
 
@@ -22,11 +24,33 @@ class Docstrings(griffe.Extension):
     end = first.start() if first else len(text)
     obj.docstring.value = FORMULA.sub(indent, text[:end]) + text[end:]
 
-  def on_class_instance(self, *, cls: griffe.Class, **_: Any) -> None:
-    """Flax makes dataclasses of linen modules, with no decorator to see."""
-    if cls.module.path == 'normkit.linen':
-      name = griffe.ExprName('dataclasses.dataclass')
-      cls.decorators.append(griffe.Decorator(name, lineno=None, endlineno=None))
+  def on_class_members(self, *, cls: griffe.Class, **_: Any) -> None:
+    """What modules take from Flax's classes is seen where it is imported."""
+    if cls.path.startswith(('normkit.linen', 'normkit.nnx')):
+      value = getattr(importlib.import_module(cls.module.path), cls.name)
+      cls.docstring = griffe.Docstring(inspect.getdoc(value) or '', parent=cls)
+      init = griffe.Function('__init__', parameters=parameters(value))
+      cls.set_member('__init__', init)
+
+
+def parameters(cls: type) -> griffe.Parameters:
+  """What the constructor takes, by name and default."""
+  return griffe.Parameters(
+    *(
+      griffe.Parameter(
+        p.name,
+        kind=getattr(griffe.ParameterKind, p.kind.name.lower()),
+        default=None if p.default is p.empty else default(p.default),
+      )
+      for p in inspect.signature(cls.__init__).parameters.values()
+      if p.name not in ('parent', 'name')
+    )
+  )
+
+
+def default(value: Any) -> str:
+  """A function or a class by its name, all else as it is written."""
+  return getattr(value, '__name__', repr(value))
 
 
 def indent(formula: re.Match[str]) -> str:

@@ -30,7 +30,7 @@ GUIDES = {
     'inspect',
     'cli',
   ],
-  'Inside': ['accuracy', 'speed', 'kernels'],
+  'Inside': ['building', 'accuracy', 'speed', 'kernels'],
 }
 # Examples whose figures have names of their own.
 FIGURES = {
