@@ -13,14 +13,11 @@ from flax import linen as nn, nnx
 import jax
 import jax.numpy as jnp
 
-from normkit import linen, nnx as modules, norm
+from normkit import nnx as modules, norm
 from normkit._types import Array, AxisName
 
 Where: TypeAlias = Callable[[str], bool]
 Model = TypeVar('Model', bound=nnx.Module)
-
-_LINEN = nn.BatchNorm, linen.BatchNorm
-_NNX = nnx.BatchNorm, modules.BatchNorm
 
 
 def replace_norms(
@@ -250,7 +247,9 @@ def _mapped(
 
   def visit(path: tuple[Any, ...], node: Any) -> Any:
     name = '/'.join(map(str, path))
-    if not isinstance(node, _NNX) or not (where is None or where(name)):
+    if not isinstance(node, nnx.BatchNorm) or not (
+      where is None or where(name)
+    ):
       return node
     found.append(name)
     return function(name, node)
@@ -272,7 +271,7 @@ def _intercepting(
     call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
   ) -> Any:
     module = context.module
-    if isinstance(module, _LINEN) and context.method_name == '__call__':
+    if isinstance(module, nn.BatchNorm) and context.method_name == '__call__':
       name = '/'.join(module.path)
       chosen[name] = where is None or where(name)
       if chosen[name]:
