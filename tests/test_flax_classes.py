@@ -65,14 +65,17 @@ def test_options_of_the_transform(name):
   assert options <= set(inspect.signature(cls.__init__).parameters)
 
 
-@pytest.mark.parametrize('function', ['layer_norm', 'batch_norm'])
-def test_transforms_hold_the_options_of_functions(function):
-  """Which `apply` hands on, whatever they are."""
-  transform = {'layer_norm': nk.LayerNorm, 'batch_norm': nk.BatchNorm}[function]
-  parameters = inspect.signature(getattr(nk, function)).parameters.values()
-  options = {p.name for p in parameters if p.kind == p.KEYWORD_ONLY}
-  fields = {f.name for f in dataclasses.fields(transform)}
-  assert options - {'train', 'where'} <= fields
+@every_norm
+def test_options_reach_the_function(name):
+  """What the drop-ins of a norm hold, the function that they call takes."""
+  called = {
+    'BatchNorm': nk.batch_norm,
+    'GroupNorm': nk.group_norm,
+    'InstanceNorm': nk.instance_norm,
+  }.get(name, nk.normalize)
+  fields = {f.name for f in dataclasses.fields(getattr(nk, name))} - ELSEWHERE
+  options = fields - {'use_scale', 'use_bias', 'param_dtype', 'scale_offset'}
+  assert options <= inspect.signature(called).parameters.keys()
 
 
 @every_norm
