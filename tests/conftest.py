@@ -3,8 +3,9 @@
 Tests are in two tiers: those marked `second_tier` wait for `pytest --all`.
 Programs are compiled quickly and kept in pytest's cache, for the other worker
 and the next run; a file whose tests run long compiled programs, or read them,
-has `pytestmark = pytest.mark.optimized`. `JAX_PLATFORMS` chooses another platform than the CPU, `--hypothesis-profile
-long` draws twenty times as many examples, others each run.
+has `pytestmark = pytest.mark.optimized`. `JAX_PLATFORMS` chooses another
+platform than the CPU, `--hypothesis-profile long` draws twenty times as many
+examples, others each run.
 """
 
 from collections.abc import Callable
