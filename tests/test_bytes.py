@@ -15,6 +15,7 @@ from benchmarks import layers, models, targets, traffic
 from benchmarks.bytes import SHAPES, measure
 import normkit as nk
 
+pytestmark = pytest.mark.optimized
 DEVICES = [
   pytest.param(
     target,

@@ -1,6 +1,9 @@
 """Every case of cases.py: values, gradients, dtypes, and `check_norm`."""
 
-from absl.testing import parameterized
+import functools
+import inspect
+import itertools
+
 import cases
 from cases import CASES, draw, draw_mask, precision
 import chex
@@ -10,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec as P
 import numpy as np
 import pytest
+from tiers import second_tier
 
 import normkit as nk
 from normkit import testing
@@ -36,11 +40,30 @@ AVERAGES = [
 ]
 
 
-def rows(*columns):
-  """One test for each combination of rows, named after them."""
-  return parameterized.named_parameters(
-    chex.params_product(*columns, named=True)
-  )
+def is_one_each(row, *_):
+  return row in {case.name for case in cases.NORMS}
+
+
+def rows(*columns, first=lambda *names: True, every=1):
+  """One test for each combination of rows, named after them.
+
+  Of the first tier are those whose names `first` takes, and of these one in
+  `every` of them, on diagonals, so that rows take turns.
+  """
+
+  def decorate(test):
+    params = []
+    for row in itertools.product(*map(enumerate, columns)):
+      positions, parts = zip(*row, strict=True)
+      ids = [part[0] for part in parts]
+      is_first = first(*ids) and sum(positions) % every == 0
+      make = pytest.param if is_first else second_tier
+      values = (value for part in parts for value in part[1:])
+      params.append(make(*values, id='-'.join(filter(None, ids))))
+    names = list(inspect.signature(test).parameters)
+    return pytest.mark.parametrize(names, params)(test)
+
+  return decorate
 
 
 def inputs(case, dtype=jnp.float32, masked=False):
@@ -60,11 +83,27 @@ def inputs(case, dtype=jnp.float32, masked=False):
   return params, state, x, where
 
 
+@functools.cache
 def train(case):
+  @jax.jit
   def apply(params, state, x, where):
     return case.transform.apply(params, state, x, train=True, where=where)
 
   return apply
+
+
+@functools.cache
+def pull(case):
+  """The vector-Jacobian product in training."""
+
+  @jax.jit
+  def gradients(params, state, x, where, dy):
+    def apply(params, x):
+      return case.transform.apply(params, state, x, train=True, where=where)[0]
+
+    return jax.vjp(apply, params, x)[1](dy)
+
+  return gradients
 
 
 def train_and_eval(case):
@@ -90,15 +129,9 @@ def assert_close(actual, desired, tolerance=1e-5):
 
 def assert_gradients(case, args, tolerance=1e-5):
   """Holds the vector-Jacobian product in training to the closed form."""
-  params, state, x, where = args
-  apply = train(case)
+  params, _, x, where = args
   dy = draw(x.shape, x.dtype, seed=9)
-
-  @jax.jit
-  def pull(params, x):
-    return jax.vjp(lambda p, x: apply(p, state, x, where)[0], params, x)[1](dy)
-
-  dparams, dx = pull(params, x)
+  dparams, dx = pull(case)(*args, dy)
   desired = case.reference.gradients(params, x, dy, where)
   tolerance = max(tolerance, case.reference.gradient_error)
   for actual, value in zip((dx, *dparams), desired, strict=True):
@@ -119,153 +152,191 @@ def is_refused(case, dtype):
   return True
 
 
-class ConformanceTest(chex.TestCase):
-  @chex.all_variants
-  @rows(ROWS, MASKS)
-  def test_values(self, case, masked):
-    args = inputs(case, masked=masked)
-    function = self.variant(train_and_eval(case))
-    assert_close(function(*args), expected(case, *args))
+def with_pmap(function):
+  """The same on every device, and the same from every device."""
 
-  @rows(ROWS, DTYPES)
-  def test_dtypes(self, case, dtype, tolerance):
-    with precision(dtype):
-      if is_refused(case, dtype):
-        return
-      args = inputs(case, dtype, masked=True)
-      outputs, state = jax.jit(train_and_eval(case))(*args)
-      chex.assert_type(outputs, dtype)
-      chex.assert_trees_all_equal_shapes_and_dtypes(state, args[1])
-      desired, desired_state = expected(case, *args)
-      assert_close(outputs, desired, tolerance)
-      assert_close(state, desired_state, min(tolerance, 1e-5))
+  def run(*args):
+    count = jax.local_device_count()
+    args = jax.tree.map(lambda a: jnp.stack([a] * count), args)
+    out = jax.pmap(function)(*args)
+    for leaf in jax.tree.leaves(out):
+      np.testing.assert_array_equal(leaf, np.stack([leaf[0]] * count))
+    return jax.tree.map(lambda a: a[0], out)
 
-  @rows(ROWS)
-  def test_gradients(self, case):
-    assert_gradients(case, inputs(case))
+  return run
 
-  @rows(ROWS, WIDE)
-  def test_gradients_masked(self, case, dtype, tolerance):
-    with precision(dtype):
-      if is_refused(case, dtype):
-        return
-      assert_gradients(case, inputs(case, dtype, masked=True), tolerance)
 
-  @rows(NORMS)
-  def test_second_derivatives(self, case):
-    with precision(jnp.float64):
-      params, state, x, where = inputs(case, jnp.float64, masked=True)
-      apply = train(case)
-      function = jax.jit(lambda p, x: apply(p, state, x, where)[0])
-      test_util.check_grads(function, (params, x), order=2, modes=['rev'])
+def without_device(function):
+  return lambda *args: function(*jax.device_get(args))
 
-  @rows(NORMS)
-  def test_bfloat16_under_shard_map(self, case):
-    """On each device by itself, what varies over devices being checked."""
-    params, state, _, _ = inputs(case)
-    xs = jnp.stack([draw(case.shape, jnp.bfloat16, seed=i) for i in range(8)])
+
+VARIANTS = [
+  ('with_jit', jax.jit),
+  ('without_jit', lambda function: function),
+  ('without_device', without_device),
+  ('with_pmap', with_pmap),
+]
+
+
+@rows(
+  ROWS,
+  MASKS,
+  VARIANTS,
+  first=lambda row, masked, variant: (
+    variant == 'with_jit'
+    or (variant == 'without_jit' and masked and is_one_each(row))
+  ),
+)
+def test_values(case, masked, variant):
+  args = inputs(case, masked=masked)
+  function = variant(train_and_eval(case))
+  assert_close(function(*args), expected(case, *args))
+
+
+@rows(ROWS, DTYPES, every=3)
+def test_dtypes(case, dtype, tolerance):
+  with precision(dtype):
+    if is_refused(case, dtype):
+      return
+    args = inputs(case, dtype, masked=True)
+    outputs, state = jax.jit(train_and_eval(case))(*args)
+    chex.assert_type(outputs, dtype)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, args[1])
+    desired, desired_state = expected(case, *args)
+    assert_close(outputs, desired, tolerance)
+    assert_close(state, desired_state, min(tolerance, 1e-5))
+
+
+@rows(ROWS, first=is_one_each)
+def test_gradients(case):
+  assert_gradients(case, inputs(case))
+
+
+@rows(ROWS, WIDE, every=3)
+def test_gradients_masked(case, dtype, tolerance):
+  with precision(dtype):
+    if is_refused(case, dtype):
+      return
+    assert_gradients(case, inputs(case, dtype, masked=True), tolerance)
+
+
+@rows(NORMS, every=3)
+def test_second_derivatives(case):
+  with precision(jnp.float64):
+    params, state, x, where = inputs(case, jnp.float64, masked=True)
     apply = train(case)
+    function = jax.jit(lambda p, x: apply(p, state, x, where)[0])
+    test_util.check_grads(function, (params, x), order=2, modes=['rev'])
 
-    def loss(params, x):
-      return (apply(params, state, x[0], None)[0] * x[0]).sum()[None]
 
-    def total(params, xs):
-      each = jax.shard_map(
-        loss,
-        mesh=jax.make_mesh((8,), ('d',), axis_types=(AxisType.Auto,)),
-        in_specs=(P(), P('d')),
-        out_specs=P('d'),
-      )(params, xs)
-      return each.astype(jnp.float32).sum()
+@rows(NORMS, every=3)
+def test_bfloat16_under_shard_map(case):
+  """On each device by itself, what varies over devices being checked."""
+  params, state, _, _ = inputs(case)
+  xs = jnp.stack([draw(case.shape, jnp.bfloat16, seed=i) for i in range(8)])
+  apply = train(case)
 
-    def alone(params, xs):
-      losses = [loss(params, x[None])[0].astype(jnp.float32) for x in xs]
-      return sum(losses, jnp.float32(0))
+  def loss(params, x):
+    return (apply(params, state, x, None)[0] * x).sum()
 
-    found, desired = (jax.jit(jax.grad(f))(params, xs) for f in (total, alone))
-    assert_close(found, desired, 0.02)
+  def total(params, xs):
+    each = jax.shard_map(
+      lambda params, x: loss(params, x[0])[None],
+      mesh=jax.make_mesh((8,), ('d',), axis_types=(AxisType.Auto,)),
+      in_specs=(P(), P('d')),
+      out_specs=P('d'),
+    )(params, xs)
+    return each.astype(jnp.float32).sum()
 
-  @rows(DERIVATIVES)
-  def test_check_norm(self, case):
-    testing.check_norm(case.transform, draw(case.shape), case.reference)
+  found = jax.jit(jax.grad(total))(params, xs)
+  alone = jax.jit(jax.grad(loss))
+  each = [alone(params, x) for x in xs]
+  assert_close(found, jax.tree.map(lambda *a: np.sum(a, 0), *each), 0.02)
 
-  @rows(NORMS)
-  def test_check_norm_masked(self, case):
-    x, where = draw(case.shape), draw_mask(case.shape)
-    testing.check_norm(case.transform, x, case.reference, where=where)
 
-  @rows(ROWS)
-  def test_steps_under_scan(self, case):
-    params, first, _, _ = inputs(case)
-    xs = jnp.stack([draw(case.shape, seed=i) for i in range(4)])
-    masks = jnp.stack([draw_mask(case.shape, seed=i) for i in range(4)])
-    apply = train(case)
+@rows(DERIVATIVES, first=is_one_each)
+def test_check_norm(case):
+  testing.check_norm(case.transform, draw(case.shape), case.reference)
 
-    def body(state, step):
-      y, state = apply(params, state, *step)
-      return state, y
 
-    last, ys = jax.lax.scan(body, first, (xs, masks))
-    state = first
-    for x, where, y in zip(xs, masks, ys, strict=True):
-      desired, state = case.reference(params, state, x, True, where)
-      assert_close(y, desired)
-    assert_close(last, state)
+@rows(NORMS, every=5)
+def test_check_norm_masked(case):
+  x, where = draw(case.shape), draw_mask(case.shape)
+  testing.check_norm(case.transform, x, case.reference, where=where)
 
-  @rows(AVERAGES)
-  def test_weights_of_averages(self, case):
-    """A feature's average weighs the batches that held it, and no others."""
-    params, state, _, _ = inputs(case)
-    apply = jax.jit(train(case))
-    seen = []
-    for seed in range(4):
-      x, where = draw(case.shape, seed=seed), draw_mask(case.shape, seed=seed)
-      where = where.at[..., 0].set(seed == 2).at[..., 1].set(seed < 2)
-      _, state = apply(params, state, x, where)
-      seen.append(case.reference.batch(x, where))
-    keep = 1 if case.transform.momentum is None else case.transform.momentum
-    for feature, updates in enumerate((1, 2, 4)):
-      mean, var, _ = np.transpose(
-        [
-          [part[feature] for part in batch]
-          for batch in seen
-          if batch[2][feature]
-        ]
-      )
-      weights = keep ** np.arange(updates)[::-1]
-      assert state.count[feature] == updates
-      assert_close(state.mean[feature], np.average(mean, weights=weights))
-      assert_close(state.var[feature], np.average(var, weights=weights))
 
-  @rows(ROWS)
-  def test_nothing_left(self, case):
-    """All masked: zeros, then the bias; state and gradients untouched."""
-    params, state, x, _ = inputs(case)
-    where = jnp.zeros(case.shape, bool)
-    apply = jax.jit(train(case))
-    y, after = apply(params, state, x, where)
-    desired, _ = case.reference(params, state, x, True, where)
-    if case.reference.is_masked:
-      chex.assert_trees_all_equal(y, jnp.asarray(desired, y.dtype))
-    testing.assert_state_unchanged(state, after)
-    assert_gradients(case, (params, state, x, where))
+@rows(ROWS, first=is_one_each)
+def test_steps_under_scan(case):
+  params, first, _, _ = inputs(case)
+  xs = jnp.stack([draw(case.shape, seed=i) for i in range(4)])
+  masks = jnp.stack([draw_mask(case.shape, seed=i) for i in range(4)])
+  apply = train(case)
 
-  @rows(ROWS)
-  def test_constant(self, case):
-    """No variance: the outputs and gradients are finite, and exact."""
-    params, state, x, _ = inputs(case)
-    args = params, state, jnp.ones_like(x), None
-    apply = jax.jit(train(case))
-    desired = case.reference(*args[:3], True, None)
-    assert_close(apply(*args), desired, 2e-4)  # 1e-7 / sqrt(epsilon)
-    assert_gradients(case, args)
+  def body(state, step):
+    y, state = apply(params, state, *step)
+    return state, y
 
-  @rows(ROWS)
-  def test_far_from_zero(self, case):
-    """A mean of a thousand deviations costs three digits, not all of them."""
-    params, state, x, _ = inputs(case)
-    args = params, state, x + 4096, None
-    y, after = jax.jit(train(case))(*args)
-    desired, desired_state = case.reference(*args[:3], True, None)
-    assert_close(y, desired, 2e-3)
-    assert_close(after, desired_state, 1e-5)
+  last, ys = jax.lax.scan(body, first, (xs, masks))
+  state = first
+  for x, where, y in zip(xs, masks, ys, strict=True):
+    desired, state = case.reference(params, state, x, True, where)
+    assert_close(y, desired)
+  assert_close(last, state)
+
+
+@rows(AVERAGES)
+def test_weights_of_averages(case):
+  """A feature's average weighs the batches that held it, and no others."""
+  params, state, _, _ = inputs(case)
+  apply = train(case)
+  seen = []
+  for seed in range(4):
+    x, where = draw(case.shape, seed=seed), draw_mask(case.shape, seed=seed)
+    where = where.at[..., 0].set(seed == 2).at[..., 1].set(seed < 2)
+    _, state = apply(params, state, x, where)
+    seen.append(case.reference.batch(x, where))
+  keep = 1 if case.transform.momentum is None else case.transform.momentum
+  for feature, updates in enumerate((1, 2, 4)):
+    mean, var, _ = np.transpose(
+      [[part[feature] for part in batch] for batch in seen if batch[2][feature]]
+    )
+    weights = keep ** np.arange(updates)[::-1]
+    assert state.count[feature] == updates
+    assert_close(state.mean[feature], np.average(mean, weights=weights))
+    assert_close(state.var[feature], np.average(var, weights=weights))
+
+
+@rows(ROWS, first=is_one_each)
+def test_nothing_left(case):
+  """All masked: zeros, then the bias; state and gradients untouched."""
+  params, state, x, _ = inputs(case)
+  where = jnp.zeros(case.shape, bool)
+  apply = train(case)
+  y, after = apply(params, state, x, where)
+  desired, _ = case.reference(params, state, x, True, where)
+  if case.reference.is_masked:
+    chex.assert_trees_all_equal(y, jnp.asarray(desired, y.dtype))
+  testing.assert_state_unchanged(state, after)
+  assert_gradients(case, (params, state, x, where))
+
+
+@rows(ROWS, first=is_one_each)
+def test_constant(case):
+  """No variance: the outputs and gradients are finite, and exact."""
+  params, state, x, _ = inputs(case)
+  args = params, state, jnp.ones_like(x), None
+  apply = train(case)
+  desired = case.reference(*args[:3], True, None)
+  assert_close(apply(*args), desired, 2e-4)  # 1e-7 / sqrt(epsilon)
+  assert_gradients(case, args)
+
+
+@rows(ROWS, first=is_one_each)
+def test_far_from_zero(case):
+  """A mean of a thousand deviations costs three digits, not all of them."""
+  params, state, x, _ = inputs(case)
+  args = params, state, x + 4096, None
+  y, after = train(case)(*args)
+  desired, desired_state = case.reference(*args[:3], True, None)
+  assert_close(y, desired, 2e-3)
+  assert_close(after, desired_state, 1e-5)

@@ -7,6 +7,7 @@ scopes and their errors, metadata, checkpoints, and the fields Flax lacks.
 
 import dataclasses
 import functools
+import itertools
 import pathlib
 import types
 from typing import Any
@@ -20,6 +21,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 import reference
+from tiers import second_tier
 
 from benchmarks import dropin
 from benchmarks.draws import AXIS_NAME, NORMS, Case, draw
@@ -28,13 +30,15 @@ import normkit as nk
 from normkit import linen
 
 KEY = jax.random.key(0)
-USES = 8  # of each module; `python -m benchmarks dropin` compares more
+# Of each module; `python -m benchmarks dropin` compares more.
+USES = [2, second_tier(8)]
 
 
+@pytest.mark.parametrize('uses', USES)
 @pytest.mark.parametrize('norm', NORMS)
 @pytest.mark.parametrize('family', dropin.FAMILIES)
-def test_random_uses(family, norm):
-  count = dropin.measure(family, norm, USES, seed=2)
+def test_random_uses(family, norm, uses):
+  count = dropin.measure(family, norm, uses, seed=2)
   assert not count.unexplained, '\n'.join(count.unexplained)
   assert count.equal
 
@@ -736,8 +740,13 @@ def train(model, state, x, steps):
   return jax.lax.scan(step, state, length=steps)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def initialize(model, key, x):
+  return model.init(key, x, train=True)
+
+
 def begin(model, x, key=KEY):
-  variables = dict(jax.jit(functools.partial(model.init, train=True))(key, x))
+  variables = dict(initialize(model, key, x))
   params = variables.pop('params')
   return params, variables, OPTIMIZER.init(params)
 
@@ -754,13 +763,26 @@ def by_orbax(state, template, path):
     return checkpointer.restore(path / 'checkpoint', template)
 
 
-@pytest.mark.parametrize('store', [by_bytes, by_orbax])
-@pytest.mark.parametrize('packages', [(nn, linen), (linen, nn)], ids=str)
-@pytest.mark.parametrize(('make', 'shape'), MODELS.values(), ids=MODELS)
-def test_training_goes_on(make, shape, packages, store, tmp_path):
+LIBRARIES = {'flax': nn, 'normkit': linen}
+# Each model, direction and store once; the rest are of the second tier.
+FIRST = {('cnn', 'flax', by_bytes), ('transformer', 'normkit', by_orbax)}
+
+
+def moves():
+  for row in itertools.product(MODELS, LIBRARIES, [by_bytes, by_orbax]):
+    model, library, store = row
+    marks = () if row in FIRST else pytest.mark.second_tier
+    name = f'{model}-from_{library}-{store.__name__}'
+    yield pytest.param(model, library, store, marks=marks, id=name)
+
+
+@pytest.mark.parametrize(('model', 'library', 'store'), list(moves()))
+def test_training_goes_on(model, library, store, tmp_path):
   """From a checkpoint of one library's layers, with the other's."""
+  make, shape = MODELS[model]
   x = normal(*shape)
-  before, after = (make(layers) for layers in packages)
+  (other,) = (layers for name, layers in LIBRARIES.items() if name != library)
+  before, after = make(LIBRARIES[library]), make(other)
   state, early = train(before, begin(before, x), x, 4)
   template = begin(after, x, jax.random.key(1))
   loaded = store(state, template, tmp_path)

@@ -25,6 +25,7 @@ from test_conformance import (
   inputs,
   train_and_eval,
 )
+from tiers import second_tier, thinned
 
 from benchmarks import targets
 from benchmarks.bytes import measure
@@ -125,11 +126,14 @@ def assert_right(actual, desired, tolerance):
   )
 
 
-@pytest.mark.parametrize('dtype', DTYPES)
-@pytest.mark.parametrize('center', [True, False], ids=['layer', 'rms'])
 @pytest.mark.parametrize(
-  'shape',
-  [(1,), (5, 1), (1, 7), (3, 2, 100), (300, 128), (37, 768), (2, 9000)],
+  ('shape', 'center', 'dtype'),
+  thinned(
+    [(1,), (5, 1), (1, 7), (3, 2, 100), (300, 128), (37, 768), (2, 9000)],
+    [True, False],
+    DTYPES,
+    every=3,
+  ),
   ids=str,
 )
 def test_values_and_gradients(name, shape, center, dtype):
@@ -140,21 +144,25 @@ def test_values_and_gradients(name, shape, center, dtype):
   )
 
 
-@pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize(
-  ('shape', 'groups'),
-  [
-    ((2, 6), 3),
-    ((1, 7, 7, 40), 4),
-    ((3, 9, 10, 64), 16),
-    ((2, 33, 100), 10),
-    ((2, 4, 4, 3), 3),
-    ((2, 40, 40, 72), 72),
-    ((2, 5, 300), 1),
-  ],
+  ('case', 'dtype'),
+  thinned(
+    [
+      ((2, 6), 3),
+      ((1, 7, 7, 40), 4),
+      ((3, 9, 10, 64), 16),
+      ((2, 33, 100), 10),
+      ((2, 4, 4, 3), 3),
+      ((2, 40, 40, 72), 72),
+      ((2, 5, 300), 1),
+    ],
+    DTYPES,
+    every=3,
+  ),
   ids=str,
 )
-def test_groups(name, shape, groups, dtype):
+def test_groups(name, case, dtype):
+  shape, groups = case
   if (name, dtype) == ('mosaic_tpu', 'float16'):
     pytest.skip('TPUs have no float16: test_refused holds the error')
   reference = functools.partial(Rows, center=True, groups=groups)
@@ -186,11 +194,14 @@ class TestConformance:
     transform = dataclasses.replace(case.transform, implementation=name)
     return case._replace(transform=transform)
 
+  @pytest.mark.second_tier
   def test_check_norm(self, case, name):
     """Masks go to XLA, all else in training to what is chosen."""
     testing.check_norm(case.transform, draw(case.shape), case.reference)
 
-  @pytest.mark.parametrize('dtype', DTYPES)
+  @pytest.mark.parametrize(
+    'dtype', ['float32', second_tier('bfloat16'), second_tier('float16')]
+  )
   def test_values(self, case, name, dtype):
     if (name, dtype) == ('mosaic_tpu', 'float16'):
       pytest.skip('TPUs have no float16: test_refused holds the error')
@@ -333,18 +344,23 @@ def spread(kind, norm, mesh):
   return jax.pmap(local, 'd', in_axes=(0, None, None, 0), out_axes=0)
 
 
-@pytest.mark.parametrize('kind', ['auto', 'explicit', 'checked', 'pmap'])
 @pytest.mark.parametrize(
-  ('named', 'dtype', 'groups'),
-  [
-    (True, 'float32', None),
-    (False, 'float32', None),
-    (False, 'bfloat16', None),
-    (True, 'float32', 4),
-    (False, 'bfloat16', 40),
-  ],
+  ('use', 'kind'),
+  thinned(
+    [
+      (True, 'float32', None),
+      (False, 'float32', None),
+      (False, 'bfloat16', None),
+      (True, 'float32', 4),
+      (False, 'bfloat16', 40),
+    ],
+    ['auto', 'explicit', 'checked', 'pmap'],
+    every=2,
+  ),
+  ids=str,
 )
-def test_devices(name, kind, named, dtype, groups):
+def test_devices(name, use, kind):
+  named, dtype, groups = use
   x, weight = draw((8, 16, 40), dtype), draw((8, 16, 40), seed=1)
   scale, bias = draw(40, seed=2), draw(40, seed=3)
   axis = AxisType.Explicit if kind == 'explicit' else AxisType.Auto

@@ -19,6 +19,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 import reference
+from tiers import thinned
 
 import normkit as nk
 import normkit.nnx as kn
@@ -636,8 +637,9 @@ TRANSFORMS = (
 )
 
 
-@every_module
-@pytest.mark.parametrize('transform', TRANSFORMS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+  ('name', 'transform'), thinned(NAMES, TRANSFORMS, every=2)
+)
 def test_transforms(name, transform):
   theirs, ours = small(name, nnx), small(name)
   close(transform(ours), transform(theirs), 1e-4, 10)
@@ -742,10 +744,12 @@ def train(model, x):
   return np.array([step(model, optimizer, x) for _ in range(4)])
 
 
-@pytest.mark.parametrize('packages', [(nnx, kn), (kn, nnx)], ids=['in', 'out'])
-@pytest.mark.parametrize(('make', 'shape'), MODELS.values(), ids=MODELS)
-def test_orbax(make, shape, packages, tmp_path):
+@pytest.mark.parametrize(
+  ('name', 'packages'), thinned(MODELS, [(nnx, kn), (kn, nnx)], every=2)
+)
+def test_orbax(name, packages, tmp_path):
   """A model trained with one package goes on with the other as with it."""
+  make, shape = MODELS[name]
   first, second = packages
   x = jnp.asarray(np.random.default_rng(2).normal(size=shape), jnp.float32)
   model = make(first, nnx.Rngs(0))

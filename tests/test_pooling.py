@@ -8,7 +8,6 @@ from functools import partial
 import re
 from typing import NamedTuple
 
-from absl.testing import absltest, parameterized
 import chex
 import family
 from hypothesis import given, strategies as st
@@ -19,6 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 import pytest
 import reference
+from tiers import thinned
 
 import normkit as nk
 
@@ -185,15 +185,19 @@ def pooled(form: str, **options) -> nk.BatchNorm:
   return nk.BatchNorm(momentum=0.5, epsilon=1e-3, axis_name=names, **options)
 
 
-class Pooling(parameterized.TestCase):
-  @parameterized.product(form=sorted(FORMS), masked=[False, True])
+class TestPooling:
+  @pytest.mark.parametrize(
+    ('form', 'masked'), thinned(sorted(FORMS), [False, True], every=2)
+  )
   def test_same_as_one_device(self, form, masked):
     data = inputs()
     if not masked:
       data = data._replace(where=None)
     check(FORMS[form](pooled(form), data), wanted(*data))
 
-  @parameterized.product(form=['pmap', 'vmap', 'shard_map'])
+  @pytest.mark.parametrize(
+    'form', thinned(['vmap', 'pmap', 'shard_map'], every=3)
+  )
   def test_options_stay_exact(self, form):
     options = {'debias': True, 'unbiased': True}
     data = inputs()
@@ -206,7 +210,9 @@ class Pooling(parameterized.TestCase):
       rtol=1e-5,
     )
 
-  @parameterized.product(form=['pmap', 'vmap', 'shard_map'])
+  @pytest.mark.parametrize(
+    'form', thinned(['shard_map', 'vmap', 'pmap'], every=3)
+  )
   def test_a_bad_device_is_skipped(self, form):
     data = inputs()
     x = data.x.at[9, 0, 2].set(jnp.nan)
@@ -214,26 +220,31 @@ class Pooling(parameterized.TestCase):
     transform = pooled(form, skip_nonfinite=True)
     _, state, _ = FORMS[form](transform, data)
     np.testing.assert_array_equal(state.count, [1, 1, 0, 1, 1, 1])
-    self.assertEqual((state.mean[2], state.var[2]), (0, 1))
+    assert (state.mean[2], state.var[2]) == (0, 1)
     chex.assert_tree_all_finite(state)
 
-  @parameterized.parameters(
-    (
-      nk.LayerNorm(axis=(1, 2), axis_name='d', use_scale=False, use_bias=False),
-      reference.layer_norm(axis=(1, 2)),
-    ),
-    (nk.GroupNorm(num_groups=3, axis_name='d'), reference.group_norm(3)),
-    (nk.InstanceNorm(axis_name='d'), reference.instance_norm()),
-    (
-      nk.RMSNorm(axis=(1, 2), axis_name='d', use_scale=False),
-      reference.rms_norm(axis=(1, 2)),
-    ),
-    (nk.FilterResponseNorm(axis_name='d'), family.filter_response()),
-    (nk.EvoNormS0(num_groups=3, axis_name='d'), family.evonorm_s0(3)),
-    (
-      nk.ScaleNorm(axis=(1, 2), axis_name='d', use_scale=False),
-      family.scale_norm(axis=(1, 2)),
-    ),
+  @pytest.mark.parametrize(
+    ('transform', 'of'),
+    [
+      (
+        nk.LayerNorm(
+          axis=(1, 2), axis_name='d', use_scale=False, use_bias=False
+        ),
+        reference.layer_norm(axis=(1, 2)),
+      ),
+      (nk.GroupNorm(num_groups=3, axis_name='d'), reference.group_norm(3)),
+      (nk.InstanceNorm(axis_name='d'), reference.instance_norm()),
+      (
+        nk.RMSNorm(axis=(1, 2), axis_name='d', use_scale=False),
+        reference.rms_norm(axis=(1, 2)),
+      ),
+      (nk.FilterResponseNorm(axis_name='d'), family.filter_response()),
+      (nk.EvoNormS0(num_groups=3, axis_name='d'), family.evonorm_s0(3)),
+      (
+        nk.ScaleNorm(axis=(1, 2), axis_name='d', use_scale=False),
+        family.scale_norm(axis=(1, 2)),
+      ),
+    ],
   )
   def test_other_norms_pool(self, transform, of):
     """Their sets lie across devices along a spatial axis."""
@@ -249,16 +260,19 @@ class Pooling(parameterized.TestCase):
     want, _ = of(params, state, np.asarray(x), True, np.asarray(where))
     np.testing.assert_allclose(y.reshape(x.shape), want, atol=2e-5)
 
-  @parameterized.parameters(
-    (
-      nk.BatchRenorm(r_max=1.5, d_max=0.5, axis_name='d'),
-      family.batch_renorm(1.5, 0.5),
-    ),
-    (nk.StreamingNorm(axis_name='d'), family.streaming()),
-    (
-      nk.IterativeWhitening(group_size=2, axis_name='d'),
-      family.whitening(group_size=2),
-    ),
+  @pytest.mark.parametrize(
+    ('transform', 'of'),
+    [
+      (
+        nk.BatchRenorm(r_max=1.5, d_max=0.5, axis_name='d'),
+        family.batch_renorm(1.5, 0.5),
+      ),
+      (nk.StreamingNorm(axis_name='d'), family.streaming()),
+      (
+        nk.IterativeWhitening(group_size=2, axis_name='d'),
+        family.whitening(group_size=2),
+      ),
+    ],
   )
   def test_norms_of_batches_pool(self, transform, of):
     """Each device holds some examples; outputs and states are of all."""
@@ -296,9 +310,11 @@ class Pooling(parameterized.TestCase):
     np.testing.assert_allclose(y[inside].reshape(own.shape), want, atol=1e-4)
     first = jax.tree.map(lambda s: s[1], new)
     chex.assert_trees_all_close(first, want_state, rtol=1e-5, atol=1e-5)
-    self.assertTrue(np.isnan(new.mean[0, 0]))
+    assert np.isnan(new.mean[0, 0])
 
-  @parameterized.parameters('pmap', 'vmap', True, False)
+  @pytest.mark.parametrize(
+    'form', thinned(['vmap', 'pmap', True, False], every=2)
+  )
   def test_groups(self, form):
     """Groups of unequal size, each by itself, also when another is spoilt."""
     groups = [0, 3], [1, 2, 4, 5, 6, 7]
@@ -332,10 +348,11 @@ class Pooling(parameterized.TestCase):
     shape = (-1, *SHAPE[1:])
     first = jax.tree.map(lambda s: s[0], state)
     check((y.reshape(shape), first, dx.reshape(shape)), wanted(*own))
-    self.assertTrue(np.isnan(got[1].mean[0, 0]))
+    assert np.isnan(got[1].mean[0, 0])
 
-  @parameterized.product(
-    form=['vmap', 'pmap', 'shard_map'], masked=[False, True]
+  @pytest.mark.parametrize(
+    ('form', 'masked'),
+    thinned(['vmap', 'pmap', 'shard_map'], [True, False], every=2),
   )
   def test_virtual_batches_pool(self, form, masked):
     """Each output by its virtual batch, the state by the whole."""
@@ -346,19 +363,20 @@ class Pooling(parameterized.TestCase):
     of = reference.batch_norm(momentum=0.5, epsilon=1e-3, virtual_batch_size=1)
     check(FORMS[form](transform, data), wanted(*data, of))
 
-  @parameterized.parameters(0, 5, 3)
+  @pytest.mark.parametrize('size', [0, 5, 3])
   def test_virtual_batch_must_divide(self, size):
     message = f'virtual_batch_size={size} does not divide the batch of 16'
-    with self.assertRaisesRegex(ValueError, message):
+    with pytest.raises(ValueError, match=message):
       step(nk.BatchNorm(virtual_batch_size=size), *inputs())
 
   def test_virtual_batch_of_one_element(self):
     transform = nk.BatchNorm(virtual_batch_size=1)
     x = jnp.ones((4, 6))
-    with self.assertRaisesRegex(ValueError, 'one element a feature'):
+    with pytest.raises(ValueError, match='one element a feature'):
       transform.apply(*transform.init(x), x, train=True)
 
 
+@pytest.mark.second_tier
 @given(
   devices=st.sampled_from([1, 2, 4, 8]),
   each=st.integers(1, 3),
@@ -402,10 +420,14 @@ def forward(transform, x, dy, where):
   return transform.apply(params, state, x, train=True, where=where)
 
 
-@pytest.mark.parametrize('check_vma', [True, False])
-@pytest.mark.parametrize('masked', [True, False])
 @pytest.mark.parametrize(
-  'transform', [POOLED, nk.GroupNorm(num_groups=2, axis_name='d')]
+  ('check_vma', 'masked', 'transform'),
+  thinned(
+    [True, False],
+    [True, False],
+    [POOLED, nk.GroupNorm(num_groups=2, axis_name='d')],
+    every=2,
+  ),
 )
 def test_one_collective_each_way(check_vma, masked, transform):
   data = inputs()
@@ -448,8 +470,9 @@ def test_at_most_two_where_jit_places_them(spec, most):
   assert set(found) <= {'all-reduce'}
 
 
-@pytest.mark.parametrize('groups', [2, 8, 16])
-@pytest.mark.parametrize('axis', [0, 1, 2])
+@pytest.mark.parametrize(
+  ('groups', 'axis'), thinned([2, 8, 16], range(3), every=3)
+)
 def test_group_norm_with_explicit_axes(groups, axis):
   """Whichever axis is sharded, channels too, on which Flax fails."""
   grid = mesh(DEVICES, kind=AxisType.Explicit)
@@ -474,7 +497,3 @@ def test_virtual_batches_cost_no_collective_forward():
   assert not collectives(
     lambda x: transform.apply(params, state, x, train=True)[0], x
   )
-
-
-if __name__ == '__main__':
-  absltest.main()

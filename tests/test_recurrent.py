@@ -15,6 +15,7 @@ from jax.sharding import AxisType, PartitionSpec as P
 from jax.test_util import check_grads
 import numpy as np
 import pytest
+from tiers import second_tier
 
 from normkit import linen as kl, nnx as kn, recurrent
 from normkit.norm import NormParams
@@ -50,15 +51,6 @@ def draw_params(gates):
 
 
 STATIC = 'train', 'momentum', 'epsilon'
-
-
-@pytest.fixture(autouse=True, scope='module')
-def quick_compiles():
-  """Loops of small cells take long to optimize, and no time to run."""
-  before = jax.config.read('jax_disable_most_optimizations')
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', before)
 
 
 # The papers, in NumPy.
@@ -486,12 +478,11 @@ BY_HAND = functools.partial(nn.RNN, variable_carry='batch_stats')
 @pytest.mark.parametrize(
   ('make_train', 'make_rnn'),
   [
-    (linen_statistics, kl.RNN),
-    (linen_statistics, BY_HAND),
-    (nnx_statistics, kn.RNN),
-    (nnx_statistics, nnx.RNN),
+    pytest.param(linen_statistics, kl.RNN, id='linen'),
+    second_tier(linen_statistics, BY_HAND, id='linen_flax'),
+    pytest.param(nnx_statistics, kn.RNN, id='nnx'),
+    second_tier(nnx_statistics, nnx.RNN, id='nnx_flax'),
   ],
-  ids=['linen', 'linen_flax', 'nnx', 'nnx_flax'],
 )
 def test_padding_enters_nothing(make_train, make_rnn):
   """Neither outputs nor statistics, under our RNN and under Flax's."""
@@ -516,6 +507,7 @@ def test_flax_rnn_makes_the_variables():
   chex.assert_trees_all_equal_shapes(made, linen_variables(type(cell).__name__))
 
 
+@pytest.mark.second_tier
 def test_order_and_layout():
   """time_major, reverse and both directions, with sequences masked."""
   kind = 'BatchNormLSTMCell'
@@ -553,6 +545,7 @@ def test_sequences_go_on():
   assert carry.with_lengths(None).length is None
 
 
+@pytest.mark.second_tier
 def test_pooled_over_an_axis():
   """Two halves, pooled, are the whole batch."""
   kind, params = 'BatchNormLSTMCell', jax.tree.map(jnp.float32, draw_params(4))

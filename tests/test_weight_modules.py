@@ -23,13 +23,15 @@ from reference import (
   weight_norm_reference,
   weight_standardize_reference,
 )
+from tiers import second_tier, thinned
 
 from benchmarks import dropin, wrappers
 from normkit import linen as kl, nnx as kn, weights
 
 KEY = jax.random.key(0)
 NORMS = wrappers.NORMS
-USES = 4  # of each module; `python -m benchmarks dropin` compares more
+# Of each module; `python -m benchmarks dropin` compares more.
+USES = [2, second_tier(4)]
 PACKAGES = (nnx, kn), (kn, nnx), (kn, kn)
 HALF = jnp.bfloat16
 
@@ -51,10 +53,11 @@ def close(actual, desired, tolerance=2e-5):
   chex.assert_trees_all_close(*wide, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize('uses', USES)
 @pytest.mark.parametrize('norm', NORMS)
 @pytest.mark.parametrize('family', wrappers.PACKAGES)
-def test_random_uses(family, norm):
-  count = dropin.measure(family, norm, USES, seed=2)
+def test_random_uses(family, norm, uses):
+  count = dropin.measure(family, norm, uses, seed=2)
   assert not count.unexplained, '\n'.join(count.unexplained)
   assert count.compared > count.raised
 
@@ -286,9 +289,9 @@ def vmap(module):
 @pytest.mark.parametrize(
   ('lift', 'norm'),
   [
-    (scan, 'WeightNorm'),
+    second_tier(scan, 'WeightNorm'),
     (scan, 'SpectralNorm'),
-    (vmap, 'SpectralNorm'),
+    second_tier(vmap, 'SpectralNorm'),
     (nn.remat, 'WeightNorm'),
   ],
 )
@@ -350,9 +353,10 @@ def by_orbax(state, template, path):
     return checkpointer.restore(path / 'state', template)
 
 
-@pytest.mark.parametrize('norm', NORMS)
-@pytest.mark.parametrize('store', [by_bytes, by_orbax])
-@pytest.mark.parametrize('packages', [(nn, kl), (kl, nn)], ids=['in', 'out'])
+@pytest.mark.parametrize(
+  ('norm', 'store', 'packages'),
+  thinned(NORMS, [by_bytes, by_orbax], [(nn, kl), (kl, nn)], every=4),
+)
 def test_linen_checkpoints(norm, store, packages, tmp_path):
   """Training goes on with either package as it would have with the other."""
   before, after = (Wrapped(package, norm) for package in packages)
@@ -575,8 +579,9 @@ def test_nnx_in_foreign_traces(norm):
   jax.grad(lambda x: layer(x).sum())(X)
 
 
-@pytest.mark.parametrize('norm', NORMS)
-@pytest.mark.parametrize('graph', [True, False])
+@pytest.mark.parametrize(
+  ('norm', 'graph'), thinned(NORMS, [True, False], every=2)
+)
 def test_nnx_transforms(norm, graph):
   def fresh():
     return pair(norm)[1]
@@ -648,8 +653,16 @@ def test_nnx_scales_are_drawn():
 @pytest.mark.parametrize(
   ('norm', 'before', 'after', 'raw'),
   [
-    *((norm, *pair, False) for norm in NORMS for pair in PACKAGES),
-    ('WeightNorm', nnx, kn, True),
+    ('WeightNorm', *PACKAGES[0], False),
+    ('SpectralNorm', *PACKAGES[1], False),
+    *(
+      second_tier(norm, *pair, False)
+      for norm in NORMS
+      for pair in PACKAGES
+      if (norm, pair)
+      not in (('WeightNorm', PACKAGES[0]), ('SpectralNorm', PACKAGES[1]))
+    ),
+    second_tier('WeightNorm', nnx, kn, True),
   ],
 )
 def test_nnx_orbax(norm, before, after, raw, tmp_path):
@@ -839,9 +852,10 @@ def layers(kind):
   return nn.Conv(5, (3, 3)), conv, normal(2, 4, 4, 6, seed=1)
 
 
-@pytest.mark.parametrize('scaled', [False, True])
-@pytest.mark.parametrize('feature_axes', [-1, (-2, -1), None])
-@pytest.mark.parametrize('kind', ['dense', 'conv'])
+@pytest.mark.parametrize(
+  ('kind', 'feature_axes', 'scaled'),
+  thinned(['dense', 'conv'], [-1, (-2, -1), None], [False, True], every=2),
+)
 def test_standardization(kind, feature_axes, scaled):
   """Both families call the layer with the standardized kernel."""
   linen, like, x = layers(kind)

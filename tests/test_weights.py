@@ -14,6 +14,7 @@ from reference import (
   weight_norm_reference,
   weight_standardize_reference,
 )
+from tiers import thinned
 
 from normkit.norm import EmptyState, NormParams
 from normkit.weights import (
@@ -457,9 +458,11 @@ def set_leaves(tree, **values):
 FLAX_AXES = [a for a in AXES if len(a[0]) > 1]
 
 
-@pytest.mark.parametrize('use_scale', [True, False])
-@pytest.mark.parametrize(('shape', 'feature_axes', 'features'), FLAX_AXES)
-def test_weight_norm_is_that_of_linen(shape, feature_axes, features, use_scale):
+@pytest.mark.parametrize(
+  ('axes', 'use_scale'), thinned(FLAX_AXES, [True, False], every=2)
+)
+def test_weight_norm_is_that_of_linen(axes, use_scale):
+  shape, feature_axes, features = axes
   v, g, dw = draw(shape), draw(features, seed=1), draw(shape, seed=2)
   module = nn.WeightNorm(
     LinenKernel(shape), feature_axes=feature_axes, use_scale=use_scale
@@ -483,9 +486,11 @@ def test_weight_norm_is_that_of_linen(shape, feature_axes, features, use_scale):
   )
 
 
-@pytest.mark.parametrize(('n_steps', 'update'), STEPS)
-@pytest.mark.parametrize('shape', SHAPES)
-def test_spectral_norm_is_that_of_linen(shape, n_steps, update):
+@pytest.mark.parametrize(
+  ('shape', 'steps'), thinned(SHAPES, STEPS, every=len(STEPS))
+)
+def test_spectral_norm_is_that_of_linen(shape, steps):
+  n_steps, update = steps
   w, dy, first = draw(shape), draw(shape, seed=2), start(shape[-1])
   module = nn.SpectralNorm(LinenKernel(shape), n_steps=n_steps)
   variables = module.init(jax.random.key(0), update_stats=False)
@@ -513,9 +518,11 @@ def test_spectral_norm_is_that_of_linen(shape, n_steps, update):
   jax.tree.map(close, set_leaves(updates, **new._asdict()), updates)
 
 
-@pytest.mark.parametrize('use_scale', [True, False])
-@pytest.mark.parametrize(('shape', 'feature_axes', 'features'), FLAX_AXES)
-def test_weight_norm_is_that_of_nnx(shape, feature_axes, features, use_scale):
+@pytest.mark.parametrize(
+  ('axes', 'use_scale'), thinned(FLAX_AXES, [True, False], every=2)
+)
+def test_weight_norm_is_that_of_nnx(axes, use_scale):
+  shape, feature_axes, features = axes
   v, g = draw(shape), draw(features, seed=1)
   module = nnx.WeightNorm(
     NNXKernel(v),
@@ -528,9 +535,11 @@ def test_weight_norm_is_that_of_nnx(shape, feature_axes, features, use_scale):
   close(weight_norm(v, scale, feature_axes=feature_axes), module(0.0))
 
 
-@pytest.mark.parametrize(('n_steps', 'update'), STEPS)
-@pytest.mark.parametrize('shape', SHAPES)
-def test_spectral_norm_is_that_of_nnx(shape, n_steps, update):
+@pytest.mark.parametrize(
+  ('shape', 'steps'), thinned(SHAPES, STEPS, every=len(STEPS))
+)
+def test_spectral_norm_is_that_of_nnx(shape, steps):
+  n_steps, update = steps
   w = draw(shape)
   module = nnx.SpectralNorm(NNXKernel(w), n_steps=n_steps, rngs=nnx.Rngs(0))
   stats = {path[-1]: stat for path, stat in module.batch_stats.items()}
@@ -563,10 +572,9 @@ transforms = pytest.mark.parametrize(
   'transform', TRANSFORMS.values(), ids=TRANSFORMS
 )
 # One of each kind, for the tests that take long.
+KINDS = WeightNorm(), WeightStandardization(use_gain=True), SpectralNorm()
 kinds = pytest.mark.parametrize(
-  'transform',
-  [WeightNorm(), WeightStandardization(use_gain=True), SpectralNorm()],
-  ids=['weight', 'standard', 'spectral'],
+  'transform', KINDS, ids=['weight', 'standard', 'spectral']
 )
 
 
@@ -723,23 +731,28 @@ def test_vmap_over_stacked_layers(transform):
   stacked = jax.tree.map(lambda *w: jnp.stack(w), *layers)
   params, state = jax.vmap(transform.init)(stacked)
 
+  @jax.jit
   def apply(params, state, weights):
     return transform.apply(params, state, weights, update=True)
 
-  actual = jax.vmap(apply)(params, state, stacked)
+  actual = jax.jit(jax.vmap(apply))(params, state, stacked)
   for i, weights in enumerate(layers):
     p, s = jax.tree.map(lambda x, i=i: x[i], (params, state))
     desired = apply(p, s, weights)
     jax.tree.map(close, jax.tree.map(lambda x, i=i: x[i], actual), desired)
 
 
-@pytest.mark.parametrize('spec', [('x', 'y'), (None, 'y'), ('x', None)])
-@kinds
+@pytest.mark.parametrize(
+  ('transform', 'spec'),
+  thinned(KINDS, [('x', 'y'), (None, 'y'), ('x', None)], every=3),
+  ids=str,
+)
 def test_explicit_sharding(transform, spec):
   """Weights keep their sharding, the state its own, as a scan asks."""
   w = draw((4, 6))
   params, first = transform.init(w)
 
+  @jax.jit
   def steps(w):
     def body(state, _):
       y, state = transform.apply(params, state, w, update=True)
@@ -755,7 +768,7 @@ def test_explicit_sharding(transform, spec):
   with jax.set_mesh(mesh):
     sharding = jax.NamedSharding(mesh, jax.P(*spec))
     sharded = jax.device_put(w, sharding)
-    actual = jax.jit(steps)(sharded)
+    actual = steps(sharded)
     assert actual[0].sharding == sharding
   jax.tree.map(close, actual, desired)
 
