@@ -189,7 +189,7 @@ def test_frozen_is_the_backbone_alone(detection, scenes):
   assert all(jax.tree.leaves(moved['head']))
 
 
-def test_runs_small(detection, run_small, takes_images, digits_folder):
+def test_runs_small(detection, run_small):
   out = run_small(detection, 'detection', 'detection_scenes')
   number = r'([\d.]+)'
   rows = re.findall(
@@ -200,4 +200,10 @@ def test_runs_small(detection, run_small, takes_images, digits_folder):
     assert 0 <= float(low) <= float(mean) <= float(high) <= 100
   (change,) = re.findall(r'frozen: ([+-][\d.]+) ± [\d.]+ points', out)
   assert np.isfinite(float(change))
-  takes_images(detection, out, digits_folder)
+
+
+@pytest.mark.second_tier
+def test_numbers_are_those_of_the_images_given(
+  detection, takes_images, digits_folder
+):
+  takes_images(detection, digits_folder)
