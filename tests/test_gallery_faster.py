@@ -39,9 +39,9 @@ def test_small_run_writes_figures_and_finite_numbers(faster, run_small):
 
 @pytest.mark.second_tier
 def test_numbers_are_those_of_the_images_given(
-  faster, takes_images, photographs_folder
+  faster, takes_images, digits_folder
 ):
-  takes_images(faster, photographs_folder)
+  takes_images(faster, digits_folder)
 
 
 def test_runs_differ_by_seed_rate_and_scale_alone(faster, sweep):
