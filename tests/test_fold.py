@@ -34,14 +34,14 @@ class Transformed(nn.Module):
     return normkit.linen.Norm(self.transform)(x, train=False)
 
 
-def drawn(variables, seed=0):
-  """The variables with numbers of a trained model, some scales odd."""
+def drawn(model, x, seed=0):
+  """Variables of a model for x, with numbers as if trained, some scales odd."""
   rng = np.random.default_rng(seed)
 
   def draw(path, leaf):
     name = jax.tree_util.keystr(path)
     if leaf.dtype == jnp.int32:
-      return leaf
+      return jnp.zeros(leaf.shape, leaf.dtype)
     if 'var' in name:
       values = rng.uniform(0.3, 3, leaf.shape)
     else:
@@ -52,7 +52,8 @@ def drawn(variables, seed=0):
       values.flat[:2] = 0, -2
     return jnp.asarray(values, leaf.dtype)
 
-  return jax.tree_util.tree_map_with_path(draw, variables)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), x)
+  return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def image(*shape, seed=1, dtype=jnp.float32):
@@ -78,7 +79,7 @@ def primitives(folded, x):
 
 def check(model, x, rows, **options):
   """Folds a linen model drawn at random; returns what is folded."""
-  variables = drawn(jax.jit(model.init)(jax.random.key(0), x))
+  variables = drawn(model, x)
   copy = jax.tree.map(np.array, variables)
   folded = fold(model.apply, variables, x, **options)
   chex.assert_trees_all_equal(variables, copy)
@@ -285,7 +286,7 @@ class Residual(nn.Module):
 @pytest.fixture(scope='module')
 def residual():
   model, x = Residual(), image(2, 9, 9, 3)
-  variables = drawn(jax.jit(model.init)(jax.random.key(0), x))
+  variables = drawn(model, x)
   return model, variables, x, fold(model.apply, variables, x)
 
 
@@ -426,7 +427,7 @@ def test_half_precision(dtypes, out):
     [nn.Conv(6, (3, 3), **dtypes), drop_in(dtype=out), nn.relu]
   )
   x = image(2, 6, 5, 4, dtype=jnp.bfloat16)
-  variables = drawn(model.init(jax.random.key(0), x))
+  variables = drawn(model, x)
   folded = fold(model.apply, variables, x)
   y = folded.apply(folded.params, x)
   assert y.dtype == out
@@ -686,7 +687,7 @@ def test_training_is_refused(kind):
     [nn.Dense(4), kind.BatchNorm(use_running_average=False)]
   )
   x = image(4, 3)
-  variables = model.init(jax.random.key(0), x)
+  variables = drawn(model, x)
 
   def call(variables, x):
     return model.apply(variables, x, mutable=['batch_stats'])[0]
@@ -699,8 +700,7 @@ def test_training_beside_evaluation_is_reported():
   model = nn.Sequential([nn.Dense(4), flax_norm(), nn.relu, nn.Dense(3)])
   last = nn.BatchNorm(use_running_average=False)
   x = image(4, 3)
-  variables = {'model': model.init(jax.random.key(0), x)}
-  variables['last'] = last.init(jax.random.key(1), x)  # of three features
+  variables = {'model': drawn(model, x), 'last': drawn(last, x)}
 
   def call(v, x):
     y = model.apply(v['model'], x)

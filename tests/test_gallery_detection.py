@@ -157,7 +157,9 @@ def test_simulated_devices_are_those_of_pmap(detection, scenes):
   images = scenes.images[:16].reshape(8, 2, *scenes.images.shape[1:])
   for name in ('batch', 'synchronized'):
     backbone = detection.Backbone(detection.DETECTORS[name].norm)
-    variables = backbone.init(jax.random.key(0), images[0], train=False)
+    variables = detection.training.initial(
+      backbone, jax.random.key(0, impl='rbg'), images[0]
+    )
 
     def apply(images, backbone=backbone, variables=variables):
       return backbone.apply(
