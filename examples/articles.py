@@ -114,7 +114,7 @@ TASKS = {
     batch_size=32,
   ),
 }
-SMALL = {name: TASKS[name]._replace(steps=4) for name in ('MnistNet', 'Conv1D')}
+SMALL = {name: TASKS[name]._replace(steps=2) for name in ('MnistNet', 'Conv1D')}
 OPTIMIZER = optax.adam(0.001)
 Results = dict[str, dict[str, list[training.Run]]]  # network, variant, seed
 

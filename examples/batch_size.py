@@ -309,7 +309,7 @@ class Setting(NamedTuple):
 
 
 SMALL = Setting(
-  ('batch', 'renorm'), (2, 64), 512, 8, (1, 10), 12, 2, (8, 8, 8, 16), 3
+  ('batch', 'renorm'), (2, 64), 128, 2, (1, 10), 4, 2, (8, 8, 8, 16), 3
 )
 Errors = dict[str, np.ndarray]  # for each norm (sizes, folds), in percent
 

@@ -87,14 +87,14 @@ NORMS: dict[str, nk.Norm | None] = {
 
 # %%
 def fit_inception(
-  norm: nk.Norm | None,
+  model: SmallInception,
   dataset: data.Dataset,
   rates: Sequence[float],
   seeds: int,
   steps: int,
 ) -> Runs:
-  """Trains the Inception with each rate and each seed."""
-  model, every = SmallInception(norm), max(steps // 12, 3)
+  """Trains an Inception with each rate and each seed."""
+  every = max(steps // 12, 3)
 
   def run(rate: float, seed: int) -> tuple[list[Any], list[float]]:
     first = training.init(model, OPTIMIZER, dataset.train_images, seed)
@@ -250,15 +250,19 @@ TIMES = {'none': (1, 5), 'batch': (1, 5, 30)}
 
 
 def inception_curves(
-  dataset: data.Dataset, seeds: int, steps: int
+  dataset: data.Dataset, seeds: int, steps: int, **options: Any
 ) -> tuple[float, dict[str, Runs]]:
-  """The plain Inception's best rate, and the runs at multiples of it."""
-  plain = fit_inception(None, dataset, COARSE, seeds, steps)
+  """The plain Inception's best rate, and the runs at multiples of it.
+
+  The options are those of `SmallInception`.
+  """
+  nets = {name: SmallInception(NORMS[name], **options) for name in TIMES}
+  plain = fit_inception(nets['none'], dataset, COARSE, seeds, steps)
   rate = best(COARSE, plain)
   curves = {'none, x1': row_of(plain, COARSE.index(rate))}
   for name, n in (('none', 5), ('batch', 1), ('batch', 5), ('batch', 30)):
     curves[f'{name}, x{n}'] = fit_inception(
-      NORMS[name], dataset, [n * rate], seeds, steps
+      nets[name], dataset, [n * rate], seeds, steps
     )
   return rate, curves
 
@@ -303,8 +307,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.print(claim, soft_wrap=True)
 
   patches = args.data or data.photographs()
-  seeds_of, steps_of = (2, 6) if args.small else (3, 180)
-  rate, inception = inception_curves(patches, seeds_of, steps_of)
+  seeds_of, steps_of = (2, 3) if args.small else (3, 180)
+  size = {'widths': (8,)} if args.small else {}
+  rate, inception = inception_curves(patches, seeds_of, steps_of, **size)
   # What every plain run reaches: they end far apart.
   goal = float(last(inception['none, x1']).min())
   console.print(curves_table(inception, goal))

@@ -217,7 +217,7 @@ def looks(
     batch = next(order)
     if number % interval == 0:
       yield number, state, batch
-    state, _ = step(model, state, *batch)
+    state, _ = step(model, state, *batch, None)  # as in `fit`: compiled once
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -459,7 +459,10 @@ def of_line(line: Line) -> dict[str, np.ndarray]:
 
 
 def report_noise(
-  runs: dict[str, Runs], quantiles: dict[str, np.ndarray], console: Console
+  rates: Sequence[float],
+  runs: dict[str, Runs],
+  quantiles: dict[str, np.ndarray],
+  console: Console,
 ) -> None:
   """What noise does to the shifts, and to the training."""
   columns = 'rate', 'last accuracy, %', 'at 90%', 'shift'
@@ -467,8 +470,8 @@ def report_noise(
   table = summary.table(title, ['norm'], columns)
   shifts, steps, ends = {}, {}, {}
   for name, run in runs.items():
-    rate = best(RATES, run)
-    row = RATES.index(rate)
+    rate = best(rates, run)
+    row = rates.index(rate)
     steps[name] = float(np.median(steps_to(run, 90)[row]))
     shifts[name] = jumps(quantiles[name])
     ends[name], shift = last(run)[row], spread(shifts[name])
@@ -570,6 +573,7 @@ def draw_sigmoid(when: np.ndarray, quantiles: dict[str, np.ndarray]) -> Figure:
 
 
 def draw_noise(
+  rates: Sequence[float],
   runs: dict[str, Runs],
   when: np.ndarray,
   quantiles: dict[str, np.ndarray],
@@ -579,8 +583,8 @@ def draw_noise(
   figure, panels = figures.make(f'Noise behind batch norm, {over}', 2, 2)
   for name, run in runs.items():
     look = LOOKS[name]
-    figures.draw(panels[0, 0], RATES, last(run).T, name, look)
-    row = RATES.index(best(RATES, run))
+    figures.draw(panels[0, 0], rates, last(run).T, name, look)
+    row = rates.index(best(rates, run))
     figures.draw(panels[0, 1], run.steps, run.accuracies[row], name, look)
     panels[0, 1].lines[-1].set_markevery(6)
   y = 'test accuracy, %'
@@ -646,6 +650,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   digits = args.data or data.digits()
   blocks, layers, seeds, steps = (1, 2, 2, 8) if args.small else (3, 8, 5, 300)
   levels = LEVELS[:1] if args.small else LEVELS
+  rates, units = ([COMMON], 64) if args.small else (RATES, 100)
   console = Console(markup=False, emoji=False, width=120)
   over = f'mean and standard deviation of {seeds} seeds'
   norms = {'none': None, 'batch': TORCH}
@@ -660,7 +665,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
   found, quantiles = {}, {}
   for name, norm in norms.items():
-    net = DeepNet((norm,) * 3, 100, nn.sigmoid)
+    net = DeepNet((norm,) * 3, units, nn.sigmoid)
     when, quantiles[name] = follow(net, digits, 0.1, seeds, steps, 3)
     accuracies = last(fit(net, digits, [Setting(0.1)], seeds, steps))[0]
     moves = np.median(drift(quantiles[name]), -1)
@@ -674,12 +679,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     nets[f'noise x{level}'] = DeepNet(tuple(noisy))
   runs, quantiles = {}, {}
   for name, net in nets.items():
-    settings = [Setting(rate) for rate in RATES]
+    settings = [Setting(rate) for rate in rates]
     runs[name] = fit(net, digits, settings, seeds, steps)
-    rate = best(RATES, runs[name])
+    rate = best(rates, runs[name])
     when, quantiles[name] = follow(net, digits, rate, seeds, steps, layers // 2)
-  report_noise(runs, quantiles, console)
-  noise_figure = draw_noise(runs, when, quantiles, over)
+  report_noise(rates, runs, quantiles, console)
+  noise_figure = draw_noise(rates, runs, when, quantiles, over)
 
   lines = {}
   for name in norms:

@@ -89,8 +89,9 @@ class Conv2D(nn.Module):
 class SmallInception(nn.Module):
   """Batch-normalized Inception in small: (n, height, width, channels).
 
-  A stem, three blocks and the mean over all positions. Each convolution is
-  normalized before its ReLU, and has a bias only where there is no norm.
+  A stem, a block for each of the `widths` and the mean over all positions. Each
+  convolution is normalized before its ReLU, and has a bias only where there is
+  no norm.
 
   References:
     Ioffe and Szegedy, "Batch Normalization" (2015), section 4.2 and figure 5.
@@ -98,12 +99,13 @@ class SmallInception(nn.Module):
 
   norm: nk.Norm | None = TORCH
   classes: int = 10
+  widths: tuple[int, ...] = (8, 16, 16)
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     x = ConvNorm(16, 3, 2, self.norm, name='stem')(x, train=train)
     x = nn.relu(x)
-    for number, width in enumerate((8, 16, 16), 1):
+    for number, width in enumerate(self.widths, 1):
       x = Inception(width, self.norm, name=f'block{number}')(x, train=train)
       if number == 1:
         x = halve(x)

@@ -51,6 +51,8 @@ NORMS: dict[str, nk.Norm | None] = {
   'none': None,
 }
 
+OPTIMIZER = optax.adam(0.003)  # of all networks
+
 
 class Plan(NamedTuple):
   """How much is run: seeds, and steps of each network."""
@@ -136,9 +138,7 @@ def classify(
 ) -> Seen:
   """Trains a classifier at contrast 1, and tests it at all of them."""
   model = Classifier(norm)
-  run = training.fit(
-    model, dataset, optax.adam(0.003), steps=steps, seed=seed, tests=1
-  )
+  run = training.fit(model, dataset, OPTIMIZER, steps=steps, seed=seed, tests=1)
   accuracies, features = [], []
   for contrast in CONTRASTS:
     changed = with_contrast(dataset.test_images, contrast)
@@ -288,7 +288,6 @@ def style_of(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 # %%
 BATCH = 8
-OPTIMIZER = optax.adam(0.003)
 
 
 class Autoencoder(nn.Module):

@@ -108,10 +108,14 @@ def init(
   return State(params, variables.get('batch_stats', {}), optimizer.init(params))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def initial(model: nn.Module, key: jax.Array, images: jax.Array) -> Any:
-  """The initial variables."""
-  return model.init(key, images, train=False)
+def initial(model: nn.Module, key: jax.Array, images: np.ndarray) -> Any:
+  """The initial variables, for images of that shape.
+
+  Of the network nothing is run; a program draws the weights of a shape, in
+  whatever network, so that there is little to compile.
+  """
+  shape = jax.ShapeDtypeStruct(images.shape, images.dtype)
+  return model.lazy_init(key, shape, train=False)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -117,8 +117,14 @@ def example():
     yield importlib.import_module
 
 
+@pytest.fixture(scope='session')
+def printed() -> dict[str, str]:
+  """What each example printed in its small setting, with its own images."""
+  return {}
+
+
 @pytest.fixture
-def run_small(tmp_path, capsys) -> Callable[..., str]:
+def run_small(printed, tmp_path, capsys) -> Callable[..., str]:
   """Runs an example in a small setting: what it prints; its figures exist."""
 
   def run(module: ModuleType, *figures: str, data: str = '') -> str:
@@ -129,18 +135,23 @@ def run_small(tmp_path, capsys) -> Callable[..., str]:
     for name in figures:
       content = (out / f'{name}.png').read_bytes()
       assert content.startswith(b'\x89PNG')
-    return capsys.readouterr().out
+    text = capsys.readouterr().out
+    if not data:
+      printed[module.__name__] = text
+    return text
 
   return run
 
 
 @pytest.fixture
-def takes_images(run_small) -> Callable[..., None]:
+def takes_images(run_small, printed) -> Callable[..., None]:
   """Asserts that an example with images from files finds other numbers."""
 
-  def check(module: ModuleType, printed: str, folder: str) -> None:
+  def check(module: ModuleType, folder: str) -> None:
+    # On one process with the test before it, its run serves both.
+    first = printed.get(module.__name__) or run_small(module)
     again = run_small(module, data=folder)
-    before, after = (re.findall(r'(\S+) ± ', text) for text in (printed, again))
+    before, after = (re.findall(r'(\S+) ± ', text) for text in (first, again))
     assert len(after) > 4 and before != after
     assert 'nan' not in again.lower()
 

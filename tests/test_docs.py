@@ -15,7 +15,18 @@ BLOCKS = {
 }
 
 
-@pytest.mark.parametrize('page', BLOCKS)
+LONG = 'adapt.md', 'inspect.md', 'recalibrate.md', 'weights.md'
+PAGES = [
+  pytest.param(page, marks=pytest.mark.second_tier if page in LONG else ())
+  for page in BLOCKS
+]
+
+
+def test_long_pages_are_there():
+  assert set(LONG) <= set(BLOCKS)
+
+
+@pytest.mark.parametrize('page', PAGES)
 def test_code_of_page(page):
   names = {'__name__': page}
   with jax.numpy_rank_promotion('allow'):

@@ -227,23 +227,36 @@ def test_a_directory_that_is_not_there(data, tmp_path):
     data.load_directory(tmp_path / 'nowhere')
 
 
-# The script.
+# The scripts.
 
 
-def run(out, *flags):
-  """Runs the script; returns what it printed."""
-  flags = [*flags, f'--steps={STEPS}', '--seeds=1', f'--out={out}']
-  command = [sys.executable, str(EXAMPLES / 'train_cnn.py'), *flags]
+def run_script(name, *flags):
+  """Runs a script in a process of its own; returns what it printed."""
+  # Compiled as quickly as here, and shared.
   env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+  env |= {
+    'JAX_PLATFORMS': 'cpu',
+    'COLUMNS': '200',
+    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+    'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir or '',
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
+  }
   done = subprocess.run(
-    command,
-    env=env | {'JAX_PLATFORMS': 'cpu', 'COLUMNS': '200'},
+    [sys.executable, EXAMPLES / f'{name}.py', *flags],
+    env=env,
     capture_output=True,
     text=True,
     check=False,
   )
   assert done.returncode == 0, done.stderr
   return done.stdout
+
+
+def run(out, *flags):
+  """Runs train_cnn.py for a few steps; returns what it printed."""
+  flags = [*flags, f'--steps={STEPS}', '--seeds=1', f'--out={out}']
+  return run_script('train_cnn', *flags)
 
 
 def losses(out):
@@ -303,6 +316,7 @@ def test_checkpoint_predicts_as_the_table_says(train_cnn, data, everything):
   np.testing.assert_allclose(np.float64(epoch), scores, atol=1e-4)
 
 
+@pytest.mark.second_tier
 def test_two_devices_give_the_losses_of_one(everything, tmp_path):
   _, out = everything
   run(tmp_path, '--norm=batch', '--devices=2')
@@ -311,6 +325,7 @@ def test_two_devices_give_the_losses_of_one(everything, tmp_path):
   )
 
 
+@pytest.mark.second_tier
 def test_mnist_trains(tmp_path):
   folder = tmp_path / 'mnist'
   folder.mkdir()
@@ -328,7 +343,8 @@ def test_a_checkpoint_that_differs_is_an_error(
 ):
   images = data.digits().test_images[:8]
   model = train_cnn.make_model('batch', 10, jax.devices()[:1])
-  variables = model.init(jax.random.key(0), images, train=False)
+  key = jax.random.key(0, impl='rbg')
+  variables = train_cnn.training.initial(model, key, images)
   run = train_cnn.Run(model, 0, variables, [], [], 0.0)
   train_cnn.save_and_check(run, images, tmp_path / 'a')
 
@@ -395,13 +411,8 @@ def test_few_or_small_images_are_refused(train_cnn, tmp_path, capsys):
 
 def test_pooling(tmp_path):
   """How many means each form uses, and whose mean is off under a mask."""
-  done = subprocess.run(
-    [sys.executable, EXAMPLES / 'pooling.py', '--out', tmp_path],
-    capture_output=True,
-    text=True,
-    check=True,
-  )
-  counts = re.findall(r'^(.*): (\d+) means$', done.stdout, re.MULTILINE)
+  printed = run_script('pooling', '--out', tmp_path)
+  counts = re.findall(r'^(.*): (\d+) means$', printed, re.MULTILINE)
   alone = {
     'pmap, groups of four': 2,
     'shard_map, no name': 8,
@@ -409,7 +420,7 @@ def test_pooling(tmp_path):
   }
   assert len(counts) == 8
   assert {name: int(n) for name, n in counts if n != '1'} == alone
-  errors = re.findall(r'│ (.*?) *│ +[\d.]+ │ +(\S+) │', done.stdout)
+  errors = re.findall(r'│ (.*?) *│ +[\d.]+ │ +(\S+) │', printed)
   off = [name for name, error in errors if float(error) > 1e-6]
   assert len(errors) == 7
   assert off == ['flax, pmap, axis_name']
@@ -424,17 +435,10 @@ def test_batch_size(tmp_path, digits_folder):
   names = 'batch-size', 'skewed', 'costs'
   document = tmp_path / 'document.md'
   document.write_text(''.join(f'<!-- {n} -->\n<!-- /{n} -->\n' for n in names))
-  script, out = EXAMPLES / 'batch_size.py', tmp_path / 'out'
+  out = tmp_path / 'out'
   flags = '--small', f'--data={digits_folder}', f'--out={out}'
-  done = subprocess.run(
-    [sys.executable, script, *flags, '--update', document],
-    env=os.environ | {'JAX_PLATFORMS': 'cpu', 'COLUMNS': '200'},
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  assert done.returncode == 0, done.stderr
-  assert re.search(r'renorm: [\d.]+ to [\d.]+ %', done.stdout)
+  printed = run_script('batch_size', *flags, '--update', document)
+  assert re.search(r'renorm: [\d.]+ to [\d.]+ %', printed)
   for name in names:
     table = (out / f'{name}.md').read_text()
     rows = [line.split()[1] for line in table.splitlines()[2:]]

@@ -26,9 +26,7 @@ def runs_of(sweep, accuracies):
   )
 
 
-def test_small_run_writes_figures_and_finite_numbers(
-  faster, run_small, takes_images, photographs_folder
-):
+def test_small_run_writes_figures_and_finite_numbers(faster, run_small):
   names = 'curves', 'inception', 'rates', 'scales'
   printed = run_small(faster, *(f'faster_{name}' for name in names))
   pairs = re.findall(r'(\S+) ± (\S+)', printed)
@@ -37,7 +35,13 @@ def test_small_run_writes_figures_and_finite_numbers(
     0 <= float(mean) <= 100 and math.isfinite(float(std)) for mean, std in pairs
   )
   assert len(re.findall('the paper: ', printed)) == 8
-  takes_images(faster, printed, photographs_folder)
+
+
+@pytest.mark.second_tier
+def test_numbers_are_those_of_the_images_given(
+  faster, takes_images, digits_folder
+):
+  takes_images(faster, digits_folder)
 
 
 def test_runs_differ_by_seed_rate_and_scale_alone(faster, sweep):

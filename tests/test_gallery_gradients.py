@@ -20,9 +20,7 @@ def gradients(example):
   return example('gradients')
 
 
-def test_small_run_writes_figures_and_finite_numbers(
-  gradients, run_small, takes_images, digits_folder
-):
+def test_small_run_writes_figures_and_finite_numbers(gradients, run_small):
   printed = run_small(
     gradients,
     'gradients_start',
@@ -36,7 +34,13 @@ def test_small_run_writes_figures_and_finite_numbers(
   in_claims = 2 * (6 + 1 + 4) + 2
   assert len(pairs) == in_tables + in_claims
   assert all(math.isfinite(float(x)) for pair in pairs for x in pair)
-  takes_images(gradients, printed, digits_folder)
+
+
+@pytest.mark.second_tier
+def test_numbers_are_those_of_the_images_given(
+  gradients, takes_images, digits_folder
+):
+  takes_images(gradients, digits_folder)
 
 
 def test_gradients_are_in_the_order_of_the_network(gradients):

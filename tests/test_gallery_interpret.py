@@ -91,7 +91,7 @@ def test_climbing_raises_each_logit_within_the_range(interpret):
   chex.assert_trees_all_close(rest, jnp.full(90, 0.5), atol=1e-6)
 
 
-def test_it_runs_small(interpret, run_small, takes_images, digits_folder):
+def test_it_runs_small(interpret, run_small):
   told = run_small(
     interpret,
     'interpret_channels',
@@ -106,4 +106,10 @@ def test_it_runs_small(interpret, run_small, takes_images, digits_folder):
   assert len(modes) == 4
   for mode, change in modes:
     assert (float(change) > 0) == (mode == 'training')
-  takes_images(interpret, told, digits_folder)
+
+
+@pytest.mark.second_tier
+def test_numbers_are_those_of_the_images_given(
+  interpret, takes_images, digits_folder
+):
+  takes_images(interpret, digits_folder)

@@ -14,6 +14,7 @@ import optax
 import pytest
 from rich import console
 from sklearn.datasets import load_digits
+from tiers import second_tier
 
 import normkit.linen
 import normkit.nnx
@@ -361,6 +362,7 @@ def test_momentum(healthy, data):
   assert 'momentum' not in codes(found)
 
 
+@pytest.mark.second_tier
 def test_momentum_of_pytorch(healthy, data):
   net = Net(momentum=0.1)
   variables = gathered(net, healthy[1], data[0])
@@ -369,7 +371,7 @@ def test_momentum_of_pytorch(healthy, data):
   assert 'momentum=0.9' in str(found)
 
 
-@pytest.mark.parametrize('flat', [True, False])
+@pytest.mark.parametrize('flat', [True, second_tier(False)])
 def test_batch_of_one(healthy, data, flat):
   net = Net(flat=flat)
   variables = start(net) if flat else healthy[1]

@@ -583,7 +583,7 @@ def test_band_is_a_standard_deviation_each_way(example):
   assert len(axes[0, 0].collections) == 1
 
 
-def test_articles_run_small(example, run_small, takes_images, digits_folder):
+def test_articles_run_small(example, run_small):
   printed = run_small(example('articles'), 'articles', 'articles_last_relu')
   rows = re.findall(r'(MnistNet|Conv1D) +\S (.+?) +\S +([\d.]+) ±', printed)
   assert [row[:2] for row in rows] == [
@@ -596,7 +596,13 @@ def test_articles_run_small(example, run_small, takes_images, digits_folder):
   ]
   assert all(0 < float(accuracy) <= 100 for *_, accuracy in rows)
   assert 'To PyTorch and back, all arrays are equal' in printed
-  takes_images(example('articles'), printed, digits_folder)
+
+
+@pytest.mark.second_tier
+def test_numbers_of_articles_are_those_of_the_images_given(
+  example, takes_images, digits_folder
+):
+  takes_images(example('articles'), digits_folder)
 
 
 def test_weights_of_the_article_reach_pytorch(example, torch, models):

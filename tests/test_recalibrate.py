@@ -13,6 +13,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from sklearn.datasets import load_digits
+from tiers import second_tier, thinned
 
 import normkit as nk
 import normkit.linen
@@ -57,6 +58,10 @@ def stats(variables, *path):
 def run(module, parts, **kwargs):
   variables = module.init(jax.random.key(0), parts[0], **kwargs)
   return recalibrate((apply(module, **kwargs)), variables, parts)
+
+
+# Both passes, by Flax's layers, ours, and a transform.
+KINDS = thinned(['flax', 'normkit', 'norm'], [False, True], every=2)
 
 
 class Net(nn.Module):
@@ -114,8 +119,7 @@ def reference(weights, parts, layerwise):
   return found
 
 
-@pytest.mark.parametrize('layerwise', [False, True])
-@pytest.mark.parametrize('kind', ['flax', 'normkit', 'norm'])
+@pytest.mark.parametrize(('kind', 'layerwise'), KINDS)
 def test_linen(kind, layerwise):
   parts, net = batches(3), Net(kind)
   variables = net.init(jax.random.key(0), parts[0], True)
@@ -135,8 +139,7 @@ def test_linen(kind, layerwise):
   chex.assert_trees_all_equal_structs(after, before)
 
 
-@pytest.mark.parametrize('layerwise', [False, True])
-@pytest.mark.parametrize('kind', ['flax', 'normkit', 'norm'])
+@pytest.mark.parametrize(('kind', 'layerwise'), KINDS)
 def test_nnx(kind, layerwise):
   parts, net = batches(3), NnxNet(kind, nnx.Rngs(0))
   if layerwise:
@@ -161,7 +164,9 @@ def test_count_and_unbiased_variance():
   assert after['batch_stats']['count'].tolist() == [4, 4, 4]
 
 
-@pytest.mark.parametrize('axis', [-1, 1, (1, 2), (-1, 1), ()])
+@pytest.mark.parametrize(
+  'axis', [-1, (1, 2), *map(second_tier, (1, (-1, 1), ()))]
+)
 def test_feature_axes(axis):
   parts = batches(2, 5)
   axes = axis if isinstance(axis, tuple) else (axis,)
@@ -182,7 +187,9 @@ def test_several_feature_axes_of_nnx():
   close(model.mean[...], moments(parts)['mean'].reshape(10))
 
 
-@pytest.mark.parametrize('peer', ['flax', 'normkit', 'norm', 'nnx'])
+@pytest.mark.parametrize(
+  'peer', ['normkit', 'nnx', *map(second_tier, ('flax', 'norm'))]
+)
 def test_masks(peer):
   rng = np.random.default_rng(1)
   parts = batches(5, 3)
@@ -222,7 +229,7 @@ def test_masked_feature_keeps_its_statistics():
   close(after['mean'][::2], moments(parts)['mean'][::2])
 
 
-@pytest.mark.parametrize('dtype', [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize('dtype', [second_tier(jnp.float16), jnp.bfloat16])
 def test_half_precision(dtype):
   parts = [jnp.asarray(p, dtype) for p in batches(3, mean=3)]
   after = run(nn.BatchNorm(False, dtype=dtype), parts)
@@ -266,7 +273,11 @@ def test_long_stream():
 
 
 @pytest.mark.parametrize(
-  'transform', [nk.BatchRenorm(), nk.StreamingNorm(), nk.BatchNorm(axis=0)]
+  'transform',
+  [
+    nk.BatchRenorm(),
+    *map(second_tier, (nk.StreamingNorm(), nk.BatchNorm(axis=0))),
+  ],
 )
 def test_relatives_of_batch_norm(transform):
   parts = [np.float32(p.T) for p in batches(3)]
@@ -319,6 +330,7 @@ def test_scan(layerwise):
     ]
 
 
+@pytest.mark.second_tier
 def test_vmap_remat_and_jit_of_modules():
   class Lifted(nn.Module):
     @nn.compact
@@ -469,6 +481,7 @@ def test_pmap():
     close(jax.tree.map(lambda a, d=device: a[d], after), wanted)
 
 
+@pytest.mark.second_tier
 def test_pmap_without_axis_name_keeps_devices_apart():
   parts = [np.stack([p, p + 1]) for p in batches(3)]
   norm = nn.BatchNorm(False)
@@ -495,7 +508,9 @@ def test_groups_of_devices():
       close(jax.tree.map(lambda a, d=d: a[d], after), moments(seen))
 
 
-@pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+  'kind', [AxisType.Auto, second_tier(AxisType.Explicit)]
+)
 def test_sharded_arrays(kind):
   parts = [p[:4] for p in batches(3) if len(p) >= 4]
   mesh = jax.make_mesh((4,), ('data',), axis_types=(kind,))
@@ -534,6 +549,7 @@ def test_resumed_linen(tmp_path):
   chex.assert_trees_all_equal(recalibrate(call, state, []), whole)
 
 
+@pytest.mark.second_tier
 def test_resumed_nnx(tmp_path):
   parts, net = batches(3), NnxNet('norm', nnx.Rngs(0))
   state = tool.start(net)
@@ -565,11 +581,12 @@ class DigitsNet(nn.Module):
 
 @pytest.fixture(scope='module')
 def digits():
-  """Variables at the ends of two cycles of one training, and the data."""
+  """Variables at first and after two cycles of one training, and the data."""
   bunch = load_digits()
   images, labels = np.float32(bunch.images[..., None]), bunch.target
   net, tx = DigitsNet(), optax.adam(0.02)
-  variables = net.init(jax.random.key(0), images[:1], train=False)
+  init = jax.jit(functools.partial(net.init, train=False))
+  first = variables = init(jax.random.key(0), images[:1])
   opt = tx.init(variables['params'])
 
   @jax.jit
@@ -586,7 +603,7 @@ def digits():
     params = optax.apply_updates(variables['params'], moves)
     return {'params': params, **updates}, opt
 
-  rng, snapshots = np.random.default_rng(0), []
+  rng, snapshots = np.random.default_rng(0), [first]
   for number in range(90):
     chosen = rng.integers(0, 1400, 64)
     variables, opt = step(variables, opt, images[chosen], labels[chosen])
@@ -603,8 +620,7 @@ def accuracy(net, variables, test):
 
 @pytest.mark.parametrize('layerwise', [False, True])
 def test_repairs_stale_statistics(digits, layerwise):
-  net, (*_, trained), train, test = digits
-  fresh = net.init(jax.random.key(0), test[0][:1], train=False)
+  net, (fresh, _, trained), train, test = digits
   stale = {**trained, 'batch_stats': fresh['batch_stats']}
   call = apply(net, train=not layerwise)
   mended = recalibrate(call, stale, train, layerwise=layerwise)
@@ -615,9 +631,8 @@ def test_repairs_stale_statistics(digits, layerwise):
 
 
 def test_repairs_averaged_weights(digits):
-  net, (one, two), train, test = digits
+  net, (fresh, one, two), train, test = digits
   params = jax.tree.map(lambda a, b: (a + b) / 2, one['params'], two['params'])
-  fresh = net.init(jax.random.key(0), test[0][:1], train=False)
   averaged = {'params': params, 'batch_stats': fresh['batch_stats']}
   mended = recalibrate((apply(net, train=True)), averaged, train)
   assert accuracy(net, averaged, test) < 0.7
@@ -706,6 +721,7 @@ def test_refuses_a_layer_that_never_runs(model):
     recalibrate(call, variables, parts)
 
 
+@pytest.mark.second_tier
 def test_refuses_recurrent_cells():
   """Their statistics are of time steps, and no layer's that can be watched."""
   cell = normkit.nnx.BatchNormLSTMCell(3, 4, max_length=5, rngs=nnx.Rngs(0))
