@@ -6,6 +6,7 @@ argument, what was given, what is accepted and how to mend it.
 
 from collections.abc import Iterable, Iterator, Sequence
 import contextlib
+import functools
 import math
 import operator
 from typing import Any, Literal, TypeAlias, get_args
@@ -67,9 +68,21 @@ def check_output_dtype(
   return dtype
 
 
+@functools.cache
+def promote(one: DType, other: DType) -> DType:
+  """The dtype that holds both, whatever JAX is told to promote by itself."""
+  with jax.numpy_dtype_promotion('standard'):
+    return jnp.promote_types(one, other)
+
+
 def statistics_dtype(dtype: DType) -> DType:
   """The dtype in which statistics of `dtype` are taken: float32 or wider."""
-  return jnp.promote_types(dtype, jnp.float32)
+  return promote(dtype, jnp.float32)
+
+
+def widen(x: Any, dtype: DType) -> Any:
+  """x in its dtype or in `dtype`, the wider of them; None stays None."""
+  return None if x is None else x.astype(promote(x.dtype, dtype))
 
 
 def real_dtype(dtype: DType) -> DType:
@@ -84,7 +97,7 @@ def as_inexact(x: ArrayLike, dtype: DType) -> Array:
   is widened; but half precision to float32, which the norms do themselves.
   """
   x = jnp.asarray(x)
-  wide = jnp.promote_types(x.dtype, statistics_dtype(dtype))
+  wide = promote(x.dtype, statistics_dtype(dtype))
   is_half = x.dtype in (jnp.float16, jnp.bfloat16)
   return x if is_half and wide == jnp.float32 else x.astype(wide)
 
