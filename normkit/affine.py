@@ -112,7 +112,7 @@ def _of_rows(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:
     )
 
   evaluate.defjvp(derive, symbolic_zeros=True)
-  y: Array = evaluate(*leaves)
+  y: Array = _types.ruled(evaluate, *leaves)
   return y
 
 

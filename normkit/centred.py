@@ -59,9 +59,6 @@ SAMPLE_STRIDE, SAMPLE_SIZE = 32, 16
 SHORT_ROW = 16_384
 
 
-@functools.partial(
-  jax.jit, static_argnames=('axes', 'center', 'dtype', 'output_alone', 'given')
-)
 def centred(
   x: Array,
   axes: tuple[int, ...],
@@ -77,15 +74,16 @@ def centred(
   says that they are used for the norm's output and not returned themselves;
   `given` is the dtype of which x was widened.
   """
-  dtype = _types.statistics_dtype(x.dtype if dtype is None else dtype)
-  count = counts(x, axes, where, _types.real_dtype(dtype))
-  if not center:
-    var = _mean_square(x, where, count, axes, dtype)
-    zero = jnp.zeros_like(var, dtype)
-    return Centred(zero, zero, var, count)
-  form = Form(jnp.dtype(given or x.dtype), output_alone)
-  pivot, offset, var = _local(x, where, count, axes, dtype, form)
-  return Centred(lax.stop_gradient(pivot), offset, var, count)
+  found: Centred = _types.ruled(
+    _centred,
+    x,
+    axes,
+    where,
+    center,
+    _types.statistics_dtype(x.dtype if dtype is None else dtype),
+    Form(jnp.dtype(given or x.dtype), output_alone),
+  )
+  return found
 
 
 class Form(NamedTuple):
@@ -93,6 +91,25 @@ class Form(NamedTuple):
 
   given: DType
   output_alone: bool
+
+
+@functools.partial(jax.jit, static_argnums=(1, 3, 4, 5))
+def _centred(
+  x: Array,
+  axes: tuple[int, ...],
+  where: Array | None,
+  center: bool,
+  dtype: DType,
+  form: Form,
+) -> Centred:
+  count = counts(x, axes, where, _types.real_dtype(dtype))
+  if not center:
+    var = _types.ruled(_mean_square, x, where, count, axes, dtype)
+    zero = jnp.zeros_like(var, dtype)
+    return Centred(zero, zero, var, count)
+  stats = _types.ruled(_local, x, where, count, axes, dtype, form)
+  pivot, offset, var = stats
+  return Centred(lax.stop_gradient(pivot), offset, var, count)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))

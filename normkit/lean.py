@@ -14,7 +14,7 @@ import jax
 from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 
-from normkit._types import Array, DType
+from normkit._types import Array, DType, ruled
 from normkit.centred import STATISTICS
 
 COLLECTIVES = (
@@ -66,11 +66,9 @@ def lean(run: Callable[..., Any], dtype: DType, x: Array, *given: Any) -> Any:
     along = jax.checkpoint(along, prevent_cse=False, policy=kept)
     return along(primals, [tangents[i] for i in moved])
 
-  # Evaluated, or differentiated by `jax.experimental.jet`, there is nothing to
-  # keep, and no `jax.checkpoint`.
   evaluate = jax.custom_jvp(whole)
   evaluate.defjvp(derive, symbolic_zeros=True)
-  return evaluate(*leaves)
+  return ruled(evaluate, *leaves)
 
 
 def is_kept(size: int, primitive: Any, *avals: Any, **params: Any) -> bool:

@@ -175,11 +175,18 @@ def check(
     _types.refuse_kernel(implementation, f'it does not take {of}')
 
 
-@functools.partial(jax.jit, static_argnames=('spec', 'implementation'))
 def _differentiable(
   given: Arrays, spec: Spec, implementation: Implementation | None
 ) -> Arrays:
   """The norm and its derivatives: 'y' and, with a residual, 'total'."""
+  results: Arrays = _types.ruled(_norm, given, spec, implementation)
+  return results
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _norm(
+  given: Arrays, spec: Spec, implementation: Implementation | None
+) -> Arrays:
 
   @jax.custom_jvp
   def run(given: Arrays) -> Arrays:
@@ -204,7 +211,7 @@ def _differentiable(
   run.defjvp(derive, symbolic_zeros=True)
   # Under shard_map gradients of parameters are summed outside of the kernels.
   given = {n: _types.vary(a, given['x']) for n, a in given.items()}
-  results: Arrays = run(given)
+  results: Arrays = _types.ruled(run, given)
   return results
 
 

@@ -13,7 +13,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from normkit._types import Array, DType
+from normkit._types import Array, DType, ruled
 
 Tiles = Sequence[Array]
 Mean = Callable[[Tiles], Array]
@@ -56,9 +56,14 @@ def result(x: Array, shape: tuple[int, ...], dtype: DType) -> Any:
   return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).mat)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def reciprocal_root(var: Array, epsilon: float) -> Array:
   """1 / sqrt(var + epsilon), and 0 where that would divide by zero."""
+  root: Array = ruled(_reciprocal_root, var, epsilon)
+  return root
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _reciprocal_root(var: Array, epsilon: float) -> Array:
   total = var + jnp.asarray(epsilon, var.dtype)
   if epsilon >= jnp.finfo(var.dtype).tiny:
     return lax.rsqrt(total)
@@ -66,12 +71,12 @@ def reciprocal_root(var: Array, epsilon: float) -> Array:
   return jnp.where(positive, lax.rsqrt(jnp.where(positive, total, 1)), 0)
 
 
-@reciprocal_root.defjvp
+@_reciprocal_root.defjvp
 def _reciprocal_root_jvp(
   epsilon: float, primals: Any, tangents: Any
 ) -> tuple[Array, Array]:
   """Factor by factor: float32 has the root of 1e-30, and not its cube."""
-  root = reciprocal_root(*primals, epsilon)
+  root = _reciprocal_root(*primals, epsilon)
   return root, -0.5 * tangents[0] * root * root * root
 
 

@@ -27,7 +27,8 @@ def covariance(
   matrices: Array = jnp.einsum(
     f'{places}gi,{places}gj->gij', d, d, precision='highest', **options
   )
-  return _kept(matrices)
+  kept: Array = _types.ruled(_kept, matrices)
+  return kept
 
 
 @jax.custom_jvp
