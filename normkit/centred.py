@@ -157,7 +157,18 @@ def _local(
   costs is an eighth at most of what rounding x to bfloat16 has cost already.
   """
   pivot = _pivot(lax.stop_gradient(x), where, count, axes, dtype, form)
-  d = _valid(x.astype(dtype) - pivot, where)
+  return about(pivot, x, count, axes, where)
+
+
+def about(
+  pivot: Array,
+  x: Array,
+  count: Array,
+  axes: tuple[int, ...],
+  where: Array | None = None,
+) -> tuple[Array, Array, Array]:
+  """Pivot, offset and variance, about a pivot that is given."""
+  d = _valid(x.astype(pivot.dtype) - pivot, where)
   offset = _mean(d, axes, count)
   var = _mean(square(d), axes, count) - square(offset)
   return pivot, offset, jnp.maximum(var, 0)
