@@ -90,7 +90,7 @@ def normalize_rows(
   else:
     parameters = {'scale': args.scale, 'bias': args.bias}
     given |= {n: a for n, a in parameters.items() if a is not None}
-    found = _differentiable(given, spec, 'xla')
+    found = _types.ruled(_differentiable, given, spec, 'xla')
   return found['y'].reshape(x.shape), found.get('total', x).reshape(x.shape)
 
 
@@ -151,9 +151,8 @@ def _partitioned(
   """Rows that an explicit mesh shards stay where they are."""
   x = given['x']
   check(implementation, x, spec.groups)
-  run = functools.partial(
-    _differentiable, spec=spec, implementation=implementation
-  )
+  options = {'spec': spec, 'implementation': implementation}
+  run = functools.partial(_types.ruled, _differentiable, **options)
   kind = jax.typeof(x).sharding
   if kind.mesh.empty or not kind.mesh.are_all_axes_explicit:
     return dict(run(given))
@@ -175,18 +174,11 @@ def check(
     _types.refuse_kernel(implementation, f'it does not take {of}')
 
 
+@functools.partial(jax.jit, static_argnames=('spec', 'implementation'))
 def _differentiable(
   given: Arrays, spec: Spec, implementation: Implementation | None
 ) -> Arrays:
   """The norm and its derivatives: 'y' and, with a residual, 'total'."""
-  results: Arrays = _types.ruled(_norm, given, spec, implementation)
-  return results
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _norm(
-  given: Arrays, spec: Spec, implementation: Implementation | None
-) -> Arrays:
 
   @jax.custom_jvp
   def run(given: Arrays) -> Arrays:
