@@ -17,7 +17,7 @@ from rich.progress import track
 
 from benchmarks import peers, report
 from normkit.affine import Arguments, affine
-from normkit.centred import Centred, _one_pass, _two_pass
+from normkit.centred import Centred, _mean_of_sample, _own_mean, about
 
 RATIOS = 0, 1e2, 1e3, 1e4, 1e5
 SCALES = 1e-15, 1.0, 1e15
@@ -37,13 +37,16 @@ class Errors(NamedTuple):
 def about_the_mean(x: jax.Array, axis: int) -> Centred:
   """The form of short rows, but on TPU, and of masked input."""
   count = jnp.full((1, 1), x.shape[axis], x.dtype)
-  return Centred(*_two_pass(x, count, (axis,), x.dtype), count)
+  pivot = _own_mean(x, count, (axis,), x.dtype)
+  return Centred(*about(pivot, x, count, (axis,)), count)
 
 
 def about_a_sample(x: jax.Array, axis: int) -> Centred:
   """The form of all else."""
   count = jnp.full((1, 1), x.shape[axis], x.dtype)
-  return Centred(*_one_pass(x, count, (axis % x.ndim,), x.dtype), count)
+  axes = (axis % x.ndim,)
+  pivot = _mean_of_sample(x, count, axes, x.dtype)
+  return Centred(*about(pivot, x, count, axes), count)
 
 
 def textbook(x: jax.Array, axis: int) -> Centred:

@@ -4,10 +4,12 @@ Each check runs at trace time, before any work, and its message names the
 argument, what was given, what is accepted and how to mend it.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
+import functools
 import math
 import operator
+import sys
 from typing import Any, Literal, TypeAlias, get_args
 
 import jax
@@ -67,9 +69,34 @@ def check_output_dtype(
   return dtype
 
 
+@functools.cache
+def promote(one: DType, other: DType) -> DType:
+  """The dtype that holds both, whatever JAX is told to promote by itself."""
+  with jax.numpy_dtype_promotion('standard'):
+    return jnp.promote_types(one, other)
+
+
+def ruled(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+  """Calls a function of `jax.custom_jvp` or `jax.jit`.
+
+  Under `jax.experimental.jet`, whose tracers such rules do not take (it cannot
+  differentiate `jax.nn.relu`), it calls what the function wraps.
+  """
+  jet = sys.modules.get('jax.experimental.jet')
+  leaves = jax.tree.leaves((args, options)) if jet else ()
+  if any(isinstance(leaf, jet.JetTracer) for leaf in leaves):
+    function = function.__wrapped__
+  return function(*args, **options)
+
+
 def statistics_dtype(dtype: DType) -> DType:
   """The dtype in which statistics of `dtype` are taken: float32 or wider."""
-  return jnp.promote_types(dtype, jnp.float32)
+  return promote(dtype, jnp.float32)
+
+
+def widen(x: Any, dtype: DType) -> Any:
+  """x in its dtype or in `dtype`, the wider of them; None stays None."""
+  return None if x is None else x.astype(promote(x.dtype, dtype))
 
 
 def real_dtype(dtype: DType) -> DType:
@@ -84,7 +111,7 @@ def as_inexact(x: ArrayLike, dtype: DType) -> Array:
   is widened; but half precision to float32, which the norms do themselves.
   """
   x = jnp.asarray(x)
-  wide = jnp.promote_types(x.dtype, statistics_dtype(dtype))
+  wide = promote(x.dtype, statistics_dtype(dtype))
   is_half = x.dtype in (jnp.float16, jnp.bfloat16)
   return x if is_half and wide == jnp.float32 else x.astype(wide)
 

@@ -13,6 +13,7 @@ from normkit import _types
 from normkit._types import Array, DType
 from normkit.centred import Centred
 from normkit.kernels.rows import reciprocal_root
+from normkit.lean import lean
 
 
 class Arguments(NamedTuple):
@@ -26,6 +27,26 @@ class Arguments(NamedTuple):
   statistics_dtype: DType
 
 
+def widened(
+  run: Callable[..., Any], x: Array, args: Arguments, *given: Any
+) -> Any:
+  """`run(x, args, *given)`, x and parameters widened once; see `lean`.
+
+  What is kept for the backward is x in its own dtype, sums over it, and what
+  the caller gave: parameters and mask.
+  """
+  dtype = args.statistics_dtype
+  real = _types.real_dtype(dtype)
+
+  def of_arrays(x: Array, arrays: Any, *given: Any) -> Any:
+    *parameters, where = arrays
+    scale, bias = (_types.widen(p, real) for p in parameters)
+    return run(x, args._replace(scale=scale, bias=bias, where=where), *given)
+
+  arrays = args.scale, args.bias, args.where
+  return lean(of_arrays, dtype, x, arrays, *given)
+
+
 def affine(
   x: Array, stats: Centred, args: Arguments, center: bool = True
 ) -> Array:
@@ -33,20 +54,9 @@ def affine(
 
   A set without elements gives zeros, then the bias. Where the mask is False, a
   value that is not finite comes out as it went in and has no other effect.
-
-  What is kept for the backward is x in its own dtype, the statistics and what
-  the caller gave: parameters and mask.
   """
-
-  def run(x: Array, stats: Centred, scale: Any, bias: Any, where: Any) -> Array:
-    options = args._replace(scale=scale, bias=bias, where=where)
-    form = _of_rows if _is_outer(stats, options) else _by_factors
-    return form(x, stats, options, center)
-
-  y: Array = jax.checkpoint(run, prevent_cse=False)(
-    x, stats, args.scale, args.bias, args.where
-  )
-  return y
+  form = _of_rows if _is_outer(stats, args) else _by_factors
+  return form(x, stats, args, center)
 
 
 def activated(
@@ -102,7 +112,7 @@ def _of_rows(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:
     )
 
   evaluate.defjvp(derive, symbolic_zeros=True)
-  y: Array = evaluate(*leaves)
+  y: Array = _types.ruled(evaluate, *leaves)
   return y
 
 

@@ -59,9 +59,6 @@ SAMPLE_STRIDE, SAMPLE_SIZE = 32, 16
 SHORT_ROW = 16_384
 
 
-@functools.partial(
-  jax.jit, static_argnames=('axes', 'center', 'dtype', 'output_alone')
-)
 def centred(
   x: Array,
   axes: tuple[int, ...],
@@ -69,23 +66,53 @@ def centred(
   center: bool = True,
   dtype: DType | None = None,
   output_alone: bool = True,
+  given: DType | None = None,
 ) -> Centred:
   """Moments over `axes`, kept with size one, in float32 or wider.
 
   With `center=False` the mean is taken as zero, as in RMS norm. `output_alone`
-  says that they are used for the norm's output and not returned themselves.
+  says that they are used for the norm's output and not returned themselves;
+  `given` is the dtype of which x was widened.
   """
-  dtype = _types.statistics_dtype(x.dtype if dtype is None else dtype)
+  found: Centred = _types.ruled(
+    _centred,
+    x,
+    axes,
+    where,
+    center,
+    _types.statistics_dtype(x.dtype if dtype is None else dtype),
+    Form(jnp.dtype(given or x.dtype), output_alone),
+  )
+  return found
+
+
+class Form(NamedTuple):
+  """What the choice of a pivot depends on, besides the shape; see `_local`."""
+
+  given: DType
+  output_alone: bool
+
+
+@functools.partial(jax.jit, static_argnums=(1, 3, 4, 5))
+def _centred(
+  x: Array,
+  axes: tuple[int, ...],
+  where: Array | None,
+  center: bool,
+  dtype: DType,
+  form: Form,
+) -> Centred:
   count = counts(x, axes, where, _types.real_dtype(dtype))
   if not center:
-    var = named(_mean_square(x, where, count, axes, dtype))
+    var = _types.ruled(_mean_square, x, where, count, axes, dtype)
     zero = jnp.zeros_like(var, dtype)
     return Centred(zero, zero, var, count)
-  pivot, offset, var = _local(x, where, count, axes, dtype, output_alone)
+  stats = _types.ruled(_local, x, where, count, axes, dtype, form)
+  pivot, offset, var = stats
   return Centred(lax.stop_gradient(pivot), offset, var, count)
 
 
-@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(3, 4))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def _mean_square(
   x: Array,
   where: Array | None,
@@ -93,8 +120,17 @@ def _mean_square(
   axes: tuple[int, ...],
   dtype: DType,
 ) -> Array:
-  """E[|x|^2], of which x is kept for the backward, and not its wide copy."""
   return _mean(square(_valid(x.astype(dtype), where)), axes, count)
+
+
+@_mean_square.defjvp
+def _mean_square_jvp(
+  axes: tuple[int, ...], dtype: DType, primals: Any, tangents: Any
+) -> tuple[Array, Array]:
+  x, where, count = primals
+  var = named(_mean_square(x, where, count, axes, dtype))
+  d, dx = (_valid(a.astype(dtype), where) for a in (x, tangents[0]))
+  return var, 2 * _mean((d.conj() * dx).real, axes, count)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
@@ -104,7 +140,7 @@ def _local(
   count: Array,
   axes: tuple[int, ...],
   dtype: DType,
-  output_alone: bool = True,
+  form: Form,
 ) -> tuple[Array, Array, Array]:
   """Pivot, offset and variance.
 
@@ -120,40 +156,66 @@ def _local(
   47.8 less. Squares of bfloat16 are exact in float32, and what cancellation
   costs is an eighth at most of what rounding x to bfloat16 has cost already.
   """
+  pivot = _pivot(lax.stop_gradient(x), where, count, axes, dtype, form)
+  return about(pivot, x, count, axes, where)
+
+
+def about(
+  pivot: Array,
+  x: Array,
+  count: Array,
+  axes: tuple[int, ...],
+  where: Array | None = None,
+) -> tuple[Array, Array, Array]:
+  """Pivot, offset and variance, about a pivot that is given."""
+  d = _valid(x.astype(pivot.dtype) - pivot, where)
+  offset = _mean(d, axes, count)
+  var = _mean(square(d), axes, count) - square(offset)
+  return pivot, offset, jnp.maximum(var, 0)
+
+
+def _pivot(
+  x: Array,
+  where: Array | None,
+  count: Array,
+  axes: tuple[int, ...],
+  dtype: DType,
+  form: Form,
+) -> Array:
   if where is not None:
-    return _two_pass(x, count, axes, dtype, where)
-  forms: dict[str, Callable[..., Any]] = {'default': _one_pass}
-  if x.dtype == jnp.bfloat16:
-    forms |= {'cuda': _about_zero, 'tpu': _about_zero}
+    return _own_mean(x, count, axes, dtype, where)
+  forms: dict[str, Callable[..., Any]] = {'default': _mean_of_sample}
+  if form.given == jnp.bfloat16:
+    forms |= {'cuda': _zero, 'tpu': _zero}
   if axes == (x.ndim - 1,) and x.shape[-1] <= SHORT_ROW:
-    forms |= {'cpu': _two_pass} | ({'cuda': _two_pass} if output_alone else {})
+    forms |= {'cpu': _own_mean}
+    forms |= {'cuda': _own_mean} if form.output_alone else {}
   if len(forms) == 1:
-    return _one_pass(x, count, axes, dtype)
+    return _mean_of_sample(x, count, axes, dtype)
   options = {'axes': axes, 'dtype': dtype}
-  stats: tuple[Array, Array, Array] = lax.platform_dependent(
+  pivot: Array = lax.platform_dependent(
     x, count, **{n: functools.partial(f, **options) for n, f in forms.items()}
   )
-  return stats
+  return pivot
 
 
 @_local.defjvp
 def _local_jvp(
   axes: tuple[int, ...],
   dtype: DType,
-  output_alone: bool,
+  form: Form,
   primals: Any,
   tangents: Any,
 ) -> tuple[Any, Any]:
   """The statistics, and how they change with x; the pivot is held."""
-  del output_alone
   x, where, count = primals
-  pivot, offset, var = named(_local(x, where, count, axes, dtype, False))
+  form = form._replace(output_alone=False)
+  pivot, offset, var = named(_local(x, where, count, axes, dtype, form))
   stats = Centred(pivot, offset, var, count)
   doffset, dvar = changes(x, stats, tangents[0], axes, where)
   return (pivot, offset, var), (jnp.zeros_like(pivot), doffset, dvar)
 
 
-@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(3,))
 def changes(
   x: Array,
   stats: Centred,
@@ -161,10 +223,7 @@ def changes(
   axes: tuple[int, ...],
   where: Array | None = None,
 ) -> tuple[Array, Array]:
-  """dE[x] = E[dx] and dVar[x] = 2 E[(x - E[x]) dx].
-
-  Checkpointed, so that x is kept for the backward, and not x - E[x] beside it.
-  """
+  """dE[x] = E[dx] and dVar[x] = 2 E[(x - E[x]) dx]."""
   dtype = stats.pivot.dtype
   dx = _valid(dx.astype(dtype), where)
   d = _valid((x.astype(dtype) - stats.pivot) - stats.offset, where)
@@ -172,33 +231,31 @@ def changes(
   return _mean(dx, axes, stats.count), dvar
 
 
-def _one_pass(
+def _mean_of_sample(
   x: Array, count: Array, axes: tuple[int, ...], dtype: DType
-) -> tuple[Array, Array, Array]:
-  """About the mean of a sample: both sums come from one read of x."""
+) -> Array:
+  """Both sums about it come from one read of x."""
+  del count
   sample = _sample(x, axes).astype(dtype)
-  pivot = fixed(jnp.mean(sample, axes, keepdims=True))
-  return _about(pivot, x, count, axes)
+  return fixed(jnp.mean(sample, axes, keepdims=True))
 
 
-def _two_pass(
+def _own_mean(
   x: Array,
   count: Array,
   axes: tuple[int, ...],
   dtype: DType,
   where: Array | None = None,
-) -> tuple[Array, Array, Array]:
-  """About the mean, whose rounding error the offset holds."""
-  pivot = fixed(_mean(_valid(x.astype(dtype), where), axes, count))
-  return _about(pivot, x, count, axes, where)
+) -> Array:
+  """The mean, whose rounding error the offset holds."""
+  return fixed(_mean(_valid(x.astype(dtype), where), axes, count))
 
 
-def _about_zero(
-  x: Array, count: Array, axes: tuple[int, ...], dtype: DType
-) -> tuple[Array, Array, Array]:
-  """The textbook's E[x^2] - E[x]^2."""
+def _zero(x: Array, count: Array, axes: tuple[int, ...], dtype: DType) -> Array:
+  """As in the textbook's E[x^2] - E[x]^2."""
+  del count
   shape = [1 if a in axes else size for a, size in enumerate(x.shape)]
-  return _about(_types.vary(jnp.zeros(shape, dtype), x), x, count, axes)
+  return _types.vary(jnp.zeros(shape, dtype), x)
 
 
 def fixed(pivot: Array) -> Array:
@@ -211,19 +268,6 @@ def fixed(pivot: Array) -> Array:
   if jnp.iscomplexobj(pivot):
     return lax.complex(fixed(pivot.real), fixed(pivot.imag))
   return jnp.maximum(pivot, jnp.finfo(pivot.dtype).min)
-
-
-def _about(
-  pivot: Array,
-  x: Array,
-  count: Array,
-  axes: tuple[int, ...],
-  where: Array | None = None,
-) -> tuple[Array, Array, Array]:
-  d = _valid(x.astype(pivot.dtype) - pivot, where)
-  offset = _mean(d, axes, count)
-  var = _mean(square(d), axes, count) - square(offset)
-  return pivot, offset, jnp.maximum(var, 0)
 
 
 def _mean(values: Array, axes: tuple[int, ...], count: Array) -> Array:

@@ -12,7 +12,7 @@ from normkit._types import (
   Groups,
   Implementation,
 )
-from normkit.affine import activated, affine
+from normkit.affine import Arguments, affine, widened
 from normkit.arguments import check_arguments, check_some_axes
 from normkit.centred import centred
 from normkit.pooling import pool
@@ -99,9 +99,14 @@ def normalize(
     )
     if y is not None:
       return y
-  stats = centred(x, axes, args.where, center)
-  stats = pool(stats, axis_name, axis_index_groups)
-  return affine(x, stats, args, center)
+
+  def run(wide: Array, args: Arguments) -> Array:
+    stats = centred(wide, axes, args.where, center, given=x.dtype)
+    stats = pool(stats, axis_name, axis_index_groups)
+    return affine(wide, stats, args, center)
+
+  normalized: Array = widened(run, x, args)
+  return normalized
 
 
 def add_normalize(
@@ -134,12 +139,8 @@ def add_normalize(
     x, scale, bias, axes, epsilon, None, dtype, implementation
   )
   _types.check_not_empty(x.shape, axes)
-  if implementation != 'xla':
-    found = rows.normalize_rows(
-      x, args, axes, False, center, implementation, residual, activation
-    )
-    if found is not None:
-      return found
-  total = x + residual
-  stats = centred(total, axes, None, center)
-  return activated(total, stats, args, center, activation), total
+  found = rows.normalize_rows(
+    x, args, axes, False, center, implementation, residual, activation
+  )
+  assert found is not None
+  return found

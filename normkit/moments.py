@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from normkit import _types
 from normkit._types import Array, ArrayLike, Axes, AxisName, DType, Groups
 from normkit.centred import Centred, centred
+from normkit.lean import lean
 from normkit.pooling import pool
 
 
@@ -85,9 +86,13 @@ def moments(
   mask = _types.check_where(where, x.shape)
   _types.check_not_empty(x.shape, axes)
   dtype = _types.check_output_dtype(dtype, x.dtype)
-  stats = centred(x, axes, mask, dtype=dtype)
-  stats = pool(stats, axis_name, axis_index_groups)
-  result = flatten(stats)
+  wide = _types.statistics_dtype(dtype)
+
+  def run(values: Array, mask: Array | None) -> Moments:
+    stats = centred(values, axes, mask, given=x.dtype)
+    return flatten(pool(stats, axis_name, axis_index_groups))
+
+  result: Moments = lean(run, wide, x, mask)
   return result if keepdims else squeeze(result, axes)
 
 

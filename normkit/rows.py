@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from normkit import _types
-from normkit._types import Array, Implementation
+from normkit._types import Array, DType, Implementation
 from normkit.affine import Arguments, activated
 from normkit.centred import Centred, centred, changes, named
 from normkit.kernels import cases
@@ -28,6 +28,7 @@ Arrays = dict[str, Array]
 FLOATS = {*map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16))}
 # What is kept for the backward, of what is given and of what comes out.
 RESULTS = 'y', 'total'
+SUMMANDS = 'x', 'residual'
 SAVED = 'x', 'scale', 'bias', 'pivot', 'offset', 'var'
 
 
@@ -73,16 +74,23 @@ def normalize_rows(
 
   Unless an implementation is named, the forward is XLA's, which fuses it with
   what stands around it; in training it is a kernel's where those are chosen.
+  With a residual it is XLA's too where there is no kernel, and never None.
   """
   is_last = axes == (x.ndim - 1,)
   why = None if is_last else f'the normalized axes {axes} are not the last one'
   if why := why or _refusal(x, args, axes, is_pooled):
     _types.refuse_kernel(implementation, why)
-    return None
+    if residual is None:
+      return None
   spec = Spec(args.epsilon, center, args.dtype, activation)
   given = {'x': x} if residual is None else {'x': x, 'residual': residual}
   given = {n: a[None] if x.ndim == 1 else a for n, a in given.items()}
-  found = _partitioned(given | _parameters(args), spec, implementation)
+  if why is None:
+    found = _partitioned(given | _parameters(args), spec, implementation)
+  else:
+    parameters = {'scale': args.scale, 'bias': args.bias}
+    given |= {n: a for n, a in parameters.items() if a is not None}
+    found = _types.ruled(_differentiable, given, spec, 'xla')
   return found['y'].reshape(x.shape), found.get('total', x).reshape(x.shape)
 
 
@@ -143,9 +151,8 @@ def _partitioned(
   """Rows that an explicit mesh shards stay where they are."""
   x = given['x']
   check(implementation, x, spec.groups)
-  run = functools.partial(
-    _differentiable, spec=spec, implementation=implementation
-  )
+  options = {'spec': spec, 'implementation': implementation}
+  run = functools.partial(_types.ruled, _differentiable, **options)
   kind = jax.typeof(x).sharding
   if kind.mesh.empty or not kind.mesh.are_all_axes_explicit:
     return dict(run(given))
@@ -160,7 +167,7 @@ def check(
   implementation: Implementation | None, x: Array, groups: int | None = None
 ) -> None:
   """Raises if the kernel that is named cannot take x."""
-  if implementation is None:
+  if implementation in (None, 'xla'):
     return
   if why := cases.refusal(implementation, x.shape, x.dtype, groups):
     of = f'{why}, and x is {x.dtype}{list(x.shape)}'
@@ -189,8 +196,6 @@ def _differentiable(
     results = {n: a for n, a in results.items() if n in RESULTS}
     if 'total' in results:  # the norm is one of the sum
       saved['x'] = results['total']
-      parts = [moved.pop(n) for n in ('x', 'residual') if n in moved]
-      moved |= {'x': sum(parts[1:], parts[0])} if parts else {}
     if not moved:
       return results, jax.tree.map(jnp.zeros_like, results)
     return results, _tangents(saved, moved, spec, implementation, results)
@@ -198,7 +203,7 @@ def _differentiable(
   run.defjvp(derive, symbolic_zeros=True)
   # Under shard_map gradients of parameters are summed outside of the kernels.
   given = {n: _types.vary(a, given['x']) for n, a in given.items()}
-  results: Arrays = run(given)
+  results: Arrays = _types.ruled(run, given)
   return results
 
 
@@ -207,7 +212,7 @@ def _forward(
 ) -> Arrays:
   """The results alone."""
   plain = functools.partial(_plain, spec)
-  if implementation is None:
+  if implementation in (None, 'xla'):
     return plain(given)
   kernel = functools.partial(_kernel, implementation, spec, RESULTS, False)
   found: Arrays = _load('dispatch').choose(
@@ -226,6 +231,8 @@ def _training_forward(
   """
   case = given['x'].shape, given['x'].dtype, spec.groups
   names = cases.chosen(*case)
+  if implementation == 'xla':
+    names, implementation = (), None
   if implementation is not None:
     if cases.has_backward(implementation, *case):
       return _forward(given, spec, implementation)
@@ -278,34 +285,55 @@ def _of_group(values: Array, groups: int) -> Array:
 
 
 def _plain_statistics(spec: Spec, given: Arrays) -> Arrays:
-  x = _sum(given)
-  stats = centred(x, _axes(x, spec), None, spec.center, output_alone=False)
+  stats = _centred(_sum(given), given['x'].dtype, spec, output_alone=False)
   if spec.groups is not None:
-    stats = merge_channels(stats, x.ndim - 1, spec.groups)
+    stats = merge_channels(stats, given['x'].ndim - 1, spec.groups)
   return {n: getattr(stats, n) for n in statistics(spec)}
+
+
+def _centred(x: Array, dtype: DType, spec: Spec, output_alone: bool) -> Centred:
+  found: Centred = centred(
+    x,
+    _axes(x, spec),
+    None,
+    spec.center,
+    output_alone=output_alone,
+    given=dtype,
+  )
+  return found
 
 
 def _plain(spec: Spec, given: Arrays, stats: Arrays | None = None) -> Arrays:
   """The norm by XLA."""
-  x = _sum(given)
-  found = _statistics({'x': x, **(stats or {})}, spec)
-  y = _affine(x, found, given, spec)
-  return {'y': y, 'total': x} if 'residual' in given else {'y': y}
+  x, dtype = _sum(given), given['x'].dtype
+  y = _affine(x, _statistics(x, dtype, stats or {}, spec), given, spec)
+  return {'y': y, 'total': x.astype(dtype)} if 'residual' in given else {'y': y}
 
 
 def _sum(given: Arrays) -> Array:
+  """The norm's input: x, or its sum with the residual, not yet rounded."""
   x = given['x']
-  return x + given['residual'] if 'residual' in given else x
+  if 'residual' not in given:
+    return x
+  wide = _types.statistics_dtype(x.dtype)
+  return x.astype(wide) + given['residual'].astype(wide)
 
 
 def _affine(x: Array, stats: Centred, given: Arrays, spec: Spec) -> Array:
+  wide = _types.statistics_dtype(x.dtype)
   scale, bias = (
-    given[n].reshape((1,) * (x.ndim - 1) + (-1,)) if n in given else None
+    _types.widen(_of_rank(given.get(n), x.ndim), _types.real_dtype(wide))
     for n in ('scale', 'bias')
   )
-  wide = _types.statistics_dtype(x.dtype)
   args = Arguments(scale, bias, spec.epsilon, None, spec.dtype, wide)
   return activated(x, stats, args, spec.center, spec.activation)
+
+
+def _of_rank(value: Array | None, ndim: int) -> Array | None:
+  """One number an element of the last axis, or what broadcasts already."""
+  if value is None or value.ndim == ndim:
+    return value
+  return value.reshape((1,) * (ndim - 1) + (-1,))
 
 
 def _tangents(
@@ -316,16 +344,21 @@ def _tangents(
   results: Arrays,
 ) -> Arrays:
   """A linear map of what has moved, whose transpose a kernel may compute."""
-  plain = functools.partial(_plain_tangents, spec=spec, results=tuple(results))
+  plain = jax.checkpoint(
+    functools.partial(_plain_tangents, spec=spec, results=tuple(results)),
+    prevent_cse=False,
+  )
   case = saved['x'].shape, saved['x'].dtype, spec.groups
   names, required = cases.chosen(*case), None
-  if implementation and cases.has_backward(implementation, *case):
+  if implementation == 'xla':
+    names = ()
+  elif implementation and cases.has_backward(implementation, *case):
     names, required = (implementation,), implementation
-  wanted = 'dx', *(f'd{n}' for n in moved if n != 'x')
+  wanted = 'dx', *(f'd{n}' for n in moved if n not in SUMMANDS)
   kept = tuple(moved)  # no tracers: the functions below outlive the trace
 
   def like(saved: Arrays) -> Arrays:
-    return {n: saved[n] for n in kept}
+    return {n: saved['x' if n in SUMMANDS else n] for n in kept}
 
   def plain_gradients(saved: Arrays, given: Arrays) -> Arrays:
     run = functools.partial(plain, saved)
@@ -339,6 +372,7 @@ def _tangents(
     named = {f'd{n}': a for n, a in given.items()}
     given = {n: saved[n] for n in ('x', 'scale', 'bias') if n in saved} | named
     found = _load(name).backward(given, spec, wanted, interpret=interpret)
+    found |= dict.fromkeys([f'd{n}' for n in SUMMANDS], found['dx'])
     return {n: found[f'd{n}'].astype(a.dtype) for n, a in like(saved).items()}
 
   def transpose(saved: Arrays, given: Arrays) -> Arrays:
@@ -357,8 +391,18 @@ def _tangents(
 def _plain_tangents(
   saved: Arrays, moved: Arrays, spec: Spec, results: tuple[str, ...]
 ) -> Arrays:
-  """How the results change, by XLA: linear in what has moved."""
-  x, stats = saved['x'], _statistics(saved, spec)
+  """How the results change, by XLA: linear in what has moved.
+
+  Each array is widened once, so that its gradient is rounded once.
+  """
+  dtype = saved['x'].dtype
+  wide = _types.statistics_dtype(dtype)
+  stats = _statistics(saved['x'], dtype, saved, spec)
+  widen = functools.partial(_types.widen, dtype=_types.real_dtype(wide))
+  saved, moved = jax.tree.map(widen, (saved, moved))
+  x = saved['x']
+  if parts := [moved.pop(n) for n in SUMMANDS if n in moved]:
+    moved['x'] = sum(parts[1:], parts[0])
   values = {n: saved[n] for n in moved}
   changed = dict(moved)
   if 'x' in moved:
@@ -377,17 +421,18 @@ def _plain_tangents(
 
   dresults = {'y': jax.jvp(norm, (values,), (changed,))[1]}
   if 'total' in results:
-    dresults['total'] = moved.get('x', jnp.zeros_like(x))
+    dresults['total'] = moved.get('x', jnp.zeros_like(x)).astype(dtype)
   return dresults
 
 
-def _statistics(saved: Arrays, spec: Spec) -> Centred:
-  """For each row or channel, from those of the sets where they were saved."""
-  x = saved['x']
+def _statistics(x: Array, dtype: DType, saved: Arrays, spec: Spec) -> Centred:
+  """For each row or channel, from those of the sets where they were saved.
+
+  `dtype` is that of which x was widened.
+  """
   if spec.groups is None and 'var' not in saved:
-    found: Centred = centred(x, _axes(x, spec), None, spec.center)
-    return found
-  stats = saved if 'var' in saved else _plain_statistics(spec, saved)
+    return _centred(x, dtype, spec, output_alone=True)
+  stats = saved if 'var' in saved else _plain_statistics(spec, {'x': x})
   size = x.shape[-1]
   if spec.groups is not None:
     size = x.size // (len(x) * spec.groups)

@@ -57,7 +57,7 @@ LAYERS = (
   ('norm', 'general', 'policies'),
   ('rows', 'arguments'),
   ('affine', 'moments'),
-  ('pooling',),
+  ('pooling', 'lean'),
   ('centred',),
   ('kernels.dispatch', 'kernels.triton', 'kernels.mosaic_tpu'),
   ('kernels.cases', 'kernels.rows'),

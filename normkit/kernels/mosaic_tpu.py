@@ -139,12 +139,12 @@ def _forward(
   refs: Arrays, shape: tuple[int, ...], block: tuple[int, ...], spec: Spec
 ) -> None:
   del block
-  x = refs['x'][...]
+  x = refs['x'][...].astype(jnp.float32)
   if 'residual' in refs:
-    x = x + refs['residual'][...]
-    refs['total'][...] = x
+    x = x + refs['residual'][...].astype(jnp.float32)
+    refs['total'][...] = x.astype(refs['total'].dtype)
   mean = _mean(shape, spec)
-  (xhat,), _, _ = rows.standardize([x.astype(jnp.float32)], mean, spec)
+  (xhat,), _, _ = rows.standardize([x], mean, spec)
   refs['y'][...] = rows.outputs(xhat, _parameters(refs), spec)
 
 

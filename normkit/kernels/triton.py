@@ -201,12 +201,16 @@ def _parameters(
   )
 
 
-def _input(refs: Arrays, at: Any, inside: Array) -> Array:
-  """x, or its sum with the residual, which is stored."""
+def _input(
+  refs: Arrays, at: Any, inside: Array, with_total: bool = True
+) -> Array:
+  """x, or in float32 its sum with the residual, which is stored rounded."""
   x = _load(refs['x'], at, inside)
   if 'residual' in refs:
-    x = x + _load(refs['residual'], at, inside)
-    _store(refs['total'], at, inside, x)
+    residual = _load(refs['residual'], at, inside)
+    x = x.astype(jnp.float32) + residual.astype(jnp.float32)
+    if with_total:
+      _store(refs['total'], at, inside, x)
   return x
 
 
@@ -319,10 +323,11 @@ def _forward_in_pieces(refs: Arrays, count: int, size: int, spec: Spec) -> None:
     _store_statistics(refs, row, count, spec, stats)
     for piece, x in enumerate(first):
       write(x, piece)
-    source = refs['total' if 'residual' in refs else 'x']
-    lax.fori_loop(
-      held, pieces, lambda i, _: write(_load(source, *place(row, i)), i), None
-    )
+
+    def write_again(piece: Any, _: Any) -> None:
+      write(_input(refs, *place(row, piece), with_total=False), piece)
+
+    lax.fori_loop(held, pieces, write_again, None)
 
   _for_each_tile(count, 1, row)
 

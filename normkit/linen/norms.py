@@ -223,6 +223,6 @@ def _promoted(mean: Array, var: Array, dtype: DType) -> tuple[Array, Array]:
   """The statistics in `dtype` or wider, the variance real."""
   real = _types.real_dtype(dtype)
   return (
-    mean.astype(jnp.promote_types(mean.dtype, dtype)),
-    var.astype(jnp.promote_types(var.dtype, real)),
+    mean.astype(_types.promote(mean.dtype, dtype)),
+    var.astype(_types.promote(var.dtype, real)),
   )

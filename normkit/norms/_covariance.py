@@ -1,6 +1,5 @@
 """Covariances of groups of channels, their inverse roots, and their use."""
 
-import functools
 from typing import Any
 
 import jax
@@ -11,14 +10,14 @@ from normkit import _types
 from normkit._types import Array
 from normkit.affine import Arguments
 from normkit.arguments import scaled
-from normkit.centred import Centred
+from normkit.centred import Centred, named
+from normkit.kernels.rows import reciprocal_root
 
 
-@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=3)
 def covariance(
   x: Array, stats: Centred, where: Array | None, groups: int
 ) -> Array:
-  """Of the channels of each group; x is kept for the backward, and no more."""
+  """Of the channels of each group."""
   d = _distances(x, (stats.pivot, stats.offset), where)
   d = _grouped(d / jnp.sqrt(jnp.maximum(stats.count, 1)), groups)
   places = 'abcdefh'[: x.ndim - 1]
@@ -28,7 +27,19 @@ def covariance(
   matrices: Array = jnp.einsum(
     f'{places}gi,{places}gj->gij', d, d, precision='highest', **options
   )
+  kept: Array = _types.ruled(_kept, matrices)
+  return kept
+
+
+@jax.custom_jvp
+def _kept(matrices: Array) -> Array:
+  """The matrices, which `lean` keeps as it does all statistics."""
   return matrices
+
+
+@_kept.defjvp
+def _kept_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+  return named(primals[0]), tangents[0]
 
 
 def inverse_root(covariance: Array, epsilon: float, n_steps: int) -> Array:
@@ -40,11 +51,13 @@ def inverse_root(covariance: Array, epsilon: float, n_steps: int) -> Array:
   eye = jnp.eye(covariance.shape[-1], dtype=covariance.dtype)[None]
   covariance = covariance + epsilon * eye
   trace = jnp.trace(covariance, axis1=-2, axis2=-1)[:, None, None]
-  p, root = jnp.broadcast_to(eye, covariance.shape), covariance / trace
+  scale = reciprocal_root(trace, 0.0)  # by its factors: not 1 / trace^2
+  p = jnp.broadcast_to(eye, covariance.shape)
+  root = covariance * scale * scale
   for _ in range(n_steps):
     step = (3 * eye - _product(p, root)) / 2
     p, root = _product(step, p), _product(root, step)
-  return p / jnp.sqrt(trace)
+  return p * scale
 
 
 def whitened(
@@ -52,20 +65,14 @@ def whitened(
 ) -> Array:
   """The matrices times x less its mean, scaled, in the sharding of `like`."""
 
-  def run(x: Array, means: Any, matrix: Array, args: Any) -> Array:
-    scale, bias, where = args
-    means = [m.astype(wide) for m in means]
-    d = _grouped(_distances(x, means, where), len(matrix))
-    y = jnp.einsum(
-      'gij,...gj->...gi', matrix.astype(wide), d, precision='highest'
-    )
-    y = _types.reshard_like(y.reshape(x.shape), like)
-    return scaled(y, scale, bias, dtype)
-
-  wide, dtype = args.statistics_dtype, args.dtype
-  given = args.scale, args.bias, args.where
-  y: Array = jax.checkpoint(run, prevent_cse=False)(x, means, matrix, given)
-  return y
+  dtype = args.statistics_dtype
+  means = [m.astype(dtype) for m in means]
+  d = _grouped(_distances(x, means, args.where), len(matrix))
+  y = jnp.einsum(
+    'gij,...gj->...gi', matrix.astype(dtype), d, precision='highest'
+  )
+  y = _types.reshard_like(y.reshape(x.shape), like)
+  return scaled(y, args.scale, args.bias, args.dtype)
 
 
 def _distances(x: Array, means: Any, where: Array | None) -> Array:

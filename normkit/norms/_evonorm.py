@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,20 +67,11 @@ def finish(
   statistics: tuple[Array, ...],
   args: Arguments,
 ) -> Array:
-  """The form of x in float32 or wider, then scale and bias.
-
-  Checkpointed: x is kept for the backward, in its own dtype, alone.
-  """
-
-  def run(x: Array, slope: Any, statistics: Any, args: Any) -> Array:
-    scale, bias, where = args
-    x = arguments.known(x, where, wide)
-    return arguments.scaled(form(x, slope, *statistics), scale, bias, dtype)
-
-  wide, dtype = args.statistics_dtype, args.dtype
-  given = args.scale, args.bias, args.where
-  y: Array = jax.checkpoint(run, prevent_cse=False)(x, slope, statistics, given)
-  return y
+  """The form of x in float32 or wider, then scale and bias."""
+  dtype = args.statistics_dtype
+  x = arguments.known(x, args.where, dtype)
+  y = form(x, _types.widen(slope, dtype), *statistics)
+  return arguments.scaled(y, args.scale, args.bias, args.dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -59,7 +59,7 @@ def running(
 
   def form(values: Array, dtype: DType) -> Array:
     values = jnp.asarray(values)
-    wide = values.astype(jnp.promote_types(values.dtype, dtype))
+    wide = values.astype(_types.promote(values.dtype, dtype))
     return lax.expand_dims(wide, _types.other_axes(features, x.ndim))
 
   mean = form(state.mean, dtype)
@@ -88,7 +88,7 @@ def update(
   keep, share = shares(count.astype(new_var.dtype), momentum, debias)
 
   def average(old: Array, new: Array) -> Array:
-    wide = old.astype(jnp.promote_types(old.dtype, new.dtype))
+    wide = old.astype(_types.promote(old.dtype, new.dtype))
     kept = jnp.where(keep > 0, keep * wide, 0)  # whatever old is, at keep = 0
     return jnp.where(held, kept + share * new, wide).astype(old.dtype)
 

@@ -14,7 +14,7 @@ from normkit._types import (
   Groups,
   Implementation,
 )
-from normkit.affine import Arguments, affine
+from normkit.affine import Arguments, affine, widened
 from normkit.centred import Centred, centred
 from normkit.moments import flatten, squeeze
 from normkit.norm import NormParams
@@ -137,18 +137,23 @@ def batch_norm(
   check_state(state, x, features)
   if not _types.check_flag(train, 'train'):
     stats = running(state, x, features)
-    return affine(x, stats, args), state
+    y = widened(lambda x, args, stats: affine(x, stats, args), x, args, stats)
+    return y, state
   check_holds_mean(state, x)
   ghosts = count_ghosts(x.shape, reduced, virtual_batch_size)
   pooling = axis_name, axis_index_groups
   if check_batch:
     check_several(x.shape, reduced, *pooling, ghosts)
-  if ghosts is None:
-    stats = pool(centred(x, reduced, args.where), *pooling)
-    y = affine(x, stats, args)
-  else:
-    y, stats = ghost_norm(x, args, reduced, ghosts)
+
+  def run(wide: Array, args: Arguments) -> tuple[Array, Centred]:
+    if ghosts is not None:
+      y, stats = ghost_norm(wide, args, reduced, ghosts, x.dtype)
+      return y, pool(stats, *pooling)
+    stats = centred(wide, reduced, args.where, given=x.dtype)
     stats = pool(stats, *pooling)
+    return affine(wide, stats, args), stats
+
+  y, stats = widened(run, x, args)
   return y, update(
     state,
     squeeze(flatten(stats), reduced),
@@ -164,6 +169,7 @@ def ghost_norm(
   args: Arguments,
   reduced: tuple[int, ...],
   ghosts: int,
+  given: DType,
 ) -> tuple[Array, Centred]:
   """Normalizes virtual batches; returns the output and the whole's moments."""
   first = reduced[0]
@@ -177,7 +183,7 @@ def ghost_norm(
   args = args._replace(**jax.tree.map(split, arrays))
   axes = tuple(a + 1 for a in reduced)
   batches = split(x)
-  parts = centred(batches, axes, args.where)
+  parts = centred(batches, axes, args.where, given=given)
   y = affine(batches, parts, args).reshape(x.shape)
   return y, Centred(*(m.squeeze(first) for m in merge(parts, first)))
 

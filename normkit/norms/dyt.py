@@ -1,14 +1,14 @@
 """Dynamic tanh (Zhu and others 2025), a norm without statistics."""
 
 import dataclasses
-import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from normkit import _types, arguments, norm
 from normkit._types import Array, ArrayLike, Axes, DType
+from normkit.lean import lean
 from normkit.norm import EmptyState
 
 
@@ -83,22 +83,16 @@ def dyt(
   assert factor is not None
   dtype = _types.check_output_dtype(dtype, x.dtype)
   mask = _types.check_where(where, x.shape)
-  y: Array = _dyt(x, factor, scale, bias, mask, dtype)
+  wide = _types.statistics_dtype(x.dtype)
+
+  def run(x: Array, *given: Any) -> Array:
+    *parameters, mask = given
+    factor, scale, bias = (_types.widen(p, wide) for p in parameters)
+    x = arguments.known(x, mask, wide)
+    return arguments.scaled(jnp.tanh(factor * x), scale, bias, dtype)
+
+  y: Array = lean(run, wide, x, factor, scale, bias, mask)
   return y
-
-
-@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=5)
-def _dyt(
-  x: Array,
-  alpha: Array,
-  scale: Array | None,
-  bias: Array | None,
-  where: Array | None,
-  dtype: DType,
-) -> Array:
-  """Checkpointed: x is kept for the backward, in its own dtype, alone."""
-  x = arguments.known(x, where, _types.statistics_dtype(x.dtype))
-  return arguments.scaled(jnp.tanh(alpha * x), scale, bias, dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,8 @@ from normkit._types import (
   Groups,
   Implementation,
 )
-from normkit.centred import centred
+from normkit.affine import Arguments, widened
+from normkit.centred import Centred, centred
 from normkit.moments import flatten, squeeze
 from normkit.norms._evonorm import (
   EvoNormOptions,
@@ -106,15 +107,23 @@ def evonorm_b0(
   reduced = tuple(range(last))
   if is_training and check_batch:
     check_several(x.shape, reduced, axis_name, axis_index_groups, None)
+
+  def run(
+    wide: Array, args: Arguments, slope: Array, old: Centred
+  ) -> tuple[Array, Centred]:
+    batch = old
+    if is_training:
+      batch = centred(wide, reduced, args.where, given=x.dtype)
+      batch = pool(batch, axis_name, axis_index_groups)
+    each = centred(wide, tuple(range(1, last)), args.where, given=x.dtype)
+    roots = (_root(v + args.epsilon) for v in (batch.var, each.var))
+    statistics = *roots, batch.count > 0
+    return finish(_over_larger, wide, slope, statistics, args), batch
+
+  y, batch = widened(run, x, args, slope, running(state, x, (last,)))
   if is_training:
-    batch = pool(centred(x, reduced, args.where), axis_name, axis_index_groups)
     state = update(state, squeeze(flatten(batch), reduced), momentum)
-  else:
-    batch = running(state, x, (last,))
-  each = centred(x, tuple(range(1, last)), args.where)
-  roots = (_root(v + args.epsilon) for v in (batch.var, each.var))
-  statistics = *roots, batch.count > 0
-  return finish(_over_larger, x, slope, statistics, args), state
+  return y, state
 
 
 def _over_larger(

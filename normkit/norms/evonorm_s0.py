@@ -14,6 +14,7 @@ from normkit._types import (
   Groups,
   Implementation,
 )
+from normkit.affine import Arguments, widened
 from normkit.centred import Centred, centred
 from normkit.kernels.rows import reciprocal_root
 from normkit.norm import EmptyState
@@ -83,13 +84,18 @@ def evonorm_s0(
   last = x.ndim - 1
   arguments.check_groups(x.shape, (last,), num_groups)
   _types.check_not_empty(x.shape, tuple(range(1, x.ndim)))
-  stats = centred(x, tuple(range(1, last)), args.where)
-  stats = merge_channels(stats, last, num_groups)
-  stats = pool(stats, axis_name, axis_index_groups)
-  stats = Centred(*(spread(s, last, x.shape[last]) for s in stats))
-  root = reciprocal_root(stats.var, args.epsilon)
-  root = jnp.where(stats.count > 0, root, 0)
-  return finish(_swish, x, slope, (root,), args)
+
+  def run(wide: Array, args: Arguments, slope: Array) -> Array:
+    stats = centred(wide, tuple(range(1, last)), args.where, given=x.dtype)
+    stats = merge_channels(stats, last, num_groups)
+    stats = pool(stats, axis_name, axis_index_groups)
+    stats = Centred(*(spread(s, last, x.shape[last]) for s in stats))
+    root = reciprocal_root(stats.var, args.epsilon)
+    root = jnp.where(stats.count > 0, root, 0)
+    return finish(_swish, wide, slope, (root,), args)
+
+  y: Array = widened(run, x, args, slope)
+  return y
 
 
 def _swish(x: Array, slope: Array, root: Array) -> Array:

@@ -14,7 +14,7 @@ from normkit._types import (
   Groups,
   Implementation,
 )
-from normkit.affine import affine
+from normkit.affine import Arguments, affine, widened
 from normkit.centred import Centred, centred
 from normkit.norm import EmptyState, NormParams
 from normkit.pooling import merge_channels, pool, spread
@@ -93,11 +93,16 @@ def group_norm(
     )
     if y is not None:
       return y
-  stats = centred(x, spatial, args.where)
-  stats = merge_channels(stats, channel, num_groups)
-  stats = pool(stats, axis_name, axis_index_groups)
-  stats = Centred(*(spread(s, channel, x.shape[channel]) for s in stats))
-  return affine(x, stats, args)
+
+  def run(wide: Array, args: Arguments) -> Array:
+    stats = centred(wide, spatial, args.where, given=x.dtype)
+    stats = merge_channels(stats, channel, num_groups)
+    stats = pool(stats, axis_name, axis_index_groups)
+    stats = Centred(*(spread(s, channel, x.shape[channel]) for s in stats))
+    return affine(wide, stats, args)
+
+  normalized: Array = widened(run, x, args)
+  return normalized
 
 
 def groups_of(

@@ -16,7 +16,7 @@ from normkit._types import (
   Groups,
   Implementation,
 )
-from normkit.affine import affine
+from normkit.affine import Arguments, affine, widened
 from normkit.centred import centred
 from normkit.norm import EmptyState, NormParams
 from normkit.pooling import pool
@@ -82,9 +82,15 @@ def l2_norm(
   )
   _types.refuse_kernel(implementation, 'L2 norm has none')
   _types.check_not_empty(x.shape, axes)
-  stats = centred(x, axes, args.where, center=False)
-  stats = pool(stats, axis_name, axis_index_groups)
-  return affine(x, stats._replace(var=stats.var * stats.count), args, False)
+
+  def run(x: Array, args: Arguments) -> Array:
+    stats = centred(x, axes, args.where, center=False)
+    stats = pool(stats, axis_name, axis_index_groups)
+    stats = stats._replace(var=stats.var * stats.count)
+    return affine(x, stats, args, center=False)
+
+  y: Array = widened(run, x, args)
+  return y
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from normkit._types import (
   Groups,
   Implementation,
 )
-from normkit.affine import affine
+from normkit.affine import Arguments, affine, widened
 from normkit.centred import Centred, centred
 from normkit.kernels.rows import reciprocal_root
 from normkit.moments import flatten, squeeze
@@ -122,7 +122,8 @@ def batch_renorm(
   check_state(state, x, features)
   old = running(state, x, features)
   if not _types.check_flag(train, 'train'):
-    return affine(x, old, args), state
+    y = widened(lambda x, args, stats: affine(x, stats, args), x, args, old)
+    return y, state
   if check_batch:
     check_several(x.shape, reduced, axis_name, axis_index_groups, None)
   limits = [
@@ -132,12 +133,20 @@ def batch_renorm(
       _limit(d_max, state.count, 'd_max', 0, _paper_d_max),
     )
   ]
-  stats = pool(centred(x, reduced, args.where), axis_name, axis_index_groups)
-  r, d = corrections(stats, old, args.epsilon, *limits)
-  factor = r if args.scale is None else r * args.scale
-  shift = d if args.scale is None else d * args.scale
-  shift = shift if args.bias is None else shift + args.bias
-  y = affine(x, stats, args._replace(scale=factor, bias=shift))
+
+  def run(
+    wide: Array, args: Arguments, old: Centred, limits: list[Array]
+  ) -> tuple[Array, Centred]:
+    stats = centred(wide, reduced, args.where, given=x.dtype)
+    stats = pool(stats, axis_name, axis_index_groups)
+    r, d = corrections(stats, old, args.epsilon, *limits)
+    factor = r if args.scale is None else r * args.scale
+    shift = d if args.scale is None else d * args.scale
+    shift = shift if args.bias is None else shift + args.bias
+    corrected = args._replace(scale=factor, bias=shift)
+    return affine(wide, stats, corrected), stats
+
+  y, stats = widened(run, x, args, old, limits)
   return y, update(state, squeeze(flatten(stats), reduced), momentum)
 
 

@@ -19,7 +19,7 @@ from normkit._types import (
   Groups,
   Implementation,
 )
-from normkit.affine import affine
+from normkit.affine import Arguments, affine, widened
 from normkit.centred import Centred, centred
 from normkit.moments import flatten, squeeze
 from normkit.norm import NormParams
@@ -120,34 +120,43 @@ def streaming_norm(
   check_state(state, x, features)
   old = running(state, x, features)
   if not _types.check_flag(train, 'train'):
-    return affine(x, old, args), state
+    y = widened(lambda x, args, stats: affine(x, stats, args), x, args, old)
+    return y, state
   check_holds_mean(state, x)
   _types.check_not_empty(x.shape, reduced)
-  old = Centred(*map(lax.stop_gradient, old))
-  batch = pool(centred(x, reduced, args.where), axis_name, axis_index_groups)
-  held = jnp.broadcast_to(batch.count > 0, batch.var.shape)
   count = state.count + 1
-  weights = shares(count.astype(batch.var.dtype), momentum, debias)
-  keep, share = (
-    jnp.broadcast_to(w, count.shape).reshape(batch.var.shape) for w in weights
-  )
-  stats = _weighted(old, batch, keep, held * share)
-  stats = stats._replace(count=held)
-  moments = squeeze(flatten(stats), reduced)
-  return affine(x, stats, args), update(state, moments, momentum=0.0)
+  real = _types.real_dtype(args.statistics_dtype)
+  weights = [
+    jnp.broadcast_to(w, count.shape).reshape(old.var.shape)
+    for w in shares(count.astype(real), momentum, debias)
+  ]
+
+  def run(
+    wide: Array, args: Arguments, old: Centred, weights: list[Array]
+  ) -> tuple[Array, Centred]:
+    batch = centred(wide, reduced, args.where, given=x.dtype)
+    batch = pool(batch, axis_name, axis_index_groups)
+    stats = _weighted(Centred(*map(lax.stop_gradient, old)), batch, *weights)
+    return affine(wide, stats, args), stats
+
+  y, stats = widened(run, x, args, old, weights)
+  return y, update(state, squeeze(flatten(stats), reduced), momentum=0.0)
 
 
 def _weighted(
   old: Centred, batch: Centred, keep: Array, share: Array
 ) -> Centred:
-  """The two sets as one, by their weights."""
+  """The two sets as one, by their weights; the batch's count is the whole's."""
+  held = jnp.broadcast_to(batch.count > 0, batch.var.shape)
+  share = jnp.where(held, share, 0)
   pivot, offset, var = (
     jnp.stack([_types.reshard_like(a, b), b])
     for a, b in zip(old[:3], batch[:3], strict=True)
   )
   keep = _types.reshard_like(keep, share)
   merged = merge(Centred(pivot, offset, var, jnp.stack([keep, share])), 0)
-  return Centred(*(m.squeeze(0) for m in merged))
+  count = held.astype(keep.dtype)
+  return Centred(*(m.squeeze(0) for m in merged))._replace(count=count)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,8 @@ from normkit._types import (
   Groups,
   Implementation,
 )
-from normkit.centred import centred
+from normkit.affine import Arguments, widened
+from normkit.centred import Centred, centred
 from normkit.moments import flatten, squeeze
 from normkit.norm import NormParams
 from normkit.norms._covariance import covariance, inverse_root, whitened
@@ -122,18 +123,30 @@ def iterative_whitening(
   momentum = check_average(momentum, debias=False)
   check_state(state, x)
   _check_steps(n_steps, args.epsilon)
-  whole = _types.unshard(x, last)
+
+  def applied(wide: Array, args: Arguments, means: Any, matrix: Array) -> Array:
+    return whitened(_types.unshard(wide, last), means, matrix, args, wide)
+
   if not _types.check_flag(train, 'train'):
     mean = lax.expand_dims(state.mean, range(last))
     means = mean, jnp.zeros_like(mean)
-    return whitened(whole, means, state.whitening, args, x), state
+    y = widened(applied, x, args, means, state.whitening)
+    return y, state
   axes = tuple(range(last))
   check_several(x.shape, axes, axis_name, axis_index_groups, None)
   pooled = axis_name, axis_index_groups
-  stats = pool(centred(whole, axes, args.where), *pooled)
   groups, size, _ = state.whitening.shape
-  covariances = pool_sum(covariance(whole, stats, args.where, groups), *pooled)
-  matrix = inverse_root(covariances, args.epsilon, n_steps)
+
+  def run(wide: Array, args: Arguments) -> tuple[Array, Centred, Array]:
+    whole = _types.unshard(wide, last)
+    stats = pool(centred(whole, axes, args.where, given=x.dtype), *pooled)
+    covariances = covariance(whole, stats, args.where, groups)
+    covariances = pool_sum(covariances, *pooled)
+    matrix = inverse_root(covariances, args.epsilon, n_steps)
+    means = stats.pivot, stats.offset
+    return whitened(whole, means, matrix, args, wide), stats, matrix
+
+  y, stats, matrix = widened(run, x, args)
   batch = squeeze(flatten(stats), axes)
   held = batch.count > 0
   count = state.count + 1
@@ -145,7 +158,6 @@ def iterative_whitening(
     return jnp.where(held, keep * old + share * new, old).astype(old.dtype)
 
   known = jnp.all(held.reshape(groups, size), 1)[:, None, None]
-  y = whitened(whole, (stats.pivot, stats.offset), matrix, args, x)
   return y, WhiteningState(
     moved(state.mean, batch.mean, held),
     moved(state.whitening, matrix, known),

@@ -115,7 +115,7 @@ def spectral_norm(
   n_steps, epsilon = check_steps(n_steps), _types.check_epsilon(epsilon)
   update = _types.check_flag(update, 'update')
   dtype = _types.check_output_dtype(dtype, weight.dtype, 'weight')
-  wide = jnp.promote_types(_types.statistics_dtype(weight.dtype), u.dtype)
+  wide = _types.promote(_types.statistics_dtype(weight.dtype), u.dtype)
   w = weight.astype(wide)
   new_u, new_sigma = _power_iteration(w, u.astype(wide), n_steps, epsilon)
   y = (w / jnp.where(new_sigma != 0, new_sigma, 1)).astype(dtype)

@@ -1,0 +1,85 @@
+"""A function of x widened once: one rounding of its gradient, x alone kept.
+
+Statistics and output of a norm both depend on x. Where each widens it for
+itself, each rounds its part of the gradient, and the parts, which may cancel,
+meet in half precision. Here x is widened for all, so that they meet in float32
+or wider, and what is kept for the backward is x as it was given.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import jax
+from jax.custom_derivatives import SymbolicZero
+import jax.numpy as jnp
+
+from normkit._types import Array, DType, ruled
+from normkit.centred import STATISTICS
+
+COLLECTIVES = (
+  'psum',
+  'psum_invariant',
+  'all_gather',
+  'all_gather_invariant',
+  'all_to_all',
+  'pmax',
+  'ppermute',
+  'reduce_scatter',
+)
+
+
+def lean(run: Callable[..., Any], dtype: DType, x: Array, *given: Any) -> Any:
+  """`run(x.astype(dtype), *given)`, of which x, `given` and sums are kept.
+
+  Args:
+    run: a function of arrays and trees of them; it closes over no array.
+    dtype: of x inside of `run`.
+    x: an array.
+    *given: what else `run` takes.
+
+  Returns:
+    What `run` returns.
+  """
+  leaves, tree = jax.tree.flatten((x, given))
+
+  def whole(*leaves: Array) -> Any:
+    x, given = jax.tree.unflatten(tree, leaves)
+    return run(x.astype(dtype), *given)
+
+  def derive(primals: Any, tangents: Any) -> Any:
+    moved = [
+      i for i, t in enumerate(tangents) if not isinstance(t, SymbolicZero)
+    ]
+
+    def along(primals: Any, given: Any) -> Any:
+      def of_moved(*values: Array) -> Any:
+        new = dict(zip(moved, values, strict=True))
+        return whole(*(new.get(i, p) for i, p in enumerate(primals)))
+
+      return jax.jvp(of_moved, [primals[i] for i in moved], given)
+
+    if not moved:
+      results = evaluate(*primals)
+      return results, jax.tree.map(jnp.zeros_like, results)
+    kept = functools.partial(is_kept, x.size)
+    along = jax.checkpoint(along, prevent_cse=False, policy=kept)
+    return along(primals, [tangents[i] for i in moved])
+
+  evaluate = jax.custom_jvp(whole)
+  evaluate.defjvp(derive, symbolic_zeros=True)
+  return ruled(evaluate, *leaves)
+
+
+def is_kept(size: int, primitive: Any, *avals: Any, **params: Any) -> bool:
+  """A policy for `jax.checkpoint`: what was summed over x, of `size` elements.
+
+  Sums, what devices exchange, products of what is smaller than x, and what a
+  rule of its own makes of x that is: statistics.
+  """
+  if primitive.name == 'custom_jvp_call':
+    return all(a.size < size for a in params['call_jaxpr'].out_avals)
+  if primitive.name == 'dot_general':
+    return all(a.size < size for a in avals)
+  is_sum = primitive.name in ('reduce_sum', *COLLECTIVES)
+  return is_sum or params.get('name') == STATISTICS
