@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 import contextlib
 import math
 import operator
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import jax
+from jax import export
 import jax.numpy as jnp
 import numpy as np
 
@@ -21,6 +22,14 @@ Axes: TypeAlias = int | Sequence[int]
 AxisName: TypeAlias = str | tuple[str, ...]
 Groups: TypeAlias = Sequence[Sequence[int]]
 Implementation: TypeAlias = Literal['xla', 'triton', 'mosaic_tpu']
+Class = TypeVar('Class', bound=type)
+
+
+def serializable(kind: Class) -> Class:
+  """Lets a NamedTuple be an argument or result of programs that are saved."""
+  return export.register_namedtuple_serialization(
+    kind, serialized_name=f'normkit.{kind.__name__}'
+  )
 
 
 def check_input(x: ArrayLike, name: str = 'x') -> Array:
@@ -169,11 +178,10 @@ def check_broadcast(
   shape: tuple[int, ...], to: tuple[int, ...], name: str, of: str = 'x'
 ) -> None:
   """Raises unless `shape` broadcasts to exactly the shape `to`."""
-  try:
-    fits = np.broadcast_shapes(shape, to) == tuple(to)
-  except ValueError:
-    fits = False
-  if not fits:
+  last = to[len(to) - len(shape) :]  # sizes may be symbols, unknown to NumPy
+  if len(shape) > len(to) or any(
+    size not in (1, wanted) for size, wanted in zip(shape, last, strict=True)
+  ):
     raise ValueError(
       f'{name} of shape {shape} does not broadcast to the shape {to} of {of}. '
       'Each of its axes, counted from the last, must be 1 or equal.'
@@ -189,6 +197,14 @@ def check_not_empty(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
       'their mean does not exist. Give at least one element.'
     )
   return count
+
+
+def is_known(size: Any) -> bool:
+  """Whether a size is a number: `jax.export` knows sizes that are symbols.
+
+  A decision on another one is for whatever it may be.
+  """
+  return isinstance(size, (int, np.integer))
 
 
 def check_real(value: Any, name: str) -> float:

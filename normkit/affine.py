@@ -160,7 +160,8 @@ def _is_outer(stats: Centred, args: Arguments) -> bool:
   if not all(jnp.issubdtype(a.dtype, jnp.floating) for a in arrays):
     return False
   rows, *columns = (
-    [axis for axis, size in enumerate(a.shape) if size > 1] for a in arrays
+    [a for a, n in enumerate(array.shape) if not _types.is_known(n) or n > 1]
+    for array in arrays
   )
   return bool(rows and columns) and all(
     c and max(rows) < min(c) for c in columns

@@ -125,15 +125,20 @@ def _local(
   forms: dict[str, Callable[..., Any]] = {'default': _one_pass}
   if x.dtype == jnp.bfloat16:
     forms |= {'cuda': _about_zero, 'tpu': _about_zero}
-  if axes == (x.ndim - 1,) and x.shape[-1] <= SHORT_ROW:
+  if axes == (x.ndim - 1,) and _is_short(x.shape[-1]):
     forms |= {'cpu': _two_pass} | ({'cuda': _two_pass} if output_alone else {})
   if len(forms) == 1:
     return _one_pass(x, count, axes, dtype)
   options = {'axes': axes, 'dtype': dtype}
+  runs = {f: functools.partial(f, **options) for f in {*forms.values()}}
   stats: tuple[Array, Array, Array] = lax.platform_dependent(
-    x, count, **{n: functools.partial(f, **options) for n, f in forms.items()}
+    x, count, **{name: runs[f] for name, f in forms.items()}
   )
   return stats
+
+
+def _is_short(row: Any) -> bool:
+  return _types.is_known(row) and row <= SHORT_ROW
 
 
 @_local.defjvp
@@ -177,7 +182,8 @@ def _one_pass(
 ) -> tuple[Array, Array, Array]:
   """About the mean of a sample: both sums come from one read of x."""
   sample = _sample(x, axes).astype(dtype)
-  pivot = fixed(jnp.mean(sample, axes, keepdims=True))
+  size = counts(sample, axes, None, _types.real_dtype(dtype))
+  pivot = fixed(_mean(sample, axes, size))
   return _about(pivot, x, count, axes)
 
 
@@ -241,11 +247,13 @@ def _sample(x: Array, axes: tuple[int, ...]) -> Array:
   shards of a sharded axis, and then nothing moves between devices. The last
   axis is left whole, for its elements share memory transactions (where it is
   the only one, the sample is its first elements), and so is one that an
-  explicit mesh shards, which cannot be sliced.
+  explicit mesh shards, which cannot be sliced. An axis whose size is a symbol
+  is left whole too, and counts as one element.
   """
-  size, last = math.prod(x.shape[a] for a in axes), x.ndim - 1
+  known, last = [a for a in axes if _types.is_known(x.shape[a])], x.ndim - 1
+  size = math.prod(x.shape[a] for a in known)
   steps = min(SAMPLE_STRIDE, size // SAMPLE_SIZE).bit_length() - 1
-  free = [a for a in axes if a not in _types.sharded_axes(x)]
+  free = [a for a in known if a not in _types.sharded_axes(x)]
   if free == [last]:
     return x[..., : -(-x.shape[last] // 2 ** max(steps, 0))]
   free = [a for a in free if a != last]
@@ -262,9 +270,16 @@ def counts(
 ) -> Array:
   """How many elements count along `axes`, in `dtype`."""
   if where is None:
-    return jnp.full((1,) * x.ndim, math.prod(x.shape[a] for a in axes), dtype)
-  repeats = math.prod(x.shape[a] for a in axes if where.shape[a] == 1)
+    size = _product([x.shape[a] for a in axes], dtype)
+    return jnp.full((1,) * x.ndim, size, dtype)
+  repeats = _product([x.shape[a] for a in axes if where.shape[a] == 1], dtype)
   return jnp.sum(where, axes, keepdims=True, dtype=dtype) * repeats
+
+
+def _product(sizes: list[Any], dtype: DType) -> Any:
+  """A number, or in `dtype` what it will be: as integers it might overflow."""
+  symbols = [jnp.asarray(n, dtype) for n in sizes if not _types.is_known(n)]
+  return math.prod([*filter(_types.is_known, sizes), *symbols])
 
 
 def square(x: Array) -> Array:

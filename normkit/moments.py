@@ -10,6 +10,7 @@ from normkit.centred import Centred, centred
 from normkit.pooling import pool
 
 
+@_types.serializable
 class Moments(NamedTuple):
   """The mean, variance and size of sets of numbers.
 

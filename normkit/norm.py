@@ -13,6 +13,7 @@ from normkit import _types
 from normkit._types import Array, Axes, AxisName, DType, Groups, Implementation
 
 
+@_types.serializable
 class NormParams(NamedTuple):
   """The affine parameters of a norm; None where it has none.
 
@@ -30,6 +31,7 @@ class NormParams(NamedTuple):
   bias: Array | None = None
 
 
+@_types.serializable
 class EmptyState(NamedTuple):
   """The state of a norm that keeps none.
 

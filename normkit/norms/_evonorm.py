@@ -12,6 +12,7 @@ from normkit._types import Array, ArrayLike, DType, Implementation
 from normkit.affine import Arguments
 
 
+@_types.serializable
 class EvoNormParams(NamedTuple):
   """The parameters of an EvoNorm, one number a channel.
 

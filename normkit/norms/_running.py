@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
 from normkit import _types, norm
 from normkit._types import Array, Axes, AxisName, DType, Groups
@@ -18,6 +19,7 @@ from normkit.centred import Centred
 from normkit.moments import Moments
 
 
+@_types.serializable
 class BatchNormState(NamedTuple):
   """Running statistics, one number a feature.
 
@@ -134,9 +136,9 @@ def check_state(state: Any, x: Array, features: tuple[int, ...]) -> None:
     )
   shape = tuple(x.shape[a] for a in features)
   for name, value in zip(BatchNormState._fields, state, strict=True):
-    if jnp.shape(value) != shape:
+    if np.shape(value) != shape:
       raise ValueError(
-        f'state.{name} has shape {jnp.shape(value)}, but the feature axes '
+        f'state.{name} has shape {np.shape(value)}, but the feature axes '
         f'{features} of x, of shape {x.shape}, have shape {shape}. Take the '
         'state from init with an input of this shape.'
       )

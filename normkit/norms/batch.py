@@ -169,7 +169,7 @@ def ghost_norm(
   first = reduced[0]
 
   def split(a: Array) -> Array:
-    parts = min(ghosts, a.shape[first])
+    parts = 1 if a.shape[first] == 1 else ghosts
     size = a.shape[first] // parts
     return a.reshape(*a.shape[:first], parts, size, *a.shape[first + 1 :])
 
@@ -191,6 +191,11 @@ def count_ghosts(
   if not _types.is_integer(size):
     raise TypeError(f'virtual_batch_size must be an integer, got {size!r}.')
   batch = shape[reduced[0]] if reduced else 0
+  if not _types.is_known(batch) and batch % size != 0:
+    raise ValueError(
+      f'virtual_batch_size={size} may not divide the batch, of the symbol '
+      f"{batch}. Export it for a multiple, for example '{size}*{batch}'."
+    )
   if size < 1 or not reduced or batch % size:
     raise ValueError(
       f'virtual_batch_size={size} does not divide the batch of {batch}, the '

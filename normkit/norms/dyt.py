@@ -12,6 +12,7 @@ from normkit._types import Array, ArrayLike, Axes, DType
 from normkit.norm import EmptyState
 
 
+@_types.serializable
 class DyTParams(NamedTuple):
   """The parameters of dynamic tanh.
 

@@ -2,9 +2,11 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from normkit import _types, arguments, norm
 from normkit._types import (
@@ -76,7 +78,7 @@ def l2_norm(
   axes = _types.check_axes(axis, x.ndim)
   if axis_name is None:
     arguments.check_some_axes(axes, x.shape)
-  one = scale is not None and jnp.ndim(scale) == 0
+  one = scale is not None and np.ndim(scale) == 0
   args = arguments.check_arguments(
     x, scale, None, () if one else axes, epsilon, where, dtype, implementation
   )
@@ -85,6 +87,11 @@ def l2_norm(
   stats = centred(x, axes, args.where, center=False)
   stats = pool(stats, axis_name, axis_index_groups)
   return affine(x, stats._replace(var=stats.var * stats.count), args, False)
+
+
+def _root(size: Any) -> float | Array:
+  """The square root of a size, which may be a symbol."""
+  return math.sqrt(size) if _types.is_known(size) else jnp.sqrt(size)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,7 +131,7 @@ class ScaleNorm(norm.Options):
     """Returns `(params, state)` for inputs like x, an array or its shape."""
     _types.check_dtype(x.dtype, 'x')
     axes = _types.check_axes(self.axis, len(x.shape))
-    length = math.sqrt(math.prod(x.shape[a] for a in axes)) - self.scale_offset
+    length = _root(math.prod(x.shape[a] for a in axes)) - self.scale_offset
     scale = jnp.asarray(length, self.param_dtype) if self.use_scale else None
     return NormParams(scale), EmptyState()
 

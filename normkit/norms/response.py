@@ -19,6 +19,7 @@ from normkit._types import (
 from normkit.norm import EmptyState
 
 
+@_types.serializable
 class FilterResponseParams(NamedTuple):
   """The parameters of filter response norm, one number a channel.
 

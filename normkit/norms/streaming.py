@@ -131,8 +131,8 @@ def streaming_norm(
   keep, share = (
     jnp.broadcast_to(w, count.shape).reshape(batch.var.shape) for w in weights
   )
-  stats = _weighted(old, batch, keep, held * share)
-  stats = stats._replace(count=held)
+  stats = _weighted(old, batch, keep, jnp.where(held, share, 0))
+  stats = stats._replace(count=held.astype(batch.count.dtype))
   moments = squeeze(flatten(stats), reduced)
   return affine(x, stats, args), update(state, moments, momentum=0.0)
 

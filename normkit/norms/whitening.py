@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
 from normkit import _types, arguments, norm
 from normkit._types import (
@@ -24,6 +25,7 @@ from normkit.norms._running import check_average, check_several, shares
 from normkit.pooling import pool, pool_sum
 
 
+@_types.serializable
 class WhiteningState(NamedTuple):
   """Running statistics of whitening.
 
@@ -155,7 +157,7 @@ def iterative_whitening(
 
 def check_state(state: Any, x: Array) -> None:
   """Raises unless the state holds means and matrices for the channels of x."""
-  shapes = jax.tree.map(jnp.shape, state)
+  shapes = jax.tree.map(np.shape, state)
   channels = x.shape[-1] if x.ndim else 0
   if (
     not isinstance(state, WhiteningState)

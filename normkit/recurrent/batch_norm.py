@@ -26,6 +26,7 @@ from normkit.recurrent.cells import (
 )
 
 
+@_types.serializable
 class BatchNormLSTMState(NamedTuple):
   """Running statistics of each time step, T of them.
 
@@ -45,6 +46,7 @@ class BatchNormLSTMState(NamedTuple):
   norm_c: BatchNormState
 
 
+@_types.serializable
 class BatchNormLSTMCarry(NamedTuple):
   """What the batch-normalized LSTM hands to its next time step.
 

@@ -28,6 +28,7 @@ from normkit.weights._shared import (
 )
 
 
+@_types.serializable
 class SpectralNormState(NamedTuple):
   """Where the power iteration of spectral norm stands.
 

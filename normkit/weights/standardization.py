@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from normkit import _types, arguments
 from normkit._types import Array, ArrayLike, Axes, DType
@@ -91,7 +92,7 @@ def weight_standardize(
   """
   weight = _types.check_input(weight, 'weight')
   features = check_features(feature_axes, weight.ndim)
-  if gain is not None and jnp.ndim(gain) > 0:
+  if gain is not None and np.ndim(gain) > 0:
     gain = arguments.check_feature(
       gain, weight.shape, features, 'gain', 'weight'
     )
