@@ -21,15 +21,17 @@ DType: TypeAlias = Any
 Axes: TypeAlias = int | Sequence[int]
 AxisName: TypeAlias = str | tuple[str, ...]
 Groups: TypeAlias = Sequence[Sequence[int]]
+Scalar: TypeAlias = float | Array  # a number is checked, an array may be traced
 Implementation: TypeAlias = Literal['xla', 'triton', 'mosaic_tpu']
 Class = TypeVar('Class', bound=type)
 
 
 def serializable(kind: Class) -> Class:
   """Lets a NamedTuple be an argument or result of programs that are saved."""
-  return export.register_namedtuple_serialization(
+  export.register_namedtuple_serialization(
     kind, serialized_name=f'normkit.{kind.__name__}'
   )
+  return kind
 
 
 def check_input(x: ArrayLike, name: str = 'x') -> Array:
@@ -224,9 +226,28 @@ def is_integer(value: Any) -> bool:
   return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
-def check_epsilon(epsilon: Any) -> float:
-  """Returns epsilon, a finite number that is not negative."""
-  value = check_real(epsilon, 'epsilon')
+def is_array(value: Any) -> bool:
+  """Whether a value is an array, whose numbers cannot be checked."""
+  return isinstance(value, (jax.Array, np.ndarray))
+
+
+def check_scalar(value: Any, name: str) -> Scalar:
+  """Returns a static real number, or an array of one."""
+  if not is_array(value):
+    return check_real(value, name)
+  if value.shape or not jnp.issubdtype(value.dtype, jnp.floating):
+    raise (ValueError if value.shape else TypeError)(
+      f'{name} must be one real number, got an array {value.dtype}'
+      f'{list(value.shape)}. Give a Python number or a scalar array of floats.'
+    )
+  return jnp.asarray(value)
+
+
+def check_epsilon(epsilon: Any) -> Scalar:
+  """Returns epsilon: a finite number that is not negative, or an array."""
+  value = check_scalar(epsilon, 'epsilon')
+  if is_array(value):
+    return value
   if not 0 <= value < math.inf:
     raise ValueError(
       f'epsilon must be finite and not negative, got {epsilon!r}. '
@@ -235,11 +256,13 @@ def check_epsilon(epsilon: Any) -> float:
   return value
 
 
-def check_momentum(momentum: Any) -> float | None:
+def check_momentum(momentum: Any) -> Scalar | None:
   """Returns momentum, the share of the old value that is kept, or None."""
   if momentum is None:
     return None
-  value = check_real(momentum, 'momentum')
+  value = check_scalar(momentum, 'momentum')
+  if is_array(value):
+    return value
   if not 0 <= value <= 1:
     raise ValueError(
       f'momentum must lie in [0, 1], got {momentum!r}. It is the share of the '

@@ -10,7 +10,7 @@ from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 
 from normkit import _types
-from normkit._types import Array, DType
+from normkit._types import Array, DType, Scalar
 from normkit.centred import Centred
 from normkit.kernels.rows import reciprocal_root
 
@@ -20,7 +20,7 @@ class Arguments(NamedTuple):
 
   scale: Array | None
   bias: Array | None
-  epsilon: float
+  epsilon: Scalar
   where: Array | None
   dtype: DType
   statistics_dtype: DType
@@ -37,6 +37,9 @@ def affine(
   What is kept for the backward is x in its own dtype, the statistics and what
   the caller gave: parameters and mask.
   """
+  if isinstance(args.epsilon, Array):  # it may be differentiated
+    stats = stats._replace(var=stats.var + args.epsilon)
+    args = args._replace(epsilon=0.0)
 
   def run(x: Array, stats: Centred, scale: Any, bias: Any, where: Any) -> Array:
     options = args._replace(scale=scale, bias=bias, where=where)

@@ -273,7 +273,8 @@ def counts(
     size = _product([x.shape[a] for a in axes], dtype)
     return jnp.full((1,) * x.ndim, size, dtype)
   repeats = _product([x.shape[a] for a in axes if where.shape[a] == 1], dtype)
-  return jnp.sum(where, axes, keepdims=True, dtype=dtype) * repeats
+  count: Array = jnp.sum(where, axes, keepdims=True, dtype=dtype) * repeats
+  return count
 
 
 def _product(sizes: list[Any], dtype: DType) -> Any:

@@ -11,6 +11,7 @@ from normkit._types import (
   DType,
   Groups,
   Implementation,
+  Scalar,
 )
 from normkit.affine import activated, affine
 from normkit.arguments import check_arguments, check_some_axes
@@ -26,7 +27,7 @@ def normalize(
   axis: Axes,
   feature_axis: Axes | None = None,
   center: bool = True,
-  epsilon: float = 1e-6,
+  epsilon: Scalar = 1e-6,
   where: ArrayLike | None = None,
   axis_name: AxisName | None = None,
   axis_index_groups: Groups | None = None,
@@ -50,7 +51,7 @@ def normalize(
     feature_axis: the axes that a `scale` or `bias` of lower rank belongs to;
       None takes `axis`.
     center: subtract the mean.
-    epsilon: added to the variance, not negative.
+    epsilon: added to the variance, not negative; a number or a scalar array.
     where: boolean mask that broadcasts to x; elements where it is False change
       neither the statistics nor any other output. A set with no element left
       gives zeros, then the bias.
@@ -111,7 +112,7 @@ def add_normalize(
   bias: ArrayLike | None,
   *,
   center: bool,
-  epsilon: float,
+  epsilon: Scalar,
   activation: Callable[[Array], Array] | None,
   dtype: DType | None,
   implementation: Implementation | None,

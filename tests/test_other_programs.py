@@ -21,6 +21,7 @@ import pytest
 import normkit as nk
 import normkit.linen
 import normkit.nnx
+import normkit.weights
 
 KEY = jax.random.key(0)
 
@@ -362,3 +363,111 @@ def test_variables_may_be_donated(use):
   found = jax.jit(run, donate_argnums=0)(given, draw(use.shape))
   assert_near(found, expected)
   assert all(a.is_deleted() for a in jax.tree.leaves(given))
+
+
+# Options that are arrays, traced or not.
+
+
+def with_options(use, options):
+  """What a use gives with other options, made inside of the program."""
+  kind, _, name = use.name.rpartition('.')
+  if not kind:
+    case = next(c for c in CASES if c.name == name)
+    transform = dataclasses.replace(case.transform, **options)
+    return of_transform(case._replace(transform=transform))
+  others = {'num_groups': 3} if name == 'GroupNorm' else {}
+  of = {'linen': of_linen, 'nnx': of_nnx}[kind]
+  return of(name, use.shape, **others, **options)
+
+
+def options_of(use):
+  """The options that may be arrays, with some values."""
+  options = {'epsilon': 0.5, 'momentum': 0.25}
+  running = 'Batch', 'batch', 'streaming', 'b0', 'whitening'
+  if use.name == 'dyt':
+    return {}
+  if 'cumulative' in use.name or not any(r in use.name for r in running):
+    del options['momentum']
+  return options
+
+
+@rows()
+def test_options_may_be_arrays(use):
+  """As from a schedule; the same as the numbers, and differentiable."""
+  numbers = options_of(use)
+  x, where = draw(use.shape), draw_mask(use.shape)
+
+  def run(options):
+    made = with_options(use, options)
+    y, new = made.run(use.variables, x, True, where)
+    plain, _ = made.run(use.variables, x, False)
+    return y, plain, jax.tree.leaves(new)
+
+  def total(options):
+    return sum(jnp.sum(a) for a in jax.tree.leaves(run(options)))
+
+  arrays = jax.tree.map(jnp.asarray, numbers)
+  assert_near(jax.jit(run)(arrays), run(numbers))
+  slopes = jax.jit(jax.grad(total))(arrays)
+  for name in numbers:
+    step = {**numbers, name: numbers[name] + 1e-2}
+    back = {**numbers, name: numbers[name] - 1e-2}
+    expected = (total(step) - total(back)) / 2e-2
+    np.testing.assert_allclose(slopes[name], expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize('debias', [False, True])
+@pytest.mark.parametrize('momentum', [0.0, 0.25, 1.0])
+def test_a_momentum_that_is_an_array(momentum, debias):
+  """At its ends too: with debias one is the cumulative average."""
+  x = draw((2, 8, 3))
+  params, state = nk.BatchNorm().init(x[0])
+
+  def run(momentum, **options):
+    norm = nk.BatchNorm(momentum=momentum, **options)
+    new = state
+    for batch in x:
+      _, new = norm.apply(params, new, batch, train=True)
+    return new
+
+  is_mean = debias and momentum == 1
+  expected = run(None) if is_mean else run(momentum, debias=debias)
+  assert_near(run(jnp.array(momentum), debias=debias), expected)
+
+
+@pytest.mark.parametrize('name', ['epsilon', 'momentum'])
+def test_arrays_that_are_no_option(name):
+  for value, error in (
+    (jnp.ones(3), ValueError),
+    (jnp.array(1), TypeError),
+    (np.array(True), TypeError),
+    (jnp.array(1j), TypeError),
+  ):
+    with pytest.raises(error, match=f'{name} must be one real number'):
+      nk.BatchNorm(**{name: value})
+
+
+def test_a_kernel_does_not_take_an_epsilon_that_is_an_array():
+  x = draw((4, 256))
+  with pytest.raises(NotImplementedError, match='epsilon is an array'):
+    nk.layer_norm(x, epsilon=jnp.array(1e-6), implementation='triton')
+
+
+def test_a_transform_with_an_array_does_not_hash():
+  with pytest.raises(TypeError, match='unhashable'):
+    hash(nk.BatchNorm(momentum=jnp.array(0.9)))
+  with pytest.raises(TypeError, match='unhashable'):
+    hash(nk.LayerNorm(epsilon=np.array(1e-6)))
+
+
+def test_weights_take_an_epsilon_that_is_an_array():
+  kernel = draw((4, 6))
+  calls = (
+    lambda e: normkit.weights.weight_norm(kernel, epsilon=e),
+    lambda e: normkit.weights.weight_standardize(kernel, epsilon=e),
+    lambda e: normkit.weights.weight_standardize(
+      kernel, epsilon=e, scaled=True
+    ),
+  )
+  for call in calls:
+    assert_near(jax.jit(call)(jnp.array(0.5)), call(0.5))

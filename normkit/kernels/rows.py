@@ -12,7 +12,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from normkit._types import Array, DType
+from normkit._types import Array, DType, Scalar
 
 Tiles = Sequence[Array]
 Mean = Callable[[Tiles], Array]
@@ -55,10 +55,10 @@ def result(x: Array, shape: tuple[int, ...], dtype: DType) -> Any:
   return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).mat)
 
 
-def reciprocal_root(var: Array, epsilon: float) -> Array:
+def reciprocal_root(var: Array, epsilon: Scalar) -> Array:
   """1 / sqrt(var + epsilon), and 0 where that would divide by zero."""
   total = var + jnp.asarray(epsilon, var.dtype)
-  if epsilon >= jnp.finfo(var.dtype).tiny:
+  if not isinstance(epsilon, Array) and epsilon >= jnp.finfo(var.dtype).tiny:
     return lax.rsqrt(total)
   positive = total > 0
   return jnp.where(positive, lax.rsqrt(jnp.where(positive, total, 1)), 0)

@@ -17,6 +17,7 @@ from normkit._types import (
   DType,
   Groups,
   Implementation,
+  Scalar,
 )
 from normkit.affine import affine
 from normkit.centred import centred
@@ -29,7 +30,7 @@ def l2_norm(
   scale: ArrayLike | None = None,
   *,
   axis: Axes = -1,
-  epsilon: float = 1e-12,
+  epsilon: Scalar = 1e-12,
   where: ArrayLike | None = None,
   axis_name: AxisName | None = None,
   axis_index_groups: Groups | None = None,
@@ -49,7 +50,8 @@ def l2_norm(
     scale: one number, of the shape of `axis`, or of x's rank and broadcasting
       against it. None: one.
     axis: the axes of a vector, an integer or several.
-    epsilon: added to the sum of squares, not negative.
+    epsilon: added to the sum of squares, not negative; a number or a scalar
+      array.
     where: boolean mask that broadcasts to x; elements where it is False change
       no other output.
     axis_name: names of mapped axes over which sums are pooled.
@@ -103,7 +105,7 @@ class ScaleNorm(norm.Options):
 
   Attributes:
     axis: the axes of a vector, an integer or several.
-    epsilon: added to the sum of squares.
+    epsilon: added to the sum of squares; a number or a scalar array.
     use_scale: whether there is a scale.
     scale_offset: added to the parameter to make the scale.
     param_dtype: dtype of the parameter that `init` makes.
@@ -123,7 +125,7 @@ class ScaleNorm(norm.Options):
   """
 
   axis: Axes = -1
-  epsilon: float = 1e-12
+  epsilon: Scalar = 1e-12
 
   def init(
     self, x: Array | jax.ShapeDtypeStruct

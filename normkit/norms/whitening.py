@@ -16,6 +16,7 @@ from normkit._types import (
   DType,
   Groups,
   Implementation,
+  Scalar,
 )
 from normkit.centred import centred
 from normkit.moments import flatten, squeeze
@@ -55,8 +56,8 @@ def iterative_whitening(
   *,
   train: bool,
   n_steps: int = 5,
-  momentum: float | None = 0.9,
-  epsilon: float = 1e-5,
+  momentum: Scalar | None = 0.9,
+  epsilon: Scalar = 1e-5,
   where: ArrayLike | None = None,
   axis_name: AxisName | None = None,
   axis_index_groups: Groups | None = None,
@@ -81,9 +82,9 @@ def iterative_whitening(
     bias: shaped as `scale` is. None: zero.
     train: whiten by the batch's statistics and update the running ones.
     n_steps: Newton's iterations, T; the paper takes 3 to 7.
-    momentum: the share of the old running value that is kept, in [0, 1], as in
-      Flax. None weighs all updates equally.
-    epsilon: added to the variances, positive.
+    momentum: the share of the old running value that is kept, in [0, 1], a
+      number or a scalar array, as in Flax. None weighs all updates equally.
+    epsilon: added to the variances, positive; a number or a scalar array.
     where: boolean mask that broadcasts to x; an element where it is False
       counts as the mean. Of two channels, the places where both are known tell
       their covariance, over the geometric mean of their counts.
@@ -173,10 +174,10 @@ def check_state(state: Any, x: Array) -> None:
     )
 
 
-def _check_steps(n_steps: Any, epsilon: float) -> None:
+def _check_steps(n_steps: Any, epsilon: Scalar) -> None:
   if not _types.is_integer(n_steps) or n_steps < 1:
     raise ValueError(f'n_steps must be 1 or more, got {n_steps!r}.')
-  if epsilon == 0:
+  if not _types.is_array(epsilon) and epsilon == 0:
     raise ValueError(
       'epsilon=0: a batch of rank too low has no inverse. Give 1e-5 or so.'
     )
@@ -192,8 +193,9 @@ class IterativeWhitening(norm.CenteredOptions):
     group_size: how many neighbouring channels are whitened together; it divides
       their number. The cost of a step grows with its square. None: all.
     n_steps: Newton's iterations.
-    momentum: the share of the old running value that is kept, in [0, 1].
-    epsilon: added to the variances.
+    momentum: the share of the old running value that is kept, in [0, 1]; a
+      number or a scalar array.
+    epsilon: added to the variances; a number or a scalar array.
     use_scale: whether there is a scale.
     scale_offset: added to the parameter to make the scale.
     use_bias: whether there is a bias.
@@ -215,8 +217,8 @@ class IterativeWhitening(norm.CenteredOptions):
 
   group_size: int | None = 64
   n_steps: int = 5
-  momentum: float | None = 0.9
-  epsilon: float = 1e-5
+  momentum: Scalar | None = 0.9
+  epsilon: Scalar = 1e-5
 
   def __post_init__(self) -> None:
     super().__post_init__()

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from normkit import _types, arguments
-from normkit._types import Array, ArrayLike, Axes, DType
+from normkit._types import Array, ArrayLike, Axes, DType, Scalar
 from normkit.centred import centred
 from normkit.kernels.rows import reciprocal_root
 from normkit.norm import EmptyState, NormParams
@@ -36,7 +36,7 @@ def weight_standardize(
   *,
   feature_axes: Axes | None = -1,
   scaled: bool = False,
-  epsilon: float | None = None,
+  epsilon: Scalar | None = None,
   dtype: DType | None = None,
 ) -> Array:
   """Weight standardization: mean 0 and variance 1 for each output.
@@ -106,7 +106,8 @@ def weight_standardize(
   stats = centred(v, axes)
   power = stats.var
   if scaled:
-    power, epsilon = jnp.maximum(stats.count * stats.var, epsilon), 0.0
+    least = jnp.asarray(epsilon, power.dtype)
+    power, epsilon = jnp.maximum(stats.count * power, least), 0.0
   v = (v - stats.pivot) - stats.offset
   w: Array = v * reciprocal_root(power, epsilon)
   if gain is not None:
