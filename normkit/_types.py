@@ -10,9 +10,10 @@ import functools
 import math
 import operator
 import sys
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import jax
+from jax import export
 import jax.numpy as jnp
 import numpy as np
 
@@ -22,7 +23,17 @@ DType: TypeAlias = Any
 Axes: TypeAlias = int | Sequence[int]
 AxisName: TypeAlias = str | tuple[str, ...]
 Groups: TypeAlias = Sequence[Sequence[int]]
+Scalar: TypeAlias = float | Array  # a number is checked, an array may be traced
 Implementation: TypeAlias = Literal['xla', 'triton', 'mosaic_tpu']
+Class = TypeVar('Class', bound=type)
+
+
+def serializable(kind: Class) -> Class:
+  """Lets a NamedTuple be an argument or result of programs that are saved."""
+  export.register_namedtuple_serialization(
+    kind, serialized_name=f'normkit.{kind.__name__}'
+  )
+  return kind
 
 
 def check_input(x: ArrayLike, name: str = 'x') -> Array:
@@ -82,10 +93,10 @@ def ruled(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
   Under `jax.experimental.jet`, whose tracers such rules do not take (it cannot
   differentiate `jax.nn.relu`), it calls what the function wraps.
   """
-  jet = sys.modules.get('jax.experimental.jet')
+  jet: Any = sys.modules.get('jax.experimental.jet')
   leaves = jax.tree.leaves((args, options)) if jet else ()
   if any(isinstance(leaf, jet.JetTracer) for leaf in leaves):
-    function = function.__wrapped__
+    function = function.__wrapped__  # type: ignore[attr-defined]
   return function(*args, **options)
 
 
@@ -196,11 +207,10 @@ def check_broadcast(
   shape: tuple[int, ...], to: tuple[int, ...], name: str, of: str = 'x'
 ) -> None:
   """Raises unless `shape` broadcasts to exactly the shape `to`."""
-  try:
-    fits = np.broadcast_shapes(shape, to) == tuple(to)
-  except ValueError:
-    fits = False
-  if not fits:
+  last = to[len(to) - len(shape) :]  # sizes may be symbols, unknown to NumPy
+  if len(shape) > len(to) or any(
+    size not in (1, wanted) for size, wanted in zip(shape, last, strict=True)
+  ):
     raise ValueError(
       f'{name} of shape {shape} does not broadcast to the shape {to} of {of}. '
       'Each of its axes, counted from the last, must be 1 or equal.'
@@ -216,6 +226,14 @@ def check_not_empty(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
       'their mean does not exist. Give at least one element.'
     )
   return count
+
+
+def is_known(size: Any) -> bool:
+  """Whether a size is a number: `jax.export` knows sizes that are symbols.
+
+  A decision on another one is for whatever it may be.
+  """
+  return isinstance(size, (int, np.integer))
 
 
 def check_real(value: Any, name: str) -> float:
@@ -235,9 +253,28 @@ def is_integer(value: Any) -> bool:
   return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
-def check_epsilon(epsilon: Any) -> float:
-  """Returns epsilon, a finite number that is not negative."""
-  value = check_real(epsilon, 'epsilon')
+def is_array(value: Any) -> bool:
+  """Whether a value is an array, whose numbers cannot be checked."""
+  return isinstance(value, (jax.Array, np.ndarray))
+
+
+def check_scalar(value: Any, name: str) -> Scalar:
+  """Returns a static real number, or an array of one."""
+  if not is_array(value):
+    return check_real(value, name)
+  if value.shape or not jnp.issubdtype(value.dtype, jnp.floating):
+    raise (ValueError if value.shape else TypeError)(
+      f'{name} must be one real number, got an array {value.dtype}'
+      f'{list(value.shape)}. Give a Python number or a scalar array of floats.'
+    )
+  return jnp.asarray(value)
+
+
+def check_epsilon(epsilon: Any) -> Scalar:
+  """Returns epsilon: a finite number that is not negative, or an array."""
+  value = check_scalar(epsilon, 'epsilon')
+  if is_array(value):
+    return value
   if not 0 <= value < math.inf:
     raise ValueError(
       f'epsilon must be finite and not negative, got {epsilon!r}. '
@@ -246,11 +283,13 @@ def check_epsilon(epsilon: Any) -> float:
   return value
 
 
-def check_momentum(momentum: Any) -> float | None:
+def check_momentum(momentum: Any) -> Scalar | None:
   """Returns momentum, the share of the old value that is kept, or None."""
   if momentum is None:
     return None
-  value = check_real(momentum, 'momentum')
+  value = check_scalar(momentum, 'momentum')
+  if is_array(value):
+    return value
   if not 0 <= value <= 1:
     raise ValueError(
       f'momentum must lie in [0, 1], got {momentum!r}. It is the share of the '

@@ -10,7 +10,7 @@ from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 
 from normkit import _types
-from normkit._types import Array, DType
+from normkit._types import Array, DType, Scalar
 from normkit.centred import Centred
 from normkit.kernels.rows import reciprocal_root
 from normkit.lean import lean
@@ -21,7 +21,7 @@ class Arguments(NamedTuple):
 
   scale: Array | None
   bias: Array | None
-  epsilon: float
+  epsilon: Scalar
   where: Array | None
   dtype: DType
   statistics_dtype: DType
@@ -39,11 +39,15 @@ def widened(
   real = _types.real_dtype(dtype)
 
   def of_arrays(x: Array, arrays: Any, *given: Any) -> Any:
-    *parameters, where = arrays
+    *parameters, where, epsilon = arrays
     scale, bias = (_types.widen(p, real) for p in parameters)
-    return run(x, args._replace(scale=scale, bias=bias, where=where), *given)
+    inner = args._replace(scale=scale, bias=bias, where=where)
+    if epsilon is not None:
+      inner = inner._replace(epsilon=epsilon)
+    return run(x, inner, *given)
 
-  arrays = args.scale, args.bias, args.where
+  epsilon = args.epsilon if isinstance(args.epsilon, Array) else None
+  arrays = args.scale, args.bias, args.where, epsilon
   return lean(of_arrays, dtype, x, arrays, *given)
 
 
@@ -170,7 +174,8 @@ def _is_outer(stats: Centred, args: Arguments) -> bool:
   if not all(jnp.issubdtype(a.dtype, jnp.floating) for a in arrays):
     return False
   rows, *columns = (
-    [axis for axis, size in enumerate(a.shape) if size > 1] for a in arrays
+    [a for a, n in enumerate(array.shape) if not _types.is_known(n) or n > 1]
+    for array in arrays
   )
   return bool(rows and columns) and all(
     c and max(rows) < min(c) for c in columns

@@ -6,7 +6,14 @@ from jax import lax
 import jax.numpy as jnp
 
 from normkit import _types
-from normkit._types import Array, ArrayLike, Axes, DType, Implementation
+from normkit._types import (
+  Array,
+  ArrayLike,
+  Axes,
+  DType,
+  Implementation,
+  Scalar,
+)
 from normkit.affine import Arguments
 
 
@@ -15,20 +22,24 @@ def check_arguments(
   scale: ArrayLike | None,
   bias: ArrayLike | None,
   feature_axes: tuple[int, ...],
-  epsilon: float,
+  epsilon: Scalar,
   where: ArrayLike | None,
   dtype: DType | None,
   implementation: Implementation | None,
 ) -> Arguments:
   """Checks what all norms share and gives it in its broadcast form."""
   _types.check_implementation(implementation)
+  wide = _types.statistics_dtype(x.dtype)
+  epsilon = _types.check_epsilon(epsilon)
+  if isinstance(epsilon, Array):
+    epsilon = epsilon.astype(_types.real_dtype(wide))
   return Arguments(
     check_feature(scale, x.shape, feature_axes, 'scale'),
     check_feature(bias, x.shape, feature_axes, 'bias'),
-    _types.check_epsilon(epsilon),
+    epsilon,
     _types.check_where(where, x.shape),
     _types.check_output_dtype(dtype, x.dtype),
-    _types.statistics_dtype(x.dtype),
+    wide,
   )
 
 

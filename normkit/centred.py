@@ -187,16 +187,21 @@ def _pivot(
   forms: dict[str, Callable[..., Any]] = {'default': _mean_of_sample}
   if form.given == jnp.bfloat16:
     forms |= {'cuda': _zero, 'tpu': _zero}
-  if axes == (x.ndim - 1,) and x.shape[-1] <= SHORT_ROW:
+  if axes == (x.ndim - 1,) and _is_short(x.shape[-1]):
     forms |= {'cpu': _own_mean}
     forms |= {'cuda': _own_mean} if form.output_alone else {}
   if len(forms) == 1:
     return _mean_of_sample(x, count, axes, dtype)
   options = {'axes': axes, 'dtype': dtype}
+  runs = {f: functools.partial(f, **options) for f in {*forms.values()}}
   pivot: Array = lax.platform_dependent(
-    x, count, **{n: functools.partial(f, **options) for n, f in forms.items()}
+    x, count, **{name: runs[f] for name, f in forms.items()}
   )
   return pivot
+
+
+def _is_short(row: Any) -> bool:
+  return _types.is_known(row) and row <= SHORT_ROW
 
 
 @_local.defjvp
@@ -237,7 +242,8 @@ def _mean_of_sample(
   """Both sums about it come from one read of x."""
   del count
   sample = _sample(x, axes).astype(dtype)
-  return fixed(jnp.mean(sample, axes, keepdims=True))
+  size = counts(sample, axes, None, _types.real_dtype(dtype))
+  return fixed(_mean(sample, axes, size))
 
 
 def _own_mean(
@@ -285,11 +291,13 @@ def _sample(x: Array, axes: tuple[int, ...]) -> Array:
   shards of a sharded axis, and then nothing moves between devices. The last
   axis is left whole, for its elements share memory transactions (where it is
   the only one, the sample is its first elements), and so is one that an
-  explicit mesh shards, which cannot be sliced.
+  explicit mesh shards, which cannot be sliced. An axis whose size is a symbol
+  is left whole too, and counts as one element.
   """
-  size, last = math.prod(x.shape[a] for a in axes), x.ndim - 1
+  known, last = [a for a in axes if _types.is_known(x.shape[a])], x.ndim - 1
+  size = math.prod(x.shape[a] for a in known)
   steps = min(SAMPLE_STRIDE, size // SAMPLE_SIZE).bit_length() - 1
-  free = [a for a in axes if a not in _types.sharded_axes(x)]
+  free = [a for a in known if a not in _types.sharded_axes(x)]
   if free == [last]:
     return x[..., : -(-x.shape[last] // 2 ** max(steps, 0))]
   free = [a for a in free if a != last]
@@ -306,9 +314,17 @@ def counts(
 ) -> Array:
   """How many elements count along `axes`, in `dtype`."""
   if where is None:
-    return jnp.full((1,) * x.ndim, math.prod(x.shape[a] for a in axes), dtype)
-  repeats = math.prod(x.shape[a] for a in axes if where.shape[a] == 1)
-  return jnp.sum(where, axes, keepdims=True, dtype=dtype) * repeats
+    size = _product([x.shape[a] for a in axes], dtype)
+    return jnp.full((1,) * x.ndim, size, dtype)
+  repeats = _product([x.shape[a] for a in axes if where.shape[a] == 1], dtype)
+  count: Array = jnp.sum(where, axes, keepdims=True, dtype=dtype) * repeats
+  return count
+
+
+def _product(sizes: list[Any], dtype: DType) -> Any:
+  """A number, or in `dtype` what it will be: as integers it might overflow."""
+  symbols = [jnp.asarray(n, dtype) for n in sizes if not _types.is_known(n)]
+  return math.prod([*filter(_types.is_known, sizes), *symbols])
 
 
 def square(x: Array) -> Array:

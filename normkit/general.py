@@ -11,8 +11,9 @@ from normkit._types import (
   DType,
   Groups,
   Implementation,
+  Scalar,
 )
-from normkit.affine import Arguments, affine, widened
+from normkit.affine import Arguments, activated, affine, widened
 from normkit.arguments import check_arguments, check_some_axes
 from normkit.centred import centred
 from normkit.pooling import pool
@@ -26,7 +27,7 @@ def normalize(
   axis: Axes,
   feature_axis: Axes | None = None,
   center: bool = True,
-  epsilon: float = 1e-6,
+  epsilon: Scalar = 1e-6,
   where: ArrayLike | None = None,
   axis_name: AxisName | None = None,
   axis_index_groups: Groups | None = None,
@@ -50,7 +51,7 @@ def normalize(
     feature_axis: the axes that a `scale` or `bias` of lower rank belongs to;
       None takes `axis`.
     center: subtract the mean.
-    epsilon: added to the variance, not negative.
+    epsilon: added to the variance, not negative; a number or a scalar array.
     where: boolean mask that broadcasts to x; elements where it is False change
       neither the statistics nor any other output. A set with no element left
       gives zeros, then the bias.
@@ -116,7 +117,7 @@ def add_normalize(
   bias: ArrayLike | None,
   *,
   center: bool,
-  epsilon: float,
+  epsilon: Scalar,
   activation: Callable[[Array], Array] | None,
   dtype: DType | None,
   implementation: Implementation | None,
@@ -139,8 +140,30 @@ def add_normalize(
     x, scale, bias, axes, epsilon, None, dtype, implementation
   )
   _types.check_not_empty(x.shape, axes)
+  if isinstance(args.epsilon, Array):
+    return _add_by_xla(x, residual, args, axes, center, activation)
   found = rows.normalize_rows(
     x, args, axes, False, center, implementation, residual, activation
   )
   assert found is not None
+  return found
+
+
+def _add_by_xla(
+  x: Array,
+  residual: Array,
+  args: Arguments,
+  axes: tuple[int, ...],
+  center: bool,
+  activation: Callable[[Array], Array] | None,
+) -> tuple[Array, Array]:
+  """With an epsilon that is an array, which no rule of `rows` takes."""
+
+  def run(wide: Array, args: Arguments, residual: Array) -> tuple[Array, Array]:
+    total = wide + residual.astype(wide.dtype)
+    stats = centred(total, axes, None, center)
+    y = activated(total, stats, args, center, activation)
+    return y, total.astype(residual.dtype)
+
+  found: tuple[Array, Array] = widened(run, x, args, residual)
   return found

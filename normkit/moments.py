@@ -11,6 +11,7 @@ from normkit.lean import lean
 from normkit.pooling import pool
 
 
+@_types.serializable
 class Moments(NamedTuple):
   """The mean, variance and size of sets of numbers.
 

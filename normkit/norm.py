@@ -10,9 +10,18 @@ import jax
 import jax.numpy as jnp
 
 from normkit import _types
-from normkit._types import Array, Axes, AxisName, DType, Groups, Implementation
+from normkit._types import (
+  Array,
+  Axes,
+  AxisName,
+  DType,
+  Groups,
+  Implementation,
+  Scalar,
+)
 
 
+@_types.serializable
 class NormParams(NamedTuple):
   """The affine parameters of a norm; None where it has none.
 
@@ -30,6 +39,7 @@ class NormParams(NamedTuple):
   bias: Array | None = None
 
 
+@_types.serializable
 class EmptyState(NamedTuple):
   """The state of a norm that keeps none.
 
@@ -45,7 +55,9 @@ class Norm(Protocol):
 
   A frozen, hashable dataclass with these two methods is a transform; it can be
   closed over or passed to `jax.jit` as a static argument, and
-  `normkit.linen.Norm` and `normkit.nnx.Norm` turn it into a module.
+  `normkit.linen.Norm` and `normkit.nnx.Norm` turn it into a module. One whose
+  epsilon or momentum is an array does not hash: make it inside of the program,
+  `dataclasses.replace(norm, momentum=schedule(step)).apply(...)`.
 
   Examples:
     >>> import jax.numpy as jnp, normkit as nk
@@ -99,7 +111,7 @@ class ParamOptions:
 class Options(ParamOptions):
   """The options of the transforms that take statistics."""
 
-  epsilon: float = 1e-6
+  epsilon: Scalar = 1e-6
   axis_name: AxisName | None = None
   axis_index_groups: Groups | None = None
   implementation: Implementation | None = None

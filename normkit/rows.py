@@ -82,6 +82,7 @@ def normalize_rows(
     _types.refuse_kernel(implementation, why)
     if residual is None:
       return None
+  assert isinstance(args.epsilon, float)
   spec = Spec(args.epsilon, center, args.dtype, activation)
   given = {'x': x} if residual is None else {'x': x, 'residual': residual}
   given = {n: a[None] if x.ndim == 1 else a for n, a in given.items()}
@@ -116,6 +117,7 @@ def normalize_groups(
   shape = (math.prod(x.shape[:first]), *x.shape[first:])
   if implementation is None and not cases.chosen(shape, x.dtype, groups):
     return None
+  assert isinstance(args.epsilon, float)
   spec = Spec(args.epsilon, center, args.dtype, groups=groups)
   given = {'x': x.reshape(shape), **_parameters(args)}
   return _partitioned(given, spec, implementation)['y'].reshape(x.shape)
@@ -131,6 +133,7 @@ def _refusal(
   reasons = {
     'statistics are pooled over devices': is_pooled,
     'there is a mask': args.where is not None,
+    'epsilon is an array': isinstance(args.epsilon, Array),
     f'dtype {x.dtype} to {args.dtype}': not {x.dtype, args.dtype} <= FLOATS,
     'scale or bias is not a float of 32 bits for each element of the last '
     'axis': any(p.shape != last or p.dtype not in FLOATS for p in parameters),
@@ -408,7 +411,7 @@ def _plain_tangents(
   if 'x' in moved:
     found = changes(x, stats, moved['x'], _axes(x, spec))
     if spec.groups is not None:  # what they sum was divided by all of a group
-      found = tuple(_of_group(c, spec.groups) for c in found)
+      found = jax.tree.map(lambda c: _of_group(c, spec.groups or 1), found)
     doffset, changed['var'] = found
     values['var'] = stats.var
     if spec.center:

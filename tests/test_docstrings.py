@@ -17,6 +17,7 @@ import normkit.nnx
 import normkit.weights
 
 _SHARE = 'the share of the old running value that is kept, in [0, 1]'
+_EITHER = 'a number or a scalar array'
 _KERNELS = "'triton' on NVIDIA GPUs or 'mosaic_tpu', kernels for"
 SENTENCES = {
   'axis_index_groups': [
@@ -50,10 +51,10 @@ SENTENCES = {
   'use_bias': ['whether there is a bias.'],
   'batch_axis': ['the examples, an axis or several; () for a single example.'],
   'momentum': [
-    f'{_SHARE}.',
-    f'{_SHARE}, as in Flax. None weighs all updates equally.',
-    f"{_SHARE}, as in Flax (PyTorch's 0.1 is 0.9 here). None weighs all "
-    'updates equally.',
+    f'{_SHARE}; {_EITHER}.',
+    f'{_SHARE}, {_EITHER}, as in Flax. None weighs all updates equally.',
+    f"{_SHARE}, {_EITHER}, as in Flax (PyTorch's 0.1 is 0.9 here). None weighs "
+    'all updates equally.',
   ],
 }
 # Which of them mean something else, and where.

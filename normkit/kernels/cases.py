@@ -25,7 +25,7 @@ import math
 
 import jax.numpy as jnp
 
-from normkit._types import DType, Implementation
+from normkit._types import DType, Implementation, is_known
 
 LONGEST = 65_536
 TRITON_WIDTH = 8192  # of which a row is held in registers
@@ -44,6 +44,8 @@ def refusal(
   groups: int | None = None,
 ) -> str | None:
   """Why the kernel does not take an input, or None."""
+  if not all(map(is_known, shape)):
+    return 'sizes that are symbols'
   if 0 in shape:
     return 'arrays without elements'
   if implementation == 'triton' and math.prod(shape) >= 2**31:
@@ -52,9 +54,8 @@ def refusal(
     return 'float16'
   if groups is not None:
     return _refusal_of_groups(implementation, shape, dtype, groups)
-  if shape[-1] > LONGEST:
-    return f'rows of more than {LONGEST:,} elements'
-  return None
+  is_long = shape[-1] > LONGEST
+  return f'rows of more than {LONGEST:,} elements' if is_long else None
 
 
 def _refusal_of_groups(
@@ -104,23 +105,21 @@ def has_backward(
   groups: int | None = None,
 ) -> bool:
   """Whether there is a backward: XLA's moves no more for the rows left out."""
-  is_short = (
-    implementation != 'triton'
-    or groups is not None
-    or shape[-1] <= TRITON_WIDTH
-  )
-  return is_short and refusal(implementation, shape, dtype, groups) is None
+  if refusal(implementation, shape, dtype, groups) is not None:
+    return False
+  is_row_of_triton = implementation == 'triton' and groups is None
+  return not is_row_of_triton or shape[-1] <= TRITON_WIDTH
 
 
 def chosen(
   shape: tuple[int, ...], dtype: DType, groups: int | None = None
 ) -> tuple[Implementation, ...]:
   """The kernels that take XLA's place in training, each on its platform."""
+  if not has_backward('triton', shape, dtype, groups):
+    return ()
   # Of few places the sums for scale and bias, one an example, would be much; in
   # float32 XLA fuses a ReLU and moves 2 n less.
   is_worth = groups is None or (
     math.prod(shape[1:-1]) >= LEAST_PLACES and jnp.dtype(dtype).itemsize == 2
   )
-  if is_worth and has_backward('triton', shape, dtype, groups):
-    return ('triton',)
-  return ()
+  return ('triton',) if is_worth else ()

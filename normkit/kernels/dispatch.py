@@ -115,8 +115,10 @@ def _flat(run: Function, tree: Any) -> Function:
 
 
 def _impl(*arguments: Array, **params: Any) -> list[Array]:
+  """As JAX runs its own primitives: compiled, under `jax.disable_jit` too."""
   run = jax.jit(lambda *a: choice_p.bind(*a, **params))
-  found: list[Array] = run(*arguments)
+  with jax.disable_jit(False):
+    found: list[Array] = run(*arguments)
   return found
 
 
@@ -132,7 +134,9 @@ choice_p.def_abstract_eval(_abstract_eval)
 
 def _lowering(platform: str | None) -> Callable[..., Any]:
   def lower(ctx: Any, *arguments: Any, plain: Any, **params: Any) -> Any:
-    kernel = _form(platform, _obstacle(platform, ctx), **params)
+    exported = ctx.module_context.lowering_parameters.for_export
+    obstacle = _obstacle(platform, ctx)
+    kernel = _form(platform, obstacle, is_exported=exported, **params)
     if kernel is None:
       run = mlir.lower_fun(core.jaxpr_as_fun(plain), multiple_results=True)
       return run(ctx, *arguments)
@@ -164,9 +168,16 @@ def _form(
   kernels: tuple[tuple[Implementation, Function], ...],
   required: Implementation | None,
   interpreted: Implementation | None,
+  is_exported: bool,
   **_: Any,
 ) -> Function | None:
-  """The kernel that runs on the platform, or None for the plain form."""
+  """The kernel that runs on the platform, or None for the plain form.
+
+  An exported program is kept for a JAX to come, for which kernels promise
+  nothing: one enters only where it is asked for by name.
+  """
+  if is_exported and required is None:
+    return None
   for name, kernel in kernels:
     if name == interpreted:
       return lambda *a, kernel=kernel: kernel(*a, interpret=True)

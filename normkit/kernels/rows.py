@@ -13,7 +13,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from normkit._types import Array, DType, ruled
+from normkit._types import Array, DType, Scalar, ruled
 
 Tiles = Sequence[Array]
 Mean = Callable[[Tiles], Array]
@@ -56,8 +56,10 @@ def result(x: Array, shape: tuple[int, ...], dtype: DType) -> Any:
   return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).mat)
 
 
-def reciprocal_root(var: Array, epsilon: float) -> Array:
+def reciprocal_root(var: Array, epsilon: Scalar) -> Array:
   """1 / sqrt(var + epsilon), and 0 where that would divide by zero."""
+  if isinstance(epsilon, Array):  # it may be differentiated
+    var, epsilon = var + epsilon.astype(var.dtype), 0.0
   root: Array = ruled(_reciprocal_root, var, epsilon)
   return root
 

@@ -12,7 +12,14 @@ import jax.numpy as jnp
 
 from normkit import norm, recurrent
 from normkit._docs import documented
-from normkit._types import Array, AxisName, DType, Groups, Implementation
+from normkit._types import (
+  Array,
+  AxisName,
+  DType,
+  Groups,
+  Implementation,
+  Scalar,
+)
 from normkit.linen._shared import map_fields
 from normkit.norms import _running
 
@@ -45,7 +52,7 @@ class LayerNormLSTMCell(nn.LSTMCell):
   """
 
   _: KW_ONLY
-  epsilon: float = 1e-6
+  epsilon: Scalar = 1e-6
   scale_init: Initializer = nn.initializers.ones
   implementation: Implementation | None = None
 
@@ -92,7 +99,7 @@ class LayerNormGRUCell(nn.GRUCell):
   """
 
   _: KW_ONLY
-  epsilon: float = 1e-6
+  epsilon: Scalar = 1e-6
   scale_init: Initializer = nn.initializers.ones
   implementation: Implementation | None = None
 
@@ -161,8 +168,8 @@ class BatchNormLSTMCell(nn.LSTMCell):
   _: KW_ONLY
   max_length: int
   use_running_average: bool | None = None
-  momentum: float | None = 0.99
-  epsilon: float = 1e-5
+  momentum: Scalar | None = 0.99
+  epsilon: Scalar = 1e-5
   scale_init: Initializer = nn.initializers.constant(0.1)
   axis_name: AxisName | None = None
   axis_index_groups: Groups | None = None

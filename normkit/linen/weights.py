@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from normkit import _types, weights
 from normkit._docs import documented
-from normkit._types import Array, Axes, DType
+from normkit._types import Array, Axes, DType, Scalar
 from normkit.linen._shared import Checked
 
 
@@ -119,7 +119,7 @@ class WeightStandardization(Checked):
   """
 
   layer_instance: nn.Module
-  epsilon: float | None = None
+  epsilon: Scalar | None = None
   dtype: DType | None = None
   param_dtype: DType = jnp.float32
   use_gain: bool = False

@@ -7,7 +7,14 @@ from flax.typing import Initializer
 import jax.numpy as jnp
 
 from normkit import _types, norm, recurrent
-from normkit._types import Array, AxisName, DType, Groups, Implementation
+from normkit._types import (
+  Array,
+  AxisName,
+  DType,
+  Groups,
+  Implementation,
+  Scalar,
+)
 from normkit.nnx._shared import Running, read, with_signature_of, write
 from normkit.norms import _running
 
@@ -54,7 +61,7 @@ class LayerNormLSTMCell(nnx.OptimizedLSTMCell):
     in_features: int,
     hidden_features: int,
     *,
-    epsilon: float = 1e-6,
+    epsilon: Scalar = 1e-6,
     scale_init: Initializer = nnx.initializers.ones,
     implementation: Implementation | None = None,
     rngs: nnx.Rngs,
@@ -118,7 +125,7 @@ class LayerNormGRUCell(nnx.GRUCell):
     in_features: int,
     hidden_features: int,
     *,
-    epsilon: float = 1e-6,
+    epsilon: Scalar = 1e-6,
     scale_init: Initializer = nnx.initializers.ones,
     implementation: Implementation | None = None,
     rngs: nnx.Rngs,
@@ -203,8 +210,8 @@ class BatchNormLSTMCell(Running, nnx.OptimizedLSTMCell):
     *,
     max_length: int,
     use_running_average: bool | None = False,
-    momentum: float | None = 0.99,
-    epsilon: float = 1e-5,
+    momentum: Scalar | None = 0.99,
+    epsilon: Scalar = 1e-5,
     scale_init: Initializer = _TENTH,
     axis_name: AxisName | None = None,
     axis_index_groups: Groups | None = None,

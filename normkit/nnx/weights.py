@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from normkit import _types, arguments, weights
 from normkit._docs import documented
-from normkit._types import Array, Axes, DType
+from normkit._types import Array, Axes, DType, Scalar
 from normkit.nnx._shared import Running, read, with_signature_of, write
 
 _Path = tuple[Any, ...]
@@ -239,7 +239,7 @@ class WeightStandardization(_Filtered):
   scaled: bool = False
   use_gain: bool = False
   gain_init: Initializer = nnx.initializers.ones
-  epsilon: float | None = None
+  epsilon: Scalar | None = None
   dtype: DType | None = None
   param_dtype: DType = jnp.float32
   variable_filter: Any = _KERNELS

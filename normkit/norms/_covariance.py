@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from normkit import _types
-from normkit._types import Array
+from normkit._types import Array, Scalar
 from normkit.affine import Arguments
 from normkit.arguments import scaled
 from normkit.centred import Centred, named
@@ -42,7 +42,7 @@ def _kept_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
   return named(primals[0]), tangents[0]
 
 
-def inverse_root(covariance: Array, epsilon: float, n_steps: int) -> Array:
+def inverse_root(covariance: Array, epsilon: Scalar, n_steps: int) -> Array:
   """Nearly the inverse square roots of matrices, by Newton's iteration.
 
   P as above, and P S / tr S beside it: the same numbers, but errors do not grow

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from normkit import _types, arguments, norm
-from normkit._types import Array, ArrayLike, DType, Implementation
+from normkit._types import Array, ArrayLike, DType, Implementation, Scalar
 from normkit.affine import Arguments
 
 
+@_types.serializable
 class EvoNormParams(NamedTuple):
   """The parameters of an EvoNorm, one number a channel.
 
@@ -37,7 +38,7 @@ def prepare(
   v: ArrayLike,
   scale: ArrayLike | None,
   bias: ArrayLike | None,
-  epsilon: float,
+  epsilon: Scalar,
   where: ArrayLike | None,
   dtype: DType | None,
   implementation: Implementation | None,
@@ -78,7 +79,7 @@ def finish(
 class EvoNormOptions(norm.CenteredOptions):
   """The options of both, and their parameters, one number a channel."""
 
-  epsilon: float = 1e-5
+  epsilon: Scalar = 1e-5
 
   def init_params(self, x: Array | jax.ShapeDtypeStruct) -> EvoNormParams:
     """Slopes and scales of one, biases of zero."""

@@ -11,13 +11,15 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
 from normkit import _types, norm
-from normkit._types import Array, Axes, AxisName, DType, Groups
+from normkit._types import Array, Axes, AxisName, DType, Groups, Scalar
 from normkit.centred import Centred
 from normkit.moments import Moments
 
 
+@_types.serializable
 class BatchNormState(NamedTuple):
   """Running statistics, one number a feature.
 
@@ -70,7 +72,7 @@ def running(
 def update(
   state: BatchNormState,
   batch: Moments,
-  momentum: float | None,
+  momentum: Scalar | None,
   *,
   debias: bool = False,
   unbiased: bool = False,
@@ -100,11 +102,13 @@ def update(
 
 
 def shares(
-  count: Array, momentum: float | None, debias: bool
+  count: Array, momentum: Scalar | None, debias: bool
 ) -> tuple[Array | float, Array | float]:
   """The shares of the old average and of the newest of `count` updates."""
   if momentum is None:
     return (count - 1) / count, 1 / count
+  if isinstance(momentum, Array):
+    return _shares_of_array(count, momentum.astype(count.dtype), debias)
   if not debias or momentum == 0:
     return momentum, 1 - momentum
   rate = math.log(momentum)  # 1 - momentum^count = -expm1(count * rate)
@@ -114,10 +118,25 @@ def shares(
   )
 
 
-def check_average(momentum: Any, debias: bool) -> float | None:
+def _shares_of_array(
+  count: Array, momentum: Array, debias: bool
+) -> tuple[Array, Array]:
+  """The same, for a momentum that nobody has checked: 1 has a limit."""
+  if not debias:
+    return momentum, 1 - momentum
+  is_inside = (momentum > 0) & (momentum < 1)
+  inside = jnp.where(is_inside, momentum, 0.5)
+  rate = jnp.log(inside)
+  total = jnp.expm1(count * rate)
+  share = jnp.where(is_inside, (inside - 1) / total, 1 / count)
+  share = jnp.where(momentum > 0, share, 1)
+  return 1 - share, share
+
+
+def check_average(momentum: Any, debias: bool) -> Scalar | None:
   """Returns momentum; raises where there is nothing to debias."""
   value = _types.check_momentum(momentum)
-  if debias and value in (None, 1):
+  if debias and not _types.is_array(value) and value in (None, 1):
     raise ValueError(
       f'debias=True needs a momentum below 1, got momentum={value}. The '
       'cumulative average, momentum=None, has no bias to remove.'
@@ -134,9 +153,9 @@ def check_state(state: Any, x: Array, features: tuple[int, ...]) -> None:
     )
   shape = tuple(x.shape[a] for a in features)
   for name, value in zip(BatchNormState._fields, state, strict=True):
-    if jnp.shape(value) != shape:
+    if np.shape(value) != shape:
       raise ValueError(
-        f'state.{name} has shape {jnp.shape(value)}, but the feature axes '
+        f'state.{name} has shape {np.shape(value)}, but the feature axes '
         f'{features} of x, of shape {x.shape}, have shape {shape}. Take the '
         'state from init with an input of this shape.'
       )
@@ -179,8 +198,8 @@ class RunningOptions(norm.CenteredOptions):
   """The options of the transforms that keep running statistics."""
 
   axis: Axes = -1
-  momentum: float | None = 0.99
-  epsilon: float = 1e-5
+  momentum: Scalar | None = 0.99
+  epsilon: Scalar = 1e-5
 
   def init(
     self, x: Array | jax.ShapeDtypeStruct

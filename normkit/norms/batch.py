@@ -13,6 +13,7 @@ from normkit._types import (
   DType,
   Groups,
   Implementation,
+  Scalar,
 )
 from normkit.affine import Arguments, affine, widened
 from normkit.centred import Centred, centred
@@ -39,8 +40,8 @@ def batch_norm(
   *,
   train: bool,
   axis: Axes = -1,
-  momentum: float | None = 0.99,
-  epsilon: float = 1e-5,
+  momentum: Scalar | None = 0.99,
+  epsilon: Scalar = 1e-5,
   debias: bool = False,
   unbiased: bool = False,
   skip_nonfinite: bool = False,
@@ -72,9 +73,10 @@ def batch_norm(
     bias: shaped as `scale` is. None: zero.
     train: normalize with the batch's statistics and update the running ones.
     axis: the feature axes, which keep statistics of their own.
-    momentum: the share of the old running value that is kept, in [0, 1], as in
-      Flax (PyTorch's 0.1 is 0.9 here). None weighs all updates equally.
-    epsilon: added to the variance, not negative.
+    momentum: the share of the old running value that is kept, in [0, 1], a
+      number or a scalar array, as in Flax (PyTorch's 0.1 is 0.9 here). None
+      weighs all updates equally.
+    epsilon: added to the variance, not negative; a number or a scalar array.
     debias: weigh the updates as momentum does, but forget the initial values:
       after the first update the running statistics are the batch's.
     unbiased: keep var * n / (n - 1) in the running variance, as PyTorch does;
@@ -175,7 +177,7 @@ def ghost_norm(
   first = reduced[0]
 
   def split(a: Array) -> Array:
-    parts = min(ghosts, a.shape[first])
+    parts = 1 if a.shape[first] == 1 else ghosts
     size = a.shape[first] // parts
     return a.reshape(*a.shape[:first], parts, size, *a.shape[first + 1 :])
 
@@ -197,6 +199,11 @@ def count_ghosts(
   if not _types.is_integer(size):
     raise TypeError(f'virtual_batch_size must be an integer, got {size!r}.')
   batch = shape[reduced[0]] if reduced else 0
+  if not _types.is_known(batch) and batch % size != 0:
+    raise ValueError(
+      f'virtual_batch_size={size} may not divide the batch, of the symbol '
+      f"{batch}. Export it for a multiple, for example '{size}*{batch}'."
+    )
   if size < 1 or not reduced or batch % size:
     raise ValueError(
       f'virtual_batch_size={size} does not divide the batch of {batch}, the '
@@ -213,9 +220,10 @@ class BatchNorm(RunningOptions):
 
   Attributes:
     axis: the feature axes, which keep statistics of their own.
-    momentum: the share of the old running value that is kept, in [0, 1], as in
-      Flax (PyTorch's 0.1 is 0.9 here). None weighs all updates equally.
-    epsilon: added to the variance.
+    momentum: the share of the old running value that is kept, in [0, 1], a
+      number or a scalar array, as in Flax (PyTorch's 0.1 is 0.9 here). None
+      weighs all updates equally.
+    epsilon: added to the variance; a number or a scalar array.
     debias: forget the initial values from the first update on.
     unbiased: keep the unbiased variance in the state, as PyTorch does.
     skip_nonfinite: keep the running statistics of a feature whose batch

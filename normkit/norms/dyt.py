@@ -12,6 +12,7 @@ from normkit.lean import lean
 from normkit.norm import EmptyState
 
 
+@_types.serializable
 class DyTParams(NamedTuple):
   """The parameters of dynamic tanh.
 

@@ -13,6 +13,7 @@ from normkit._types import (
   DType,
   Groups,
   Implementation,
+  Scalar,
 )
 from normkit.affine import Arguments, widened
 from normkit.centred import Centred, centred
@@ -43,8 +44,8 @@ def evonorm_b0(
   bias: ArrayLike | None = None,
   *,
   train: bool,
-  momentum: float | None = 0.99,
-  epsilon: float = 1e-5,
+  momentum: Scalar | None = 0.99,
+  epsilon: Scalar = 1e-5,
   check_batch: bool = True,
   where: ArrayLike | None = None,
   axis_name: AxisName | None = None,
@@ -68,9 +69,9 @@ def evonorm_b0(
     scale: shaped as `v` is. None: one.
     bias: shaped as `v` is. None: zero.
     train: take the batch's variance and update the running one.
-    momentum: the share of the old running value that is kept, in [0, 1], as in
-      Flax. None weighs all updates equally.
-    epsilon: added to both variances, not negative.
+    momentum: the share of the old running value that is kept, in [0, 1], a
+      number or a scalar array, as in Flax. None weighs all updates equally.
+    epsilon: added to both variances, not negative; a number or a scalar array.
     check_batch: raise in training where a channel has one element or none.
     where: boolean mask that broadcasts to x; elements where it is False change
       neither the statistics nor any other output.
@@ -147,9 +148,10 @@ class EvoNormB0(EvoNormOptions):
   Parameters and running statistics have the shape of the last axis.
 
   Attributes:
-    momentum: the share of the old running value that is kept, in [0, 1].
+    momentum: the share of the old running value that is kept, in [0, 1]; a
+      number or a scalar array.
     check_batch: raise in training where a channel has one element or none.
-    epsilon: added to the variances.
+    epsilon: added to the variances; a number or a scalar array.
     use_scale, scale_offset, use_bias, param_dtype, dtype, axis_name,
       axis_index_groups: as `BatchNorm` has them.
     implementation: 'xla', or None to choose.
@@ -164,7 +166,7 @@ class EvoNormB0(EvoNormOptions):
     [1, 1, 1]
   """
 
-  momentum: float | None = 0.99
+  momentum: Scalar | None = 0.99
   check_batch: bool = True
 
   def init(

@@ -13,6 +13,7 @@ from normkit._types import (
   DType,
   Groups,
   Implementation,
+  Scalar,
 )
 from normkit.affine import Arguments, widened
 from normkit.centred import Centred, centred
@@ -34,7 +35,7 @@ def evonorm_s0(
   bias: ArrayLike | None = None,
   *,
   num_groups: int = 32,
-  epsilon: float = 1e-5,
+  epsilon: Scalar = 1e-5,
   where: ArrayLike | None = None,
   axis_name: AxisName | None = None,
   axis_index_groups: Groups | None = None,
@@ -54,7 +55,7 @@ def evonorm_s0(
     scale: shaped as `v` is. None: one.
     bias: shaped as `v` is. None: zero.
     num_groups: how many groups of contiguous channels; it divides their number.
-    epsilon: added to the variance, not negative.
+    epsilon: added to the variance, not negative; a number or a scalar array.
     where: boolean mask that broadcasts to x; elements where it is False change
       no other output.
     axis_name: names of mapped axes over which statistics are pooled.
@@ -110,7 +111,7 @@ class EvoNormS0(EvoNormOptions):
 
   Attributes:
     num_groups: how many groups of contiguous channels.
-    epsilon: added to the variance.
+    epsilon: added to the variance; a number or a scalar array.
     use_scale, scale_offset, use_bias, param_dtype, dtype, axis_name,
       axis_index_groups: as `GroupNorm` has them.
     implementation: 'xla', or None to choose.

@@ -13,6 +13,7 @@ from normkit._types import (
   DType,
   Groups,
   Implementation,
+  Scalar,
 )
 from normkit.affine import Arguments, affine, widened
 from normkit.centred import Centred, centred
@@ -28,7 +29,7 @@ def group_norm(
   num_groups: int,
   axis: int = -1,
   batch_axis: Axes = 0,
-  epsilon: float = 1e-6,
+  epsilon: Scalar = 1e-6,
   where: ArrayLike | None = None,
   axis_name: AxisName | None = None,
   axis_index_groups: Groups | None = None,
@@ -51,7 +52,7 @@ def group_norm(
     num_groups: how many groups of contiguous channels; it divides their number.
     axis: the channels, one axis.
     batch_axis: the examples, an axis or several; () for a single example.
-    epsilon: added to the variance, not negative.
+    epsilon: added to the variance, not negative; a number or a scalar array.
     where: boolean mask that broadcasts to x; elements where it is False change
       neither the statistics nor any other output. A group with no element left
       gives zeros, then the bias.
@@ -153,7 +154,7 @@ class GroupNorm(norm.CenteredOptions):
     num_groups: how many groups of contiguous channels.
     axis: the channels, one axis.
     batch_axis: the examples, an axis or several; () for a single example.
-    epsilon: added to the variance.
+    epsilon: added to the variance; a number or a scalar array.
     use_scale: whether there is a scale.
     scale_offset: added to the parameter to make the scale; with 1 it starts at
       zero, as in Gemma.

@@ -14,6 +14,7 @@ from normkit._types import (
   DType,
   Groups,
   Implementation,
+  Scalar,
 )
 from normkit.moments import moments
 from normkit.norm import EmptyState, NormParams
@@ -26,7 +27,7 @@ def instance_norm(
   *,
   axis: Axes = -1,
   batch_axis: Axes = 0,
-  epsilon: float = 1e-6,
+  epsilon: Scalar = 1e-6,
   where: ArrayLike | None = None,
   axis_name: AxisName | None = None,
   axis_index_groups: Groups | None = None,
@@ -48,7 +49,7 @@ def instance_norm(
     bias: shaped as `scale` is. None: zero.
     axis: the channels, an axis or several.
     batch_axis: the examples, an axis or several; () for a single example.
-    epsilon: added to the variance, not negative.
+    epsilon: added to the variance, not negative; a number or a scalar array.
     where: boolean mask that broadcasts to x; elements where it is False change
       neither the statistics nor any other output. A channel with no element
       left gives zeros, then the bias.
@@ -98,7 +99,7 @@ def adaptive_instance_norm(
   *,
   axis: Axes = -1,
   batch_axis: Axes = 0,
-  epsilon: float = 1e-5,
+  epsilon: Scalar = 1e-5,
   dtype: DType | None = None,
 ) -> Array:
   """AdaIN: each channel of x with the mean and deviation of another input.
@@ -112,7 +113,7 @@ def adaptive_instance_norm(
       its other axes may have other sizes.
     axis: the channels, an axis or several.
     batch_axis: the examples, an axis or several; () for a single example.
-    epsilon: added to both variances, not negative.
+    epsilon: added to both variances, not negative; a number or a scalar array.
     dtype: dtype of the result; None keeps x's.
 
   Returns:
@@ -185,7 +186,7 @@ class InstanceNorm(norm.CenteredOptions):
   Attributes:
     axis: the channels, an axis or several.
     batch_axis: the examples, an axis or several; () for a single example.
-    epsilon: added to the variance.
+    epsilon: added to the variance; a number or a scalar array.
     use_scale: whether there is a scale.
     scale_offset: added to the parameter to make the scale; with 1 it starts at
       zero, as in Gemma.

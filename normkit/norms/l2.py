@@ -2,9 +2,11 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from normkit import _types, arguments, norm
 from normkit._types import (
@@ -15,6 +17,7 @@ from normkit._types import (
   DType,
   Groups,
   Implementation,
+  Scalar,
 )
 from normkit.affine import Arguments, affine, widened
 from normkit.centred import centred
@@ -27,7 +30,7 @@ def l2_norm(
   scale: ArrayLike | None = None,
   *,
   axis: Axes = -1,
-  epsilon: float = 1e-12,
+  epsilon: Scalar = 1e-12,
   where: ArrayLike | None = None,
   axis_name: AxisName | None = None,
   axis_index_groups: Groups | None = None,
@@ -47,7 +50,8 @@ def l2_norm(
     scale: one number, of the shape of `axis`, or of x's rank and broadcasting
       against it. None: one.
     axis: the axes of a vector, an integer or several.
-    epsilon: added to the sum of squares, not negative.
+    epsilon: added to the sum of squares, not negative; a number or a scalar
+      array.
     where: boolean mask that broadcasts to x; elements where it is False change
       no other output.
     axis_name: names of mapped axes over which sums are pooled.
@@ -76,7 +80,7 @@ def l2_norm(
   axes = _types.check_axes(axis, x.ndim)
   if axis_name is None:
     arguments.check_some_axes(axes, x.shape)
-  one = scale is not None and jnp.ndim(scale) == 0
+  one = scale is not None and np.ndim(scale) == 0
   args = arguments.check_arguments(
     x, scale, None, () if one else axes, epsilon, where, dtype, implementation
   )
@@ -93,6 +97,11 @@ def l2_norm(
   return y
 
 
+def _root(size: Any) -> float | Array:
+  """The square root of a size, which may be a symbol."""
+  return math.sqrt(size) if _types.is_known(size) else jnp.sqrt(size)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScaleNorm(norm.Options):
   """L2 normalization with one learned length, as a transform; see `l2_norm`.
@@ -102,7 +111,7 @@ class ScaleNorm(norm.Options):
 
   Attributes:
     axis: the axes of a vector, an integer or several.
-    epsilon: added to the sum of squares.
+    epsilon: added to the sum of squares; a number or a scalar array.
     use_scale: whether there is a scale.
     scale_offset: added to the parameter to make the scale.
     param_dtype: dtype of the parameter that `init` makes.
@@ -122,7 +131,7 @@ class ScaleNorm(norm.Options):
   """
 
   axis: Axes = -1
-  epsilon: float = 1e-12
+  epsilon: Scalar = 1e-12
 
   def init(
     self, x: Array | jax.ShapeDtypeStruct
@@ -130,7 +139,7 @@ class ScaleNorm(norm.Options):
     """Returns `(params, state)` for inputs like x, an array or its shape."""
     _types.check_dtype(x.dtype, 'x')
     axes = _types.check_axes(self.axis, len(x.shape))
-    length = math.sqrt(math.prod(x.shape[a] for a in axes)) - self.scale_offset
+    length = _root(math.prod(x.shape[a] for a in axes)) - self.scale_offset
     scale = jnp.asarray(length, self.param_dtype) if self.use_scale else None
     return NormParams(scale), EmptyState()
 

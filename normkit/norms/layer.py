@@ -14,6 +14,7 @@ from normkit._types import (
   DType,
   Groups,
   Implementation,
+  Scalar,
 )
 from normkit.norm import EmptyState, NormParams
 
@@ -24,7 +25,7 @@ def layer_norm(
   bias: ArrayLike | None = None,
   *,
   axis: Axes = -1,
-  epsilon: float = 1e-6,
+  epsilon: Scalar = 1e-6,
   where: ArrayLike | None = None,
   axis_name: AxisName | None = None,
   axis_index_groups: Groups | None = None,
@@ -43,7 +44,7 @@ def layer_norm(
       against it (one a example or a position: adaptive norms). None: one.
     bias: shaped as `scale` is. None: zero.
     axis: the normalized axes, an integer or several.
-    epsilon: added to the variance, not negative.
+    epsilon: added to the variance, not negative; a number or a scalar array.
     where: boolean mask that broadcasts to x; elements where it is False change
       neither the statistics nor any other output. A row with no element left
       gives zeros, then the bias.
@@ -87,7 +88,7 @@ def add_layer_norm(
   scale: ArrayLike | None = None,
   bias: ArrayLike | None = None,
   *,
-  epsilon: float = 1e-6,
+  epsilon: Scalar = 1e-6,
   activation: Callable[[Array], Array] | None = None,
   dtype: DType | None = None,
   implementation: Implementation | None = None,
@@ -106,7 +107,7 @@ def add_layer_norm(
     scale: of the shape of the last axis, or of x's rank and broadcasting
       against it. None: one.
     bias: shaped as `scale` is. None: zero.
-    epsilon: added to the variance, not negative.
+    epsilon: added to the variance, not negative; a number or a scalar array.
     activation: a function of an array, elementwise, hashable (a function of a
       module, not one made anew at each call, which would be compiled anew); it
       is given float32 or wider. None: none.
@@ -152,7 +153,7 @@ class LayerNorm(norm.CenteredOptions):
 
   Attributes:
     axis: the normalized axes, an integer or several.
-    epsilon: added to the variance.
+    epsilon: added to the variance; a number or a scalar array.
     use_scale: whether there is a scale.
     scale_offset: added to the parameter to make the scale; with 1 it starts at
       zero, as in Gemma.

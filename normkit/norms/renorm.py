@@ -17,6 +17,7 @@ from normkit._types import (
   DType,
   Groups,
   Implementation,
+  Scalar,
 )
 from normkit.affine import Arguments, affine, widened
 from normkit.centred import Centred, centred
@@ -45,8 +46,8 @@ def batch_renorm(
   *,
   train: bool,
   axis: Axes = -1,
-  momentum: float | None = 0.99,
-  epsilon: float = 1e-5,
+  momentum: Scalar | None = 0.99,
+  epsilon: Scalar = 1e-5,
   r_max: Limit = None,
   d_max: Limit = None,
   check_batch: bool = True,
@@ -76,9 +77,9 @@ def batch_renorm(
     bias: shaped as `scale` is. None: zero.
     train: normalize with the batch's statistics and update the running ones.
     axis: the feature axes, which keep statistics of their own.
-    momentum: the share of the old running value that is kept, in [0, 1], as in
-      Flax. None weighs all updates equally.
-    epsilon: added to the variance, not negative.
+    momentum: the share of the old running value that is kept, in [0, 1], a
+      number or a scalar array, as in Flax. None weighs all updates equally.
+    epsilon: added to the variance, not negative; a number or a scalar array.
     r_max: at least 1; a number, or a schedule, a function of the updates so far
       (as optax's are). None takes the paper's: 1 for 5,000 updates, then
       rising to 3 at 40,000. What a schedule gives below 1 counts as 1.
@@ -151,7 +152,7 @@ def batch_renorm(
 
 
 def corrections(
-  batch: Centred, old: Centred, epsilon: float, r_max: Array, d_max: Array
+  batch: Centred, old: Centred, epsilon: Scalar, r_max: Array, d_max: Array
 ) -> tuple[Array, Array]:
   """r and d, constants to differentiation; 1 and 0 where no element counts."""
   root = reciprocal_root(old.var, epsilon)
@@ -211,8 +212,9 @@ class BatchRenorm(RunningOptions):
 
   Attributes:
     axis: the feature axes, which keep statistics of their own.
-    momentum: the share of the old running value that is kept, in [0, 1].
-    epsilon: added to the variance.
+    momentum: the share of the old running value that is kept, in [0, 1]; a
+      number or a scalar array.
+    epsilon: added to the variance; a number or a scalar array.
     r_max: a number of at least 1, a schedule, or None for the paper's.
     d_max: a number of at least 0, a schedule, or None for the paper's.
     check_batch: raise in training where a feature has one element or none.

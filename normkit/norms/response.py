@@ -15,10 +15,12 @@ from normkit._types import (
   DType,
   Groups,
   Implementation,
+  Scalar,
 )
 from normkit.norm import EmptyState
 
 
+@_types.serializable
 class FilterResponseParams(NamedTuple):
   """The parameters of filter response norm, one number a channel.
 
@@ -47,7 +49,7 @@ def filter_response_norm(
   *,
   axis: Axes = -1,
   batch_axis: Axes = 0,
-  epsilon: float = 1e-6,
+  epsilon: Scalar = 1e-6,
   where: ArrayLike | None = None,
   axis_name: AxisName | None = None,
   axis_index_groups: Groups | None = None,
@@ -70,8 +72,9 @@ def filter_response_norm(
     threshold: shaped as `scale` is. None: no threshold.
     axis: the channels, an axis or several.
     batch_axis: the examples, an axis or several; () for a single example.
-    epsilon: added to the mean square, not negative. Where a channel has but a
-      few places, the paper learns it; give a larger one, 1e-4 or so.
+    epsilon: added to the mean square, not negative; a number or a scalar array.
+      Where a channel has but a few places, the paper learns it; give a larger
+      one, 1e-4 or so.
     where: boolean mask that broadcasts to x; elements where it is False change
       no other output.
     axis_name: names of mapped axes over which statistics are pooled.
@@ -133,7 +136,7 @@ class FilterResponseNorm(norm.CenteredOptions):
   Attributes:
     axis: the channels, an axis or several.
     batch_axis: the examples, an axis or several; () for a single example.
-    epsilon: added to the mean square.
+    epsilon: added to the mean square; a number or a scalar array.
     use_scale: whether there is a scale.
     scale_offset: added to the parameter to make the scale; with 1 it starts at
       zero, as in Gemma.

@@ -14,6 +14,7 @@ from normkit._types import (
   DType,
   Groups,
   Implementation,
+  Scalar,
 )
 from normkit.norm import EmptyState, NormParams
 
@@ -23,7 +24,7 @@ def rms_norm(
   scale: ArrayLike | None = None,
   *,
   axis: Axes = -1,
-  epsilon: float = 1e-6,
+  epsilon: Scalar = 1e-6,
   where: ArrayLike | None = None,
   axis_name: AxisName | None = None,
   axis_index_groups: Groups | None = None,
@@ -41,7 +42,7 @@ def rms_norm(
     scale: of the shape of the axes `axis`, or of x's rank and broadcasting
       against it. None: one.
     axis: the normalized axes, an integer or several.
-    epsilon: added to the mean square, not negative.
+    epsilon: added to the mean square, not negative; a number or a scalar array.
     where: boolean mask that broadcasts to x; elements where it is False change
       neither the statistics nor any other output. A row with no element left
       gives zeros.
@@ -85,7 +86,7 @@ def add_rms_norm(
   residual: ArrayLike,
   scale: ArrayLike | None = None,
   *,
-  epsilon: float = 1e-6,
+  epsilon: Scalar = 1e-6,
   activation: Callable[[Array], Array] | None = None,
   dtype: DType | None = None,
   implementation: Implementation | None = None,
@@ -103,7 +104,7 @@ def add_rms_norm(
     residual: what is added to x, of its shape and dtype.
     scale: of the shape of the last axis, or of x's rank and broadcasting
       against it. None: one.
-    epsilon: added to the mean square, not negative.
+    epsilon: added to the mean square, not negative; a number or a scalar array.
     activation: a function of an array, elementwise, hashable (a function of a
       module, not one made anew at each call, which would be compiled anew); it
       is given float32 or wider. None: none.
@@ -150,7 +151,7 @@ class RMSNorm(norm.Options):
 
   Attributes:
     axis: the normalized axes, an integer or several.
-    epsilon: added to the mean square.
+    epsilon: added to the mean square; a number or a scalar array.
     use_scale: whether there is a scale.
     scale_offset: added to the parameter to make the scale; with 1 it starts at
       zero, as in Gemma.

@@ -18,6 +18,7 @@ from normkit._types import (
   DType,
   Groups,
   Implementation,
+  Scalar,
 )
 from normkit.affine import Arguments, affine, widened
 from normkit.centred import Centred, centred
@@ -44,8 +45,8 @@ def streaming_norm(
   *,
   train: bool,
   axis: Axes = -1,
-  momentum: float | None = 0.99,
-  epsilon: float = 1e-5,
+  momentum: Scalar | None = 0.99,
+  epsilon: Scalar = 1e-5,
   debias: bool = False,
   where: ArrayLike | None = None,
   axis_name: AxisName | None = None,
@@ -76,9 +77,9 @@ def streaming_norm(
     bias: shaped as `scale` is. None: zero.
     train: take the batch into the statistics first.
     axis: the feature axes, which keep statistics of their own.
-    momentum: the share of the old running value that is kept, in [0, 1], as in
-      Flax. None weighs all batches equally.
-    epsilon: added to the variance, not negative.
+    momentum: the share of the old running value that is kept, in [0, 1], a
+      number or a scalar array, as in Flax. None weighs all batches equally.
+    epsilon: added to the variance, not negative; a number or a scalar array.
     debias: forget the initial values: the first batch's statistics are its own.
     where: boolean mask that broadcasts to x; elements where it is False change
       neither the statistics nor any other output.
@@ -167,8 +168,9 @@ class StreamingNorm(RunningOptions):
 
   Attributes:
     axis: the feature axes, which keep statistics of their own.
-    momentum: the share of the old running value that is kept, in [0, 1].
-    epsilon: added to the variance.
+    momentum: the share of the old running value that is kept, in [0, 1]; a
+      number or a scalar array.
+    epsilon: added to the variance; a number or a scalar array.
     debias: forget the initial values from the first update on.
     use_scale: whether there is a scale.
     scale_offset: added to the parameter to make the scale; with 1 it starts at

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
 from normkit import _types, arguments, norm
 from normkit._types import (
@@ -15,6 +16,7 @@ from normkit._types import (
   DType,
   Groups,
   Implementation,
+  Scalar,
 )
 from normkit.affine import Arguments, widened
 from normkit.centred import Centred, centred
@@ -25,6 +27,7 @@ from normkit.norms._running import check_average, check_several, shares
 from normkit.pooling import pool, pool_sum
 
 
+@_types.serializable
 class WhiteningState(NamedTuple):
   """Running statistics of whitening.
 
@@ -54,8 +57,8 @@ def iterative_whitening(
   *,
   train: bool,
   n_steps: int = 5,
-  momentum: float | None = 0.9,
-  epsilon: float = 1e-5,
+  momentum: Scalar | None = 0.9,
+  epsilon: Scalar = 1e-5,
   where: ArrayLike | None = None,
   axis_name: AxisName | None = None,
   axis_index_groups: Groups | None = None,
@@ -80,9 +83,9 @@ def iterative_whitening(
     bias: shaped as `scale` is. None: zero.
     train: whiten by the batch's statistics and update the running ones.
     n_steps: Newton's iterations, T; the paper takes 3 to 7.
-    momentum: the share of the old running value that is kept, in [0, 1], as in
-      Flax. None weighs all updates equally.
-    epsilon: added to the variances, positive.
+    momentum: the share of the old running value that is kept, in [0, 1], a
+      number or a scalar array, as in Flax. None weighs all updates equally.
+    epsilon: added to the variances, positive; a number or a scalar array.
     where: boolean mask that broadcasts to x; an element where it is False
       counts as the mean. Of two channels, the places where both are known tell
       their covariance, over the geometric mean of their counts.
@@ -167,7 +170,7 @@ def iterative_whitening(
 
 def check_state(state: Any, x: Array) -> None:
   """Raises unless the state holds means and matrices for the channels of x."""
-  shapes = jax.tree.map(jnp.shape, state)
+  shapes = jax.tree.map(np.shape, state)
   channels = x.shape[-1] if x.ndim else 0
   if (
     not isinstance(state, WhiteningState)
@@ -183,10 +186,10 @@ def check_state(state: Any, x: Array) -> None:
     )
 
 
-def _check_steps(n_steps: Any, epsilon: float) -> None:
+def _check_steps(n_steps: Any, epsilon: Scalar) -> None:
   if not _types.is_integer(n_steps) or n_steps < 1:
     raise ValueError(f'n_steps must be 1 or more, got {n_steps!r}.')
-  if epsilon == 0:
+  if not _types.is_array(epsilon) and epsilon == 0:
     raise ValueError(
       'epsilon=0: a batch of rank too low has no inverse. Give 1e-5 or so.'
     )
@@ -202,8 +205,9 @@ class IterativeWhitening(norm.CenteredOptions):
     group_size: how many neighbouring channels are whitened together; it divides
       their number. The cost of a step grows with its square. None: all.
     n_steps: Newton's iterations.
-    momentum: the share of the old running value that is kept, in [0, 1].
-    epsilon: added to the variances.
+    momentum: the share of the old running value that is kept, in [0, 1]; a
+      number or a scalar array.
+    epsilon: added to the variances; a number or a scalar array.
     use_scale: whether there is a scale.
     scale_offset: added to the parameter to make the scale.
     use_bias: whether there is a bias.
@@ -225,8 +229,8 @@ class IterativeWhitening(norm.CenteredOptions):
 
   group_size: int | None = 64
   n_steps: int = 5
-  momentum: float | None = 0.9
-  epsilon: float = 1e-5
+  momentum: Scalar | None = 0.9
+  epsilon: Scalar = 1e-5
 
   def __post_init__(self) -> None:
     super().__post_init__()

@@ -13,6 +13,7 @@ from normkit._types import (
   AxisName,
   DType,
   Groups,
+  Scalar,
 )
 from normkit.norms import batch
 from normkit.norms._running import BatchNormState
@@ -26,6 +27,7 @@ from normkit.recurrent.cells import (
 )
 
 
+@_types.serializable
 class BatchNormLSTMState(NamedTuple):
   """Running statistics of each time step, T of them.
 
@@ -45,6 +47,7 @@ class BatchNormLSTMState(NamedTuple):
   norm_c: BatchNormState
 
 
+@_types.serializable
 class BatchNormLSTMCarry(NamedTuple):
   """What the batch-normalized LSTM hands to its next time step.
 
@@ -96,8 +99,8 @@ def batch_norm_lstm(
   x: ArrayLike,
   *,
   train: bool,
-  momentum: float | None = 0.99,
-  epsilon: float = 1e-5,
+  momentum: Scalar | None = 0.99,
+  epsilon: Scalar = 1e-5,
   gate_fn: Function = jax.nn.sigmoid,
   activation_fn: Function = jnp.tanh,
   axis_name: AxisName | None = None,

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from normkit import _types
 from normkit._types import (
@@ -17,6 +18,7 @@ from normkit.norm import NormParams
 Function: TypeAlias = Callable[[Array], Array]
 
 
+@_types.serializable
 class CellParams(NamedTuple):
   """The parameters of a cell: F inputs, H hidden units, G gates.
 
@@ -102,9 +104,9 @@ def check_cell(
 def check_shapes(wanted: Mapping[str, tuple[Array, tuple[int, ...]]]) -> None:
   """Raises unless each array has the shape beside it."""
   for name, (value, shape) in wanted.items():
-    if jnp.shape(value) != shape:
+    if np.shape(value) != shape:
       raise ValueError(
-        f'{name} has shape {jnp.shape(value)}, where {shape} is needed: x is '
+        f'{name} has shape {np.shape(value)}, where {shape} is needed: x is '
         '(*batch, F), the carry (*batch, H), its steps and lengths (*batch), '
         'the kernels (F, G * H) and (H, G * H) for G gates: 4 in an LSTM, 3 in '
         'a GRU. Make the cell and its carry for inputs of this shape.'

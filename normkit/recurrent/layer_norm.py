@@ -8,6 +8,7 @@ from normkit._types import (
   ArrayLike,
   DType,
   Implementation,
+  Scalar,
 )
 from normkit.norms import layer
 from normkit.recurrent.cells import (
@@ -24,7 +25,7 @@ def layer_norm_lstm(
   carry: tuple[Array, Array],
   x: ArrayLike,
   *,
-  epsilon: float = 1e-6,
+  epsilon: Scalar = 1e-6,
   gate_fn: Function = jax.nn.sigmoid,
   activation_fn: Function = jnp.tanh,
   dtype: DType | None = None,
@@ -94,7 +95,7 @@ def layer_norm_gru(
   carry: Array,
   x: ArrayLike,
   *,
-  epsilon: float = 1e-6,
+  epsilon: Scalar = 1e-6,
   gate_fn: Function = jax.nn.sigmoid,
   activation_fn: Function = jnp.tanh,
   dtype: DType | None = None,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from normkit import _types
-from normkit._types import Array, Axes, DType
+from normkit._types import Array, Axes, DType, Scalar
 from normkit.centred import square
 from normkit.kernels.rows import reciprocal_root
 
@@ -21,7 +21,7 @@ Where: TypeAlias = Callable[[str, Any], bool]
 class Options:
   """The options of all transforms, checked when the transform is made."""
 
-  epsilon: float | None = None
+  epsilon: Scalar | None = None
   param_dtype: DType = jnp.float32
   dtype: DType | None = None
   where: Where | None = None
@@ -34,7 +34,7 @@ class Options:
 
 
 def unit(
-  x: Array, epsilon: float, axes: tuple[int, ...] | None = None
+  x: Array, epsilon: Scalar, axes: tuple[int, ...] | None = None
 ) -> Array:
   """x over its length along the axes; None means all."""
   squared = jnp.sum(square(x), axes, keepdims=True)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from normkit import _types
-from normkit._types import Array, ArrayLike, DType
+from normkit._types import Array, ArrayLike, DType, Scalar
 from normkit.norm import NormParams
 from normkit.weights._shared import (
   Options,
@@ -28,6 +28,7 @@ from normkit.weights._shared import (
 )
 
 
+@_types.serializable
 class SpectralNormState(NamedTuple):
   """Where the power iteration of spectral norm stands.
 
@@ -55,7 +56,7 @@ def spectral_norm(
   state: SpectralNormState,
   *,
   n_steps: int = 1,
-  epsilon: float = 1e-12,
+  epsilon: Scalar = 1e-12,
   update: bool = True,
   dtype: DType | None = None,
 ) -> tuple[Array, SpectralNormState]:
@@ -154,7 +155,7 @@ class SpectralNorm(Options):
   """
 
   n_steps: int = 1
-  epsilon: float = 1e-12
+  epsilon: Scalar = 1e-12
 
   def init(
     self, weights: Tree, key: Array | None = None
@@ -237,7 +238,7 @@ class SpectralNorm(Options):
 
 
 def _power_iteration(
-  w: Array, u: Array, n_steps: int, epsilon: float
+  w: Array, u: Array, n_steps: int, epsilon: Scalar
 ) -> tuple[Array, Array]:
   """u and sigma after some steps; u and v are constants to gradients."""
   fixed, u = lax.stop_gradient((w, u[0]))

@@ -11,9 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from normkit import _types, arguments
-from normkit._types import Array, ArrayLike, Axes, DType
+from normkit._types import Array, ArrayLike, Axes, DType, Scalar
 from normkit.centred import centred
 from normkit.kernels.rows import reciprocal_root
 from normkit.norm import EmptyState, NormParams
@@ -35,7 +36,7 @@ def weight_standardize(
   *,
   feature_axes: Axes | None = -1,
   scaled: bool = False,
-  epsilon: float | None = None,
+  epsilon: Scalar | None = None,
   dtype: DType | None = None,
 ) -> Array:
   """Weight standardization: mean 0 and variance 1 for each output.
@@ -91,7 +92,7 @@ def weight_standardize(
   """
   weight = _types.check_input(weight, 'weight')
   features = check_features(feature_axes, weight.ndim)
-  if gain is not None and jnp.ndim(gain) > 0:
+  if gain is not None and np.ndim(gain) > 0:
     gain = arguments.check_feature(
       gain, weight.shape, features, 'gain', 'weight'
     )
@@ -105,7 +106,8 @@ def weight_standardize(
   stats = centred(v, axes)
   power = stats.var
   if scaled:
-    power, epsilon = jnp.maximum(stats.count * stats.var, epsilon), 0.0
+    least = jnp.asarray(epsilon, power.dtype)
+    power, epsilon = jnp.maximum(stats.count * power, least), 0.0
   v = (v - stats.pivot) - stats.offset
   w: Array = v * reciprocal_root(power, epsilon)
   if gain is not None:

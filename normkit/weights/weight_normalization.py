@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from normkit import _types, arguments
-from normkit._types import Array, ArrayLike, Axes, DType
+from normkit._types import Array, ArrayLike, Axes, DType, Scalar
 from normkit.norm import EmptyState, NormParams
 from normkit.weights._shared import (
   Options,
@@ -31,7 +31,7 @@ def weight_norm(
   scale: ArrayLike | None = None,
   *,
   feature_axes: Axes | None = -1,
-  epsilon: float = 1e-12,
+  epsilon: Scalar = 1e-12,
   dtype: DType | None = None,
 ) -> Array:
   """Weight normalization: the length of a weight is a parameter of its own.
@@ -129,7 +129,7 @@ class WeightNorm(Options):
 
   feature_axes: Axes | None = -1
   use_scale: bool = True
-  epsilon: float = 1e-12
+  epsilon: Scalar = 1e-12
 
   def init(
     self, weights: Tree, key: Array | None = None

@@ -1,0 +1,473 @@
+"""Other people's programs: whatever Flax's norms pass, all norms pass.
+
+One row for each transformation of a program, over all norms as transforms, in
+linen and in nnx. A new norm is in all of them by its row in `cases.py`.
+"""
+
+from collections.abc import Callable
+import contextlib
+import dataclasses
+import re
+from typing import Any, NamedTuple
+
+from cases import CASES, NORMS, Case, draw, draw_mask
+from flax import nnx
+import jax
+from jax import export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import normkit as nk
+import normkit.linen
+import normkit.nnx
+import normkit.weights
+
+KEY = jax.random.key(0)
+
+
+class Use(NamedTuple):
+  """A norm as someone calls it: `run(variables, x, train, where)`.
+
+  It returns the output and the new variables.
+  """
+
+  name: str
+  shape: tuple[int, ...]
+  variables: Any
+  run: Callable[..., Any]
+
+
+def of_transform(case: Case) -> Use:
+  transform = case.transform
+  if hasattr(transform, 'check_batch'):  # a batch of one is one of the sizes
+    transform = dataclasses.replace(transform, check_batch=False)
+
+  def run(variables, x, train, where=None):
+    params, state = variables
+    y, state = transform.apply(params, state, x, train=train, where=where)
+    return y, (params, state)
+
+  variables = transform.init(jnp.zeros(case.shape))
+  return Use(case.name, case.shape, variables, run)
+
+
+def of_linen(name: str, shape: tuple[int, ...], **options: Any) -> Use:
+  module = getattr(normkit.linen, name)(**options)
+  has_state = name == 'BatchNorm'
+
+  def run(variables, x, train, where=None):
+    given = {'mask': where}
+    if has_state:
+      given['use_running_average'] = not train
+    y, updates = module.apply(variables, x, **given, mutable=['batch_stats'])
+    return y, {**variables, **updates}
+
+  call = {'use_running_average': True} if has_state else {}
+  variables = module.init(KEY, jnp.zeros(shape), **call)
+  return Use(f'linen.{name}', shape, variables, run)
+
+
+def of_nnx(name: str, shape: tuple[int, ...], **options: Any) -> Use:
+  kind = getattr(normkit.nnx, name)
+  graph, state = nnx.split(kind(shape[-1], rngs=nnx.Rngs(0), **options))
+  leaves, tree = jax.tree.flatten(state)
+
+  def run(variables, x, train, where=None):
+    module = nnx.merge(graph, jax.tree.unflatten(tree, variables))
+    given = {'use_running_average': not train} if name == 'BatchNorm' else {}
+    y = module(x, mask=where, **given)
+    return y, jax.tree.leaves(nnx.state(module))
+
+  return Use(f'nnx.{name}', shape, leaves, run)
+
+
+MODULES = tuple(
+  of(name, shape, **options)
+  for name, shape, options in (
+    ('BatchNorm', (8, 3), {'momentum': 0.9}),
+    ('LayerNorm', (4, 6), {}),
+    ('RMSNorm', (4, 6), {}),
+    ('GroupNorm', (2, 5, 6), {'num_groups': 3}),
+    ('InstanceNorm', (2, 5, 3), {}),
+  )
+  for of in (of_linen, of_nnx)
+)
+TRANSFORMS = tuple(map(of_transform, NORMS))
+OTHERS = tuple(of_transform(c) for c in CASES if c not in NORMS)
+FIRST = *TRANSFORMS, *MODULES[::3]  # of the modules every other, in turn
+SECOND = *OTHERS, *MODULES
+EVERY = *TRANSFORMS, *SECOND
+
+
+def rows(first=FIRST, second=SECOND):
+  """Uses as parameters, those of the second tier marked."""
+  marks = {False: (), True: pytest.mark.second_tier}
+  return pytest.mark.parametrize(
+    'use',
+    [
+      pytest.param(use, id=use.name, marks=marks[use not in first])
+      for use in (*first, *(u for u in second if u not in first))
+    ],
+  )
+
+
+def gradients(use: Use, variables: Any, x: Any, train=True, where=None) -> Any:
+  """Gradients of variables and x, the output and the new variables."""
+  leaves, tree = jax.tree.flatten(variables)
+  moved = [i for i, a in enumerate(leaves) if is_float(a)]
+
+  def loss(values, x):
+    new = dict(zip(moved, values, strict=True))
+    given = [new.get(i, a) for i, a in enumerate(leaves)]
+    y, new = use.run(jax.tree.unflatten(tree, given), x, train, where)
+    return jnp.sum(jnp.sin(y.astype(jnp.float32))), (y, new)
+
+  values = [leaves[i] for i in moved]
+  return jax.grad(loss, (0, 1), has_aux=True)(values, x)
+
+
+def is_float(a):
+  return jnp.issubdtype(a.dtype, jnp.floating)
+
+
+def specs(tree):
+  return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
+
+
+def assert_near(actual, expected):
+  a, e = jax.tree.leaves(actual), jax.tree.leaves(expected)
+  for one, other in zip(a, e, strict=True):
+    np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
+
+
+# Exported, with sizes that are symbols.
+
+
+def check_symbol(use, train, masked):
+  """Exported once, run at several sizes; the same as without."""
+  multiple = 4 if use.name == 'batch_norm_virtual' else 1
+  sizes = (2, 3, 40) if use.name == 'iterative_whitening' else (1, 2, 40)
+  symbols = f'{multiple}*b', *map(str, use.shape[1:])
+  shape = export.symbolic_shape(', '.join(symbols))
+  x, where = (jax.ShapeDtypeStruct(shape, d) for d in (jnp.float32, bool))
+
+  def run(variables, x, where):
+    return gradients(use, variables, x, train, where if masked else None)
+
+  exported = export.export(jax.jit(run))(specs(use.variables), x, where)
+  for size in sizes:
+    shape = size * multiple, *use.shape[1:]
+    given = use.variables, draw(shape), draw_mask(shape)
+    assert_near(exported.call(*given), jax.jit(run)(*given))
+
+
+@rows()
+def test_a_batch_may_be_a_symbol(use):
+  check_symbol(use, train=True, masked=False)
+
+
+@rows(first=MODULES[:1], second=EVERY)
+def test_a_masked_batch_may_be_a_symbol(use):
+  check_symbol(use, train=True, masked=True)
+
+
+@rows(first=MODULES[:1], second=EVERY)
+def test_a_batch_to_evaluate_may_be_a_symbol(use):
+  check_symbol(use, train=False, masked=False)
+
+
+@pytest.mark.parametrize(
+  ('transform', 'symbols'),
+  [
+    (nk.BatchNorm(check_batch=False), 'b, n, f'),
+    pytest.param(
+      nk.BatchNorm(virtual_batch_size=2, check_batch=False),
+      '2*b, n, f',
+      marks=pytest.mark.second_tier,
+    ),
+    (nk.LayerNorm(), 'b, n, f'),
+    pytest.param(
+      nk.LayerNorm(axis=(1, 2)), 'b, n, f', marks=pytest.mark.second_tier
+    ),
+    (nk.GroupNorm(num_groups=2), 'b, n, 2*f'),
+    pytest.param(nk.InstanceNorm(), 'b, n, f', marks=pytest.mark.second_tier),
+    (nk.ScaleNorm(), 'b, n, f'),
+    pytest.param(
+      nk.EvoNormS0(num_groups=2), 'b, n, 2*f', marks=pytest.mark.second_tier
+    ),
+    pytest.param(
+      nk.FilterResponseNorm(), 'b, n, f', marks=pytest.mark.second_tier
+    ),
+  ],
+  ids=str,
+)
+def test_all_sizes_may_be_symbols(transform, symbols):
+  """Those of the parameters too, which `init` makes from x."""
+  shape = export.symbolic_shape(symbols)
+  x, where = (jax.ShapeDtypeStruct(shape, d) for d in (jnp.float32, bool))
+
+  def run(x, where):
+    params, state = transform.init(x)
+    return [
+      transform.apply(params, state, x, train=True, where=w)
+      for w in (None, where)
+    ]
+
+  exported = export.export(jax.jit(run))(x, where)
+  for shape in ((2, 1, 4), (4, 9, 40)):
+    given = draw(shape), draw_mask(shape)
+    assert_near(exported.call(*given), jax.jit(run)(*given))
+
+
+def test_moments_take_symbols():
+  (b,) = export.symbolic_shape('b')
+  x, where = (jax.ShapeDtypeStruct((b, 3), d) for d in (jnp.float32, bool))
+
+  def run(x, where):
+    return [nk.moments(x, a, where=w) for a in (0, 1) for w in (None, where)]
+
+  exported = export.export(jax.jit(run))(x, where)
+  given = draw((70, 3)), draw_mask((70, 3))
+  assert_near(exported.call(*given), run(*given))
+
+
+def test_a_count_of_symbols_does_not_overflow():
+  """As int32 it would, from 2^31 elements on."""
+  x = jax.ShapeDtypeStruct(export.symbolic_shape('b, n, 1'), jnp.float32)
+  run = jax.jit(lambda x: nk.moments(x, (0, 1)).count)
+  text = export.export(run)(x).mlir_module()
+  assert not re.search(r'stablehlo.multiply .* tensor<i32>', text)
+
+
+def test_virtual_batches_of_a_symbol_are_refused():
+  (b,) = export.symbolic_shape('b')
+  x = jax.ShapeDtypeStruct((b, 3), jnp.float32)
+  norm = nk.BatchNorm(virtual_batch_size=4)
+  params, state = norm.init(x)
+  with pytest.raises(ValueError, match=r"'4\*b'"):
+    export.export(
+      jax.jit(lambda x: norm.apply(params, state, x, train=True)[0])
+    )(x)
+
+
+# Exported for GPUs, and saved: kernels would enter these in training.
+
+CHOSEN = (
+  ('LayerNorm', (4, 256), {}),
+  ('RMSNorm', (4, 256), {}),
+  ('GroupNorm', (2, 4, 4, 64), {'num_groups': 2}),
+  ('InstanceNorm', (2, 4, 4, 64), {}),
+)
+
+
+@pytest.mark.parametrize('platforms', [['cuda'], ['cpu', 'cuda']], ids=str)
+@pytest.mark.parametrize(
+  'use',
+  [
+    pytest.param(of(*row, **options), id=f'{of.__name__} {row[0]}', marks=marks)
+    for *row, options in CHOSEN
+    for of, marks in (
+      (of_linen, ()),
+      (of_nnx, pytest.mark.second_tier),
+    )
+  ],
+)
+def test_gradients_exported_for_gpus_are_saved(use, platforms):
+  """No kernel that was not asked for: they promise no compatibility."""
+  x = draw(use.shape, jnp.bfloat16)
+  assert nk.kernels.cases.chosen(x.shape, x.dtype, groups_of(use))
+
+  def run(variables, x):
+    return gradients(use, variables, x)
+
+  given = use.variables, x
+  exported = export.export(jax.jit(run), platforms=platforms)(*specs(given))
+  assert 'triton' not in exported.mlir_module()
+  saved = export.deserialize(exported.serialize())
+  if 'cpu' in platforms:
+    assert_near(saved.call(*given), jax.jit(run)(*given))
+
+
+def groups_of(use):
+  if 'Group' in use.name:
+    return 2
+  return use.shape[-1] if 'Instance' in use.name else None
+
+
+@rows(first=(), second=MODULES)
+def test_programs_are_saved_with_their_gradients(use):
+  def run(variables, x):
+    return use.run(variables, x, True)[0]
+
+  given = use.variables, draw(use.shape)
+  platforms = 'cpu', 'cuda'
+  exported = export.export(jax.jit(run), platforms=platforms)(*specs(given))
+  saved = export.deserialize(exported.serialize(vjp_order=1))
+  y, pull = jax.vjp(run, *given)
+  assert_near(saved.call(*given), y)
+  assert_near(saved.vjp().call(*given, y)[1], pull(y)[1])
+
+
+def test_a_kernel_that_is_named_is_exported():
+  x = jax.ShapeDtypeStruct((4, 256), jnp.float32)
+  run = jax.jit(lambda x: nk.layer_norm(x, implementation='triton'))
+  with pytest.raises(ValueError, match='no compatibility guarantees'):
+    export.export(run, platforms=['cuda'])(x)
+
+
+@rows(second=())
+def test_parameters_and_states_are_saved(use):
+  exported = export.export(jax.jit(lambda v: v))(specs(use.variables))
+  saved = export.deserialize(exported.serialize())
+  found = saved.call(use.variables)
+  assert jax.tree.structure(found) == jax.tree.structure(use.variables)
+
+
+# Run without `jit`, under checks, with other promotion.
+
+
+@rows()
+def test_without_jit(use):
+  given = use.variables, draw(use.shape)
+  expected = jax.jit(lambda v, x: gradients(use, v, x))(*given)
+  with jax.disable_jit():
+    assert_near(gradients(use, *given), expected)
+
+
+CHECKS = (
+  lambda: jax.numpy_dtype_promotion('strict'),
+  lambda: jax.numpy_rank_promotion('raise'),
+  jax.checking_leaks,
+  lambda: jax.debug_nans(True),
+)
+
+
+@rows()
+def test_under_checks(use):
+  """All of them at once, for one compilation."""
+  with contextlib.ExitStack() as stack:
+    for check in CHECKS:
+      stack.enter_context(check())
+    run = jax.jit(lambda v, x, w: gradients(use, v, x, where=w))
+    run(use.variables, draw(use.shape), draw_mask(use.shape))
+
+
+@rows()
+def test_variables_may_be_donated(use):
+  def run(v, x):
+    return use.run(v, x, True)
+
+  expected = run(use.variables, draw(use.shape))
+  given = jax.tree.map(jnp.array, use.variables)  # copies
+  found = jax.jit(run, donate_argnums=0)(given, draw(use.shape))
+  assert_near(found, expected)
+  assert all(a.is_deleted() for a in jax.tree.leaves(given))
+
+
+# Options that are arrays, traced or not.
+
+
+def with_options(use, options):
+  """What a use gives with other options, made inside of the program."""
+  kind, _, name = use.name.rpartition('.')
+  if not kind:
+    case = next(c for c in CASES if c.name == name)
+    transform = dataclasses.replace(case.transform, **options)
+    return of_transform(case._replace(transform=transform))
+  others = {'num_groups': 3} if name == 'GroupNorm' else {}
+  of = {'linen': of_linen, 'nnx': of_nnx}[kind]
+  return of(name, use.shape, **others, **options)
+
+
+def options_of(use):
+  """The options that may be arrays, with some values."""
+  options = {'epsilon': 0.5, 'momentum': 0.25}
+  running = 'Batch', 'batch', 'streaming', 'b0', 'whitening'
+  if use.name == 'dyt':
+    return {}
+  if 'cumulative' in use.name or not any(r in use.name for r in running):
+    del options['momentum']
+  return options
+
+
+@rows()
+def test_options_may_be_arrays(use):
+  """As from a schedule; the same as the numbers, and differentiable."""
+  numbers = options_of(use)
+  x, where = draw(use.shape), draw_mask(use.shape)
+
+  def run(options):
+    made = with_options(use, options)
+    y, new = made.run(use.variables, x, True, where)
+    plain, _ = made.run(use.variables, x, False)
+    return y, plain, jax.tree.leaves(new)
+
+  def total(options):
+    return sum(jnp.sum(a) for a in jax.tree.leaves(run(options)))
+
+  arrays = jax.tree.map(jnp.asarray, numbers)
+  assert_near(jax.jit(run)(arrays), run(numbers))
+  slopes = jax.jit(jax.grad(total))(arrays)
+  for name in numbers:
+    step = {**numbers, name: numbers[name] + 1e-2}
+    back = {**numbers, name: numbers[name] - 1e-2}
+    expected = (total(step) - total(back)) / 2e-2
+    np.testing.assert_allclose(slopes[name], expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize('debias', [False, True])
+@pytest.mark.parametrize('momentum', [0.0, 0.25, 1.0])
+def test_a_momentum_that_is_an_array(momentum, debias):
+  """At its ends too: with debias one is the cumulative average."""
+  x = draw((2, 8, 3))
+  params, state = nk.BatchNorm().init(x[0])
+
+  def run(momentum, **options):
+    norm = nk.BatchNorm(momentum=momentum, **options)
+    new = state
+    for batch in x:
+      _, new = norm.apply(params, new, batch, train=True)
+    return new
+
+  is_mean = debias and momentum == 1
+  expected = run(None) if is_mean else run(momentum, debias=debias)
+  assert_near(run(jnp.array(momentum), debias=debias), expected)
+
+
+@pytest.mark.parametrize('name', ['epsilon', 'momentum'])
+def test_arrays_that_are_no_option(name):
+  for value, error in (
+    (jnp.ones(3), ValueError),
+    (jnp.array(1), TypeError),
+    (np.array(True), TypeError),
+    (jnp.array(1j), TypeError),
+  ):
+    with pytest.raises(error, match=f'{name} must be one real number'):
+      nk.BatchNorm(**{name: value})
+
+
+def test_a_kernel_does_not_take_an_epsilon_that_is_an_array():
+  x = draw((4, 256))
+  with pytest.raises(NotImplementedError, match='epsilon is an array'):
+    nk.layer_norm(x, epsilon=jnp.array(1e-6), implementation='triton')
+
+
+def test_a_transform_with_an_array_does_not_hash():
+  with pytest.raises(TypeError, match='unhashable'):
+    hash(nk.BatchNorm(momentum=jnp.array(0.9)))
+  with pytest.raises(TypeError, match='unhashable'):
+    hash(nk.LayerNorm(epsilon=np.array(1e-6)))
+
+
+def test_weights_take_an_epsilon_that_is_an_array():
+  kernel = draw((4, 6))
+  calls = (
+    lambda e: normkit.weights.weight_norm(kernel, epsilon=e),
+    lambda e: normkit.weights.weight_standardize(kernel, epsilon=e),
+    lambda e: normkit.weights.weight_standardize(
+      kernel, epsilon=e, scaled=True
+    ),
+  )
+  for call in calls:
+    assert_near(jax.jit(call)(jnp.array(0.5)), call(0.5))
