@@ -4,7 +4,7 @@ Each check runs at trace time, before any work, and its message names the
 argument, what was given, what is accepted and how to mend it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 import contextlib
 import functools
 import math
@@ -87,16 +87,16 @@ def promote(one: DType, other: DType) -> DType:
     return jnp.promote_types(one, other)
 
 
-def ruled(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+def ruled(function: Any, *args: Any, **options: Any) -> Any:
   """Calls a function of `jax.custom_jvp` or `jax.jit`.
 
   Under `jax.experimental.jet`, whose tracers such rules do not take (it cannot
   differentiate `jax.nn.relu`), it calls what the function wraps.
   """
-  jet: Any = sys.modules.get('jax.experimental.jet')
-  leaves = jax.tree.leaves((args, options)) if jet else ()
-  if any(isinstance(leaf, jet.JetTracer) for leaf in leaves):
-    function = function.__wrapped__  # type: ignore[attr-defined]
+  if jet := sys.modules.get('jax.experimental.jet'):
+    leaves = jax.tree.leaves((args, options))
+    if any(isinstance(leaf, jet.JetTracer) for leaf in leaves):
+      function = function.__wrapped__
   return function(*args, **options)
 
 

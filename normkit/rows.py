@@ -288,36 +288,36 @@ def _of_group(values: Array, groups: int) -> Array:
 
 
 def _plain_statistics(spec: Spec, given: Arrays) -> Arrays:
-  stats = _centred(_sum(given), given['x'].dtype, spec, output_alone=False)
+  x, dtype = _sum(given, spec), given['x'].dtype
+  stats = _centred(x, dtype, spec, output_alone=False)
   if spec.groups is not None:
     stats = merge_channels(stats, given['x'].ndim - 1, spec.groups)
   return {n: getattr(stats, n) for n in statistics(spec)}
 
 
 def _centred(x: Array, dtype: DType, spec: Spec, output_alone: bool) -> Centred:
-  found: Centred = centred(
-    x,
-    _axes(x, spec),
-    None,
-    spec.center,
-    output_alone=output_alone,
-    given=dtype,
-  )
-  return found
+  options = {'output_alone': output_alone, 'given': dtype}
+  return centred(x, _axes(x, spec), None, spec.center, **options)
 
 
 def _plain(spec: Spec, given: Arrays, stats: Arrays | None = None) -> Arrays:
   """The norm by XLA."""
-  x, dtype = _sum(given), given['x'].dtype
+  x, dtype = _sum(given, spec), given['x'].dtype
   y = _affine(x, _statistics(x, dtype, stats or {}, spec), given, spec)
   return {'y': y, 'total': x.astype(dtype)} if 'residual' in given else {'y': y}
 
 
-def _sum(given: Arrays) -> Array:
-  """The norm's input: x, or its sum with the residual, not yet rounded."""
+def _sum(given: Arrays, spec: Spec) -> Array:
+  """The norm's input: x, or its sum with the residual.
+
+  Not yet rounded where the result is wider and would show it. Otherwise what is
+  returned is read again: the sum anew would be another pass over x.
+  """
   x = given['x']
   if 'residual' not in given:
     return x
+  if jnp.finfo(spec.dtype).bits <= jnp.finfo(x.dtype).bits:
+    return x + given['residual']
   wide = _types.statistics_dtype(x.dtype)
   return x.astype(wide) + given['residual'].astype(wide)
 
@@ -409,9 +409,9 @@ def _plain_tangents(
   values = {n: saved[n] for n in moved}
   changed = dict(moved)
   if 'x' in moved:
-    found = changes(x, stats, moved['x'], _axes(x, spec))
+    found = list(changes(x, stats, moved['x'], _axes(x, spec)))
     if spec.groups is not None:  # what they sum was divided by all of a group
-      found = jax.tree.map(lambda c: _of_group(c, spec.groups or 1), found)
+      found = [_of_group(c, spec.groups) for c in found]
     doffset, changed['var'] = found
     values['var'] = stats.var
     if spec.center:
