@@ -14,7 +14,7 @@ import jax
 from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 
-from normkit._types import Array, DType, ruled
+from normkit._types import Array, DType, is_known, ruled
 from normkit.centred import STATISTICS
 
 COLLECTIVES = (
@@ -78,8 +78,14 @@ def is_kept(size: int, primitive: Any, *avals: Any, **params: Any) -> bool:
   rule of its own makes of x that is: statistics.
   """
   if primitive.name == 'custom_jvp_call':
-    return all(a.size < size for a in params['call_jaxpr'].out_avals)
+    return all(_is_less(a.size, size) for a in params['call_jaxpr'].out_avals)
   if primitive.name == 'dot_general':
-    return all(a.size < size for a in avals)
+    return all(_is_less(a.size, size) for a in avals)
   is_sum = primitive.name in ('reduce_sum', *COLLECTIVES)
   return is_sum or params.get('name') == STATISTICS
+
+
+def _is_less(one: Any, other: Any) -> bool:
+  """Of sizes that are symbols, whether it is another one."""
+  are_known = is_known(one) and is_known(other)
+  return bool(one < other if are_known else one != other)
