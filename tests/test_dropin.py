@@ -122,11 +122,6 @@ EXAMPLES = {
     use('BatchNorm', axis=-3),
     use('LayerNorm', reduction_axes=-3),
   ],
-  'nothing to normalize over raises': [
-    use('InstanceNorm'),
-    use('LayerNorm', reduction_axes=()),
-    use('RMSNorm', (0, 6), reduction_axes=0),
-  ],
   'epsilon and momentum are checked': [
     use('LayerNorm', epsilon=12),
     use('RMSNorm', epsilon=-1.0),

@@ -437,13 +437,8 @@ def test_a_momentum_that_is_an_array(momentum, debias):
 
 @pytest.mark.parametrize('name', ['epsilon', 'momentum'])
 def test_arrays_that_are_no_option(name):
-  for value, error in (
-    (jnp.ones(3), ValueError),
-    (jnp.array(1), TypeError),
-    (np.array(True), TypeError),
-    (jnp.array(1j), TypeError),
-  ):
-    with pytest.raises(error, match=f'{name} must be one real number'):
+  for value in (jnp.ones(3), jnp.array(1), np.array(True), jnp.array(1j)):
+    with pytest.raises(TypeError, match=f'{name} must be a Python number'):
       nk.BatchNorm(**{name: value})
 
 

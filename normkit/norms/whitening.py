@@ -22,7 +22,12 @@ from normkit.centred import centred
 from normkit.moments import flatten, squeeze
 from normkit.norm import NormParams
 from normkit.norms._covariance import covariance, inverse_root, whitened
-from normkit.norms._running import check_average, check_several, shares
+from normkit.norms._running import (
+  as_count,
+  check_average,
+  check_several,
+  shares,
+)
 from normkit.pooling import pool, pool_sum
 
 
@@ -139,7 +144,8 @@ def iterative_whitening(
   matrix = inverse_root(covariances, args.epsilon, n_steps)
   batch = squeeze(flatten(stats), axes)
   held = batch.count > 0
-  count = state.count + 1
+  old_count = as_count(state.count)
+  count = old_count + 1
   weights = shares(count.astype(batch.mean.dtype), momentum, debias=False)
 
   def moved(old: Array, new: Array, held: Array) -> Array:
@@ -152,7 +158,7 @@ def iterative_whitening(
   return y, WhiteningState(
     moved(state.mean, batch.mean, held),
     moved(state.whitening, matrix, known),
-    jnp.where(jnp.any(held), count, state.count),
+    jnp.where(jnp.any(held), count, old_count),
   )
 
 
