@@ -155,6 +155,30 @@ ROWS = [
 ]
 
 
+@pytest.mark.parametrize(
+  'case',
+  [
+    use(*row, **options, **family)
+    for family in ({}, NNX)
+    for *row, options in (
+      ('InstanceNorm', {}),
+      ('LayerNorm', {'reduction_axes': ()}),
+      ('RMSNorm', {'reduction_axes': ()}),
+      ('RMSNorm', (0, 6), {'reduction_axes': 0}),
+      ('LayerNorm', (3, 0), {}),
+      ('GroupNorm', (2, 0, 6), GROUPS),
+      ('InstanceNorm', (2, 0, 6), {}),
+    )
+  ],
+  ids=lambda case: f'{case.family}-{case.norm}-{case.shape}',
+)
+def test_nothing_to_normalize_over(case):
+  """Zeros, then the bias, as in Flax."""
+  verdict = dropin.compare(case)
+  assert not verdict.problems
+  assert verdict.rules <= {'a set without elements is defined'}
+
+
 def test_every_rule_has_an_example():
   assert EXAMPLES.keys() == {rule.name for rule in RULES}
 

@@ -90,11 +90,15 @@ def write(variables: Any, values: Any) -> None:
 
   old, new = (jax.tree.leaves(t, is_leaf=is_leaf) for t in (variables, values))
   for variable, value in zip(old, new, strict=True):
-    if variable is not None:
-      is_count = jnp.issubdtype(jnp.result_type(value), jnp.integer)
-      dtype = jnp.result_type(value) if is_count else variable.dtype
-      new_value = jnp.asarray(value, dtype).reshape(variable.shape)
-      variable[...] = lax.stop_gradient(new_value)
+    if variable is None:
+      continue
+    is_count = jnp.issubdtype(jnp.result_type(value), jnp.integer)
+    dtype = jnp.result_type(value) if is_count else variable.dtype
+    stored = jnp.asarray(value, dtype).reshape(variable.shape)
+    if dtype == variable.dtype:
+      variable[...] = lax.stop_gradient(stored)
+    else:
+      variable.set_value(stored)
 
 
 def _is_variable(value: Any) -> bool:
