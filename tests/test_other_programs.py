@@ -316,6 +316,41 @@ def test_a_kernel_that_is_named_is_exported():
     export.export(run, platforms=['cuda'])(x)
 
 
+class Patches(nn.Module):
+  """The norms of a vision transformer and of a UNet, between their layers."""
+
+  @nn.compact
+  def __call__(self, x, train):
+    x = nn.Conv(64, (2, 2), 2)(x)
+    x = normkit.linen.GroupNorm(num_groups=2)(x)
+    x = normkit.linen.BatchNorm(not train)(nn.relu(x))
+    x = x.reshape(x.shape[0], -1, 64)
+    y = normkit.linen.LayerNorm()(x)
+    x = x + nn.MultiHeadDotProductAttention(2)(y)
+    return nn.Dense(3)(normkit.linen.RMSNorm()(x).mean(1))
+
+
+def test_gradients_of_a_model_are_exported():
+  """In training, for any batch, for CPUs and GPUs, saved."""
+  model, x = Patches(), draw((2, 8, 8, 3))
+  variables = model.init(KEY, x, train=False)
+
+  def loss(params, x):
+    given = {**variables, 'params': params}
+    y, updates = model.apply(given, x, train=True, mutable=['batch_stats'])
+    return jnp.sum(jnp.sin(y)), updates
+
+  gradient = jax.jit(jax.grad(loss, has_aux=True))
+  shape = jax.ShapeDtypeStruct(export.symbolic_shape('b, 8, 8, 3'), x.dtype)
+  exported = export.export(gradient, platforms=['cpu', 'cuda'])(
+    specs(variables['params']), shape
+  )
+  saved = export.deserialize(exported.serialize())
+  for size in (1, 5):
+    given = variables['params'], draw((size, 8, 8, 3))
+    assert_near(saved.call(*given), gradient(*given))
+
+
 @rows(second=())
 def test_parameters_and_states_are_saved(use):
   exported = export.export(jax.jit(lambda v: v))(specs(use.variables))
