@@ -258,13 +258,6 @@ def beyond_rank(case: Case, theirs: Any, ours: Any) -> bool:
   )
 
 
-def nothing_reduced(case: Case, theirs: Any, ours: Any) -> bool:
-  if case.norm == 'BatchNorm' or not names(ours, 'axis', 'axes'):
-    return False
-  sizes = [case.shape[a] for a in reduced_of(case)]
-  return not sizes or 0 in sizes
-
-
 def checked_numbers(case: Case, theirs: Any, ours: Any) -> bool:
   epsilon, momentum = case.option('epsilon', 0), case.option('momentum', 0)
   bad = {'epsilon': not 0 <= epsilon < 1, 'momentum': momentum > 1}
@@ -344,7 +337,6 @@ RULES = (
   Rule('masks broadcast', permits=mask_broadcasts),
   Rule('masks are checked', permits=checked_mask),
   Rule('axes beyond the rank raise', permits=beyond_rank),
-  Rule('nothing to normalize over raises', permits=nothing_reduced),
   Rule('epsilon and momentum are checked', permits=checked_numbers),
   Rule('complex input needs a complex dtype', permits=complex_dtype),
   Rule('groups work under vmap', permits=groups_mapped),

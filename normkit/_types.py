@@ -263,9 +263,9 @@ def check_scalar(value: Any, name: str) -> Scalar:
   if not is_array(value):
     return check_real(value, name)
   if value.shape or not jnp.issubdtype(value.dtype, jnp.floating):
-    raise (ValueError if value.shape else TypeError)(
-      f'{name} must be one real number, got an array {value.dtype}'
-      f'{list(value.shape)}. Give a Python number or a scalar array of floats.'
+    raise TypeError(
+      f'{name} must be a Python number or an array of one, got {value.dtype}'
+      f'{list(value.shape)}. Give one real number, float and without axes.'
     )
   return jnp.asarray(value)
 
@@ -299,6 +299,42 @@ def check_momentum(momentum: Any) -> Scalar | None:
   return value
 
 
+def check_virtual_batch_size(size: Any) -> int | None:
+  """Returns how many examples are normalized by themselves, or None."""
+  if size is None:
+    return None
+  if not is_integer(size):
+    raise TypeError(f'virtual_batch_size must be an integer, got {size!r}.')
+  if size < 1:
+    raise ValueError(f'virtual_batch_size must be 1 or more, got {size!r}.')
+  return int(size)
+
+
+def check_index_groups(groups: Any) -> Groups | None:
+  """Returns groups of indices; raises unless each from 0 is in one of them."""
+  if groups is None:
+    return None
+  try:
+    indices = sorted(operator.index(i) for group in groups for i in group)
+  except TypeError:
+    indices = [-1]
+  if indices != list(range(len(indices))):
+    raise ValueError(
+      f'axis_index_groups={groups!r} must be sequences of integers: each index '
+      'from 0 must stand in exactly one group.'
+    )
+  found: Groups = groups
+  return found
+
+
+def refuse_groups(groups: Any) -> None:
+  """Raises for groups of the indices of no axis."""
+  raise ValueError(
+    f'axis_index_groups={groups!r} was given without axis_name. '
+    'Name the mapped axis whose indices the groups hold.'
+  )
+
+
 def check_flag(flag: Any, name: str) -> bool:
   """Returns a static flag."""
   if not isinstance(flag, (bool, np.bool_)):
@@ -319,6 +355,14 @@ def is_matrix(weight: Any, only: bool) -> bool:
       'axes are taken together.'
     )
   return len(weight.shape) > 1
+
+
+def is_bias(path: str) -> bool:
+  """Whether a parameter is no matrix, whatever its rank: a layer's bias.
+
+  An attention layer stores that of its heads as (heads, features).
+  """
+  return path.rpartition('/')[-1] == 'bias'
 
 
 def check_layer(layer: Any, module: type, example: str) -> None:

@@ -33,14 +33,19 @@ def check_arguments(
   epsilon = _types.check_epsilon(epsilon)
   if isinstance(epsilon, Array):
     epsilon = epsilon.astype(_types.real_dtype(wide))
-  return Arguments(
-    check_feature(scale, x.shape, feature_axes, 'scale'),
-    check_feature(bias, x.shape, feature_axes, 'bias'),
-    epsilon,
-    _types.check_where(where, x.shape),
-    _types.check_output_dtype(dtype, x.dtype),
-    wide,
-  )
+  dtype = _types.check_output_dtype(dtype, x.dtype)
+  scale = check_feature(scale, x.shape, feature_axes, 'scale')
+  bias = check_feature(bias, x.shape, feature_axes, 'bias')
+  check_held(dtype, scale=scale, bias=bias)
+  where = _types.check_where(where, x.shape)
+  return Arguments(scale, bias, epsilon, where, dtype, wide)
+
+
+def check_held(dtype: DType, **parameters: Array | None) -> None:
+  """Raises if a parameter is complex, and the result of `dtype` real."""
+  for name, value in parameters.items():
+    if value is not None:
+      _types.check_output_dtype(dtype, value.dtype, name)
 
 
 def check_some_axes(axes: tuple[int, ...], shape: tuple[int, ...]) -> None:
@@ -75,6 +80,16 @@ def check_feature(
     )
   _types.check_broadcast(value.shape, shape, name, of)
   return value
+
+
+def check_not_width_as_flag(flag: Any) -> None:
+  """Raises for a width in the place of `use_running_average`."""
+  if _types.is_integer(flag) and flag >= 1:
+    raise ValueError(
+      f'use_running_average={flag} is a flag, but looks like a number of '
+      'features. Modules find the width themselves. Leave it out, or give '
+      'True if you mean it.'
+    )
 
 
 def check_not_width(epsilon: Any, width: str) -> None:

@@ -82,17 +82,54 @@ def normalize(
   """
   x = _types.check_input(x)
   axes = _types.check_axes(axis, x.ndim)
+  if axis_name is None:
+    check_some_axes(axes, x.shape)
+  _types.check_not_empty(x.shape, axes)
+  return normalize_any(
+    x,
+    scale,
+    bias,
+    axis=axes,
+    feature_axis=feature_axis,
+    center=center,
+    epsilon=epsilon,
+    where=where,
+    axis_name=axis_name,
+    axis_index_groups=axis_index_groups,
+    dtype=dtype,
+    implementation=implementation,
+  )
+
+
+def normalize_any(
+  x: Array,
+  scale: ArrayLike | None = None,
+  bias: ArrayLike | None = None,
+  *,
+  axis: Axes,
+  feature_axis: Axes | None = None,
+  center: bool = True,
+  epsilon: Scalar = 1e-6,
+  where: ArrayLike | None = None,
+  axis_name: AxisName | None = None,
+  axis_index_groups: Groups | None = None,
+  dtype: DType | None = None,
+  implementation: Implementation | None = None,
+) -> Array:
+  """`normalize`, also where there is nothing to normalize over, as in Flax.
+
+  Over no axis each element is its own mean: zeros, then the bias.
+  """
+  x = _types.check_input(x)
+  axes = _types.check_axes(axis, x.ndim)
   features = (
     axes
     if feature_axis is None
     else _types.check_axes(feature_axis, x.ndim, 'feature_axis')
   )
-  if axis_name is None:
-    check_some_axes(axes, x.shape)
   args = check_arguments(
     x, scale, bias, features, epsilon, where, dtype, implementation
   )
-  _types.check_not_empty(x.shape, axes)
   if implementation != 'xla':
     is_pooled = axis_name is not None or axis_index_groups is not None
     y = rows.normalize(

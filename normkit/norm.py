@@ -105,6 +105,9 @@ class ParamOptions:
       if check := _FIELD_CHECKS.get(field.name):
         value = check(value)
       object.__setattr__(self, field.name, value)
+    groups = getattr(self, 'axis_index_groups', None)
+    if groups is not None and getattr(self, 'axis_name', None) is None:
+      _types.refuse_groups(groups)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,6 +152,8 @@ _FIELD_CHECKS: dict[str, Callable[[Any], Any]] = {
   'alpha': lambda alpha: _types.check_real(alpha, 'alpha'),
   'scale_offset': lambda offset: _types.check_real(offset, 'scale_offset'),
   'momentum': _types.check_momentum,
+  'axis_index_groups': _types.check_index_groups,
+  'virtual_batch_size': _types.check_virtual_batch_size,
   'axis': lambda axis: (
     _types.as_axes(axis) if isinstance(axis, tuple) else axis
   ),

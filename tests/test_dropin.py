@@ -126,11 +126,6 @@ EXAMPLES = {
     use('BatchNorm', axis=-3),
     use('LayerNorm', reduction_axes=-3),
   ],
-  'nothing to normalize over raises': [
-    use('InstanceNorm'),
-    use('LayerNorm', reduction_axes=()),
-    use('RMSNorm', (0, 6), reduction_axes=0),
-  ],
   'epsilon and momentum are checked': [
     use('LayerNorm', epsilon=12),
     use('RMSNorm', epsilon=-1.0),
@@ -162,6 +157,30 @@ ROWS = [
   for rule, cases in EXAMPLES.items()
   for index, case in enumerate(cases)
 ]
+
+
+@pytest.mark.parametrize(
+  'case',
+  [
+    use(*row, **options, **family)
+    for family in ({}, NNX)
+    for *row, options in (
+      ('InstanceNorm', {}),
+      ('LayerNorm', {'reduction_axes': ()}),
+      ('RMSNorm', {'reduction_axes': ()}),
+      ('RMSNorm', (0, 6), {'reduction_axes': 0}),
+      ('LayerNorm', (3, 0), {}),
+      ('GroupNorm', (2, 0, 6), GROUPS),
+      ('InstanceNorm', (2, 0, 6), {}),
+    )
+  ],
+  ids=lambda case: f'{case.family}-{case.norm}-{case.shape}',
+)
+def test_nothing_to_normalize_over(case):
+  """Zeros, then the bias, as in Flax."""
+  verdict = dropin.compare(case)
+  assert not verdict.problems
+  assert verdict.rules <= {'a set without elements is defined'}
 
 
 def test_every_rule_has_an_example():

@@ -288,6 +288,26 @@ def test_relatives_of_batch_norm(transform):
   close(stats(after), moments(wide))
 
 
+def test_the_schedule_of_batch_renorm_goes_on():
+  """Its count tells how far; that of others, how many batches were seen."""
+  for transform, expected in ((nk.BatchRenorm(), 70), (nk.BatchNorm(), None)):
+    layer = normkit.linen.Norm(transform)
+    parts = [np.float32(p) for p in batches(3)]
+    variables = layer.init(jax.random.key(0), parts[0], train=False)
+    old = variables['batch_stats']
+    old = {**old, 'count': jnp.full_like(old['count'], 70)}
+    after = tool.recalibrate(
+      lambda v, x, layer=layer: layer.apply(
+        v, x, train=True, mutable=['batch_stats']
+      ),
+      {**variables, 'batch_stats': old},
+      parts,
+    )
+    assert set(after['batch_stats']['count'].tolist()) == {
+      expected or len(parts)
+    }
+
+
 class Block(nn.Module):
   train: bool = True
 

@@ -13,7 +13,7 @@ from flax.linen import dtypes
 from flax.typing import Initializer
 import jax.numpy as jnp
 
-from normkit import _types, general, norm
+from normkit import _types, arguments, general, norm
 from normkit._docs import documented
 from normkit._types import Array, DType
 from normkit.linen._shared import DropIn
@@ -48,6 +48,10 @@ class BatchNorm(DropIn, nn.BatchNorm):
   unbiased: bool = False
   skip_nonfinite: bool = False
   virtual_batch_size: int | None = None
+
+  def __post_init__(self) -> None:
+    arguments.check_not_width_as_flag(self.use_running_average)
+    super().__post_init__()
 
   @nn.compact
   def __call__(
@@ -142,7 +146,7 @@ class GroupNorm(DropIn, nn.GroupNorm):
     groups, _ = group.groups_of(shape[0], self.num_groups, self.group_size)
     x, options = _prepare(self, group.group_norm, x, shape, mask)
     options.update(num_groups=groups, batch_axis=batch_axes)
-    return group.group_norm(x, **options)
+    return group.group_norm_any(x, **options)
 
 
 @documented(nn.InstanceNorm, instance.InstanceNorm)
@@ -163,7 +167,7 @@ class InstanceNorm(DropIn, nn.InstanceNorm):
     axes = instance.check_feature_axes(self.feature_axes, x.ndim)
     shape = tuple(x.shape[a] for a in axes)
     x, options = _prepare(self, instance.instance_norm, x, shape, mask)
-    return instance.instance_norm(x, **options | {'axis': axes})
+    return instance.normalize_any(x, axes, options)
 
 
 def _normalize(
@@ -176,7 +180,7 @@ def _normalize(
   shape = tuple(x.shape[a] for a in features)
   x, options = _prepare(module, general.normalize, x, shape, mask)
   options.update(axis=reduced, feature_axis=features, center=center)
-  return general.normalize(x, **options)
+  return general.normalize_any(x, **options)
 
 
 def _prepare(

@@ -154,8 +154,9 @@ class SpectralNorm(Checked, nn.SpectralNorm):
   """Spectral normalization of a layer, in place of `flax.linen.SpectralNorm`.
 
   Each parameter of the layer of rank two or more is divided by its largest
-  singular value, its leading axes taken together. Where the power iteration
-  stands is kept under the path of the weight: `Dense_0/kernel/u` and
+  singular value, its leading axes taken together; but none of the name `bias`:
+  an attention layer's, (heads, features), is a vector. Where the power
+  iteration stands is kept under the path of the weight: `Dense_0/kernel/u` and
   `Dense_0/kernel/sigma`.
 
   Attributes:
@@ -211,13 +212,16 @@ class SpectralNorm(Checked, nn.SpectralNorm):
     place, ones = self.collection_name, jnp.ones
     u = self.variable(place, f'{path}/u', draw)
     sigma = self.variable(place, f'{path}/sigma', ones, (), self.param_dtype)
+    dtype = dtypes.canonicalize_dtype(weight, u.value, dtype=self.dtype)
+    if _types.is_bias(path):
+      return weight.astype(dtype)
     y, state = weights.spectral_norm(
       weight,
       weights.SpectralNormState(u.value, sigma.value),
       n_steps=self.n_steps,
       epsilon=self.epsilon,
       update=update,
-      dtype=dtypes.canonicalize_dtype(weight, u.value, dtype=self.dtype),
+      dtype=dtype,
     )
     if update:
       u.value, sigma.value = state

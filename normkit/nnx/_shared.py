@@ -80,16 +80,25 @@ def read(variables: Any) -> Any:
 
 
 def write(variables: Any, values: Any) -> None:
-  """Stores arrays, which take no part in differentiation, in variables."""
+  """Stores arrays, which take no part in differentiation, in variables.
+
+  They take the dtype of the variable; but a count stays an integer.
+  """
 
   def is_leaf(value: Any) -> bool:
     return value is None or _is_variable(value)
 
   old, new = (jax.tree.leaves(t, is_leaf=is_leaf) for t in (variables, values))
   for variable, value in zip(old, new, strict=True):
-    if variable is not None:
-      new_value = jnp.asarray(value, variable.dtype).reshape(variable.shape)
-      variable[...] = lax.stop_gradient(new_value)
+    if variable is None:
+      continue
+    is_count = jnp.issubdtype(jnp.result_type(value), jnp.integer)
+    dtype = jnp.result_type(value) if is_count else variable.dtype
+    stored = jnp.asarray(value, dtype).reshape(variable.shape)
+    if dtype == variable.dtype:
+      variable[...] = lax.stop_gradient(stored)
+    else:
+      variable.set_value(stored)
 
 
 def _is_variable(value: Any) -> bool:

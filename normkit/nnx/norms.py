@@ -253,7 +253,7 @@ class GroupNorm(_DropIn, nnx.GroupNorm):
     channels = (np.ndim(x) - 1,)
     _check_width(self.num_features, x, channels)
     x, _, options = self._prepare(group.group_norm, x, mask, channels)
-    return group.group_norm(x, **options | {'batch_axis': batch_axes})
+    return group.group_norm_any(x, **options | {'batch_axis': batch_axes})
 
 
 @documented(nnx.InstanceNorm, instance.InstanceNorm)
@@ -281,7 +281,7 @@ class InstanceNorm(_DropIn, nnx.InstanceNorm):
     """Normalizes x; `mask` is True where an element counts."""
     axes = instance.check_feature_axes(self.feature_axes, np.ndim(x))
     x, _, options = self._prepare(instance.instance_norm, x, mask, axes)
-    return instance.instance_norm(x, **options | {'axis': axes})
+    return instance.normalize_any(x, axes, options)
 
 
 def _normalize(
@@ -293,7 +293,7 @@ def _normalize(
   )
   x, _, options = module._prepare(general.normalize, x, mask, features)
   options.update(axis=reduced, feature_axis=features, center=center)
-  return general.normalize(x, **options)
+  return general.normalize_any(x, **options)
 
 
 def _as_features(values: Array, x: Array, axes: tuple[int, ...]) -> Array:

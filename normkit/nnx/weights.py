@@ -270,8 +270,9 @@ class SpectralNorm(_Wrapper, nnx.SpectralNorm, Running):
   """Spectral normalization of a layer, in place of `flax.nnx.SpectralNorm`.
 
   Each parameter of the layer of rank two or more is divided by its largest
-  singular value, its leading axes taken together. The parameters themselves are
-  never overwritten.
+  singular value, its leading axes taken together; but none of the name `bias`:
+  an attention layer's, (heads, features), is a vector. The parameters
+  themselves are never overwritten.
 
   Args:
     n_steps: steps of the power iteration at each call; below one, the weights
@@ -328,7 +329,7 @@ class SpectralNorm(_Wrapper, nnx.SpectralNorm, Running):
     update = not self._evaluates(frozen)
 
     def normalized(path: _Path, param: nnx.Param[Array]) -> Array | None:
-      if not self._normalizes(param):
+      if not self._normalizes(param) or _types.is_bias(str(path[-1])):
         return None
       return self._normalized(path, param[...], update)
 

@@ -58,6 +58,7 @@ def prepare(
   slope = arguments.check_feature(v, x.shape, channels, 'v')
   if slope is None:
     raise TypeError('v must be an array, one number a channel, got None.')
+  arguments.check_held(args.dtype, v=slope)
   return x, slope, args
 
 

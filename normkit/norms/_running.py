@@ -86,7 +86,8 @@ def update(
     new_var = new_var * (batch.count / jnp.maximum(batch.count - 1, 1))
   if skip_nonfinite:
     held = held & jnp.isfinite(new_mean) & jnp.isfinite(new_var)
-  count = state.count + 1
+  old_count = as_count(state.count)
+  count = old_count + 1
   keep, share = shares(count.astype(new_var.dtype), momentum, debias)
 
   def average(old: Array, new: Array) -> Array:
@@ -97,8 +98,16 @@ def update(
   return BatchNormState(
     average(state.mean, new_mean),
     average(state.var, new_var),
-    jnp.where(held, count, state.count),
+    jnp.where(held, count, old_count),
   )
+
+
+def as_count(count: Array) -> Array:
+  """A count as an integer, whatever came in: the mean over devices is none."""
+  count = jnp.asarray(count)
+  if jnp.issubdtype(count.dtype, jnp.integer):
+    return count
+  return jnp.rint(count).astype(jnp.int32)
 
 
 def shares(

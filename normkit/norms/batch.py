@@ -136,6 +136,7 @@ def batch_norm(
   )
   _types.refuse_kernel(implementation, 'XLA reads x no more often')
   momentum = check_average(momentum, debias)
+  _types.check_virtual_batch_size(virtual_batch_size)
   check_state(state, x, features)
   if not _types.check_flag(train, 'train'):
     stats = running(state, x, features)
@@ -196,15 +197,13 @@ def count_ghosts(
   """How many virtual batches there are, or None: not used, or no examples."""
   if size is None:
     return None
-  if not _types.is_integer(size):
-    raise TypeError(f'virtual_batch_size must be an integer, got {size!r}.')
   batch = shape[reduced[0]] if reduced else 0
   if not _types.is_known(batch) and batch % size != 0:
     raise ValueError(
       f'virtual_batch_size={size} may not divide the batch, of the symbol '
       f"{batch}. Export it for a multiple, for example '{size}*{batch}'."
     )
-  if size < 1 or not reduced or batch % size:
+  if not reduced or batch % size:
     raise ValueError(
       f'virtual_batch_size={size} does not divide the batch of {batch}, the '
       f'first reduced axis of x of shape {shape}. Give a divisor of {batch}.'

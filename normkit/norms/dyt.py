@@ -83,6 +83,7 @@ def dyt(
   factor = arguments.check_feature(alpha, x.shape, (), 'alpha')
   assert factor is not None
   dtype = _types.check_output_dtype(dtype, x.dtype)
+  arguments.check_held(dtype, alpha=factor, scale=scale, bias=bias)
   mask = _types.check_where(where, x.shape)
   wide = _types.statistics_dtype(x.dtype)
 

@@ -82,11 +82,46 @@ def group_norm(
   x = _types.check_input(x)
   channels = _types.check_axes(axis, x.ndim)
   spatial = arguments.spatial_axes(x.ndim, channels, batch_axis)
+  _types.check_not_empty(x.shape, spatial + channels)
+  return group_norm_any(
+    x,
+    scale,
+    bias,
+    num_groups=num_groups,
+    axis=axis,
+    batch_axis=batch_axis,
+    epsilon=epsilon,
+    where=where,
+    axis_name=axis_name,
+    axis_index_groups=axis_index_groups,
+    dtype=dtype,
+    implementation=implementation,
+  )
+
+
+def group_norm_any(
+  x: ArrayLike,
+  scale: ArrayLike | None = None,
+  bias: ArrayLike | None = None,
+  *,
+  num_groups: int,
+  axis: int = -1,
+  batch_axis: Axes = 0,
+  epsilon: Scalar = 1e-6,
+  where: ArrayLike | None = None,
+  axis_name: AxisName | None = None,
+  axis_index_groups: Groups | None = None,
+  dtype: DType | None = None,
+  implementation: Implementation | None = None,
+) -> Array:
+  """`group_norm`, also where groups have no elements, as in Flax."""
+  x = _types.check_input(x)
+  channels = _types.check_axes(axis, x.ndim)
+  spatial = arguments.spatial_axes(x.ndim, channels, batch_axis)
   args = arguments.check_arguments(
     x, scale, bias, channels, epsilon, where, dtype, implementation
   )
   channel = arguments.check_groups(x.shape, channels, num_groups)
-  _types.check_not_empty(x.shape, spatial + channels)
   if implementation != 'xla':
     is_pooled = axis_name is not None or axis_index_groups is not None
     y = rows.normalize_groups(

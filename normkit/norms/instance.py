@@ -1,6 +1,7 @@
 """Instance normalization (Ulyanov, Vedaldi and Lempitsky 2016)."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +92,15 @@ def instance_norm(
     dtype=dtype,
     implementation=implementation,
   )
+
+
+def normalize_any(
+  x: Array, channels: tuple[int, ...], options: dict[str, Any]
+) -> Array:
+  """`instance_norm` of a batch, also where there are no places, as in Flax."""
+  spatial = arguments.spatial_axes(x.ndim, channels, 0)
+  options = options | {'axis': spatial, 'feature_axis': channels}
+  return general.normalize_any(x, **options)
 
 
 def adaptive_instance_norm(

@@ -110,6 +110,8 @@ def filter_response_norm(
       f'x must be real where there is a threshold, got {x.dtype}: complex '
       'numbers have no order. Leave the threshold out.'
     )
+  out = _types.check_output_dtype(dtype, x.dtype)
+  arguments.check_held(out, threshold=least)
   y = general.normalize(
     x,
     scale,

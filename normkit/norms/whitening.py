@@ -23,7 +23,12 @@ from normkit.centred import Centred, centred
 from normkit.moments import flatten, squeeze
 from normkit.norm import NormParams
 from normkit.norms._covariance import covariance, inverse_root, whitened
-from normkit.norms._running import check_average, check_several, shares
+from normkit.norms._running import (
+  as_count,
+  check_average,
+  check_several,
+  shares,
+)
 from normkit.pooling import pool, pool_sum
 
 
@@ -152,7 +157,8 @@ def iterative_whitening(
   y, stats, matrix = widened(run, x, args)
   batch = squeeze(flatten(stats), axes)
   held = batch.count > 0
-  count = state.count + 1
+  old_count = as_count(state.count)
+  count = old_count + 1
   weights = shares(count.astype(batch.mean.dtype), momentum, debias=False)
 
   def moved(old: Array, new: Array, held: Array) -> Array:
@@ -164,7 +170,7 @@ def iterative_whitening(
   return y, WhiteningState(
     moved(state.mean, batch.mean, held),
     moved(state.whitening, matrix, known),
-    jnp.where(jnp.any(held), count, state.count),
+    jnp.where(jnp.any(held), count, old_count),
   )
 
 

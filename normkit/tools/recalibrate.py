@@ -70,8 +70,9 @@ def recalibrate(
   Returns:
     New variables, or a new module. The variance is biased, or unbiased where
     the layer has `unbiased=True`; `count`, where a layer has one, is the number
-    of calls in which a feature had elements. A feature that was masked out of
-    all batches keeps its statistics.
+    of calls in which a feature had elements; batch renorm's, by which it looks
+    up its schedule, stays. A feature that was masked out of all batches keeps
+    its statistics.
 
   Raises:
     TypeError: if an argument is not what it should be.
@@ -237,6 +238,7 @@ def _init(mean: Array) -> Stats:
     'calls': whole,
     'evaluated': whole,
     'ddof': whole,  # 1 where the layer stores the unbiased variance
+    'scheduled': whole,  # 1 where its count tells how far a schedule is
   }
 
 
@@ -261,6 +263,7 @@ def _update(seen: Stats, call: Call) -> Stats:
     'calls': seen['calls'] + held,
     'evaluated': seen['evaluated'] + (held & call.evaluates),
     'ddof': jnp.full_like(low, getattr(call.layer, 'unbiased', False)),
+    'scheduled': jnp.full_like(low, hasattr(call.layer, 'r_max')),
   }
 
 
@@ -294,7 +297,8 @@ def _settled(state: Model) -> Model:
 
 def _statistics(path: Path, stats: Stats) -> Stats:
   mean, var, held = _moments(stats)
-  calls = _layers.seen(stats, _WATCH)['calls']
+  seen = _layers.seen(stats, _WATCH)
+  calls = seen['calls']
   if not calls.any():
     raise ValueError(
       f'the layer {_layers.name(path)!r} saw nothing: call does not run it, '
@@ -303,7 +307,9 @@ def _statistics(path: Path, stats: Stats) -> Stats:
     )
   held &= jnp.isfinite(mean) & jnp.isfinite(var)
   old = _layers.own(stats, _WATCH)
-  new = {'mean': mean, 'var': var, 'count': calls}
+  new = {'mean': mean, 'var': var}
+  if 'count' in old:
+    new['count'] = jnp.where(seen['scheduled'] > 0, old['count'], calls)
   return {
     name: jnp.where(held, new[name], value).astype(value.dtype)
     if name in new
