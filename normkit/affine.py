@@ -59,6 +59,9 @@ def affine(
   A set without elements gives zeros, then the bias. Where the mask is False, a
   value that is not finite comes out as it went in and has no other effect.
   """
+  if isinstance(args.epsilon, Array):  # it may be differentiated
+    stats = stats._replace(var=stats.var + args.epsilon.astype(stats.var.dtype))
+    args = args._replace(epsilon=0.0)
   form = _of_rows if _is_outer(stats, args) else _by_factors
   return form(x, stats, args, center)
 
