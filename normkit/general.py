@@ -100,7 +100,7 @@ def normalize(
     if y is not None:
       return y
   stats = centred(x, axes, args.where, center)
-  stats = pool(stats, axis_name, axis_index_groups)
+  stats = pool(stats, axis_name, axis_index_groups, center)
   return affine(x, stats, args, center)
 
 

@@ -83,7 +83,7 @@ def l2_norm(
   _types.refuse_kernel(implementation, 'L2 norm has none')
   _types.check_not_empty(x.shape, axes)
   stats = centred(x, axes, args.where, center=False)
-  stats = pool(stats, axis_name, axis_index_groups)
+  stats = pool(stats, axis_name, axis_index_groups, center=False)
   return affine(x, stats._replace(var=stats.var * stats.count), args, False)
 
 
