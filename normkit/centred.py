@@ -264,6 +264,7 @@ def counts(
   if where is None:
     return jnp.full((1,) * x.ndim, math.prod(x.shape[a] for a in axes), dtype)
   repeats = math.prod(x.shape[a] for a in axes if where.shape[a] == 1)
+  repeats = jnp.full((), repeats, dtype)  # more than an int32 holds
   return jnp.sum(where, axes, keepdims=True, dtype=dtype) * repeats
 
 
