@@ -21,7 +21,7 @@ from normkit.centred import Centred, fixed, square
 
 def merge(parts: Centred, axis: int) -> Centred:
   """Merges sets along an array axis, kept with size one, by their counts."""
-  count = jnp.broadcast_to(parts.count, parts.var.shape)
+  count = _types.broadcast_like(parts.count, parts.var)
   total = jnp.sum(count, axis, keepdims=True)
   weight = count / jnp.maximum(total, 1)
 
@@ -92,7 +92,7 @@ def _about_mean(stats: Centred, total: Callable[..., Any]) -> Centred:
   """About the mean of all, whose rounding error the offset holds."""
 
   def held(values: Array) -> Array:  # of a set without elements, nothing
-    return jnp.where(stats.count > 0, values, 0)
+    return jnp.where(_types.broadcast_like(stats.count, values) > 0, values, 0)
 
   mean = held(
     stats.count * PART * lax.stop_gradient(stats.pivot + stats.offset)

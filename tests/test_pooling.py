@@ -588,6 +588,105 @@ def test_group_norm_with_explicit_axes(groups, axis):
   np.testing.assert_allclose(np.asarray(y), want, atol=2e-6)
 
 
+RUNNING = {
+  'batch': nk.BatchNorm(momentum=0.5),
+  'debiased': nk.BatchNorm(debias=True, unbiased=True, skip_nonfinite=True),
+  'within_shards': nk.BatchNorm(virtual_batch_size=2),
+  'across_shards': nk.BatchNorm(virtual_batch_size=8),
+  'uneven_shards': nk.BatchNorm(virtual_batch_size=6),
+  'renorm': nk.BatchRenorm(),
+  'streaming': nk.StreamingNorm(),
+  'evonorm_b0': nk.EvoNormB0(),
+  'whitening': nk.IterativeWhitening(group_size=2),
+}
+
+
+@pytest.mark.parametrize('masked', [False, True])
+@pytest.mark.parametrize('spec', [P('d', None, 'e'), P(None, None, ('e', 'd'))])
+@pytest.mark.parametrize('name', RUNNING)
+def test_state_from_outside_of_the_mesh(name, spec, masked):
+  """Without `set_mesh`: the state comes back whole, again and in a loop."""
+  data = inputs(shape=(24 if 'uneven' in name else 16, 4, 8), mean=3.0)
+  where = data.where if masked else None
+  params, state = RUNNING[name].init(data.x)
+
+  def run(x, state):
+    y, new = RUNNING[name].apply(params, state, x, train=True, where=where)
+    return jnp.sum(jnp.sin(counted(y, where))), new
+
+  def twice(x, state):
+    def body(state, _):
+      gradient, new = jax.grad(run, has_aux=True)(x, state)
+      return new, gradient
+
+    return lax.scan(body, state, None, 2)
+
+  grid = mesh(4, 2, kind=AxisType.Explicit)
+  x = jax.device_put(data.x, NamedSharding(grid, spec))
+  got, want = (jax.jit(twice)(x, state) for x in (x, data.x))
+  for leaf in got[0]:
+    assert jax.typeof(leaf).sharding.spec == P(*[None] * leaf.ndim)
+  jax.jit(run)(x, got[0])
+  chex.assert_trees_all_close(
+    *(jax.tree.map(np.asarray, tree) for tree in (got, want)),
+    rtol=2e-4,
+    atol=2e-5,
+  )
+
+
+@pytest.mark.parametrize('name', RUNNING)
+def test_state_from_outside_of_the_mesh_without_jit(name):
+  data = inputs(shape=(24 if 'uneven' in name else 16, 4, 8), mean=3.0)
+  transform = RUNNING[name]
+  params, state = transform.init(data.x)
+  grid = mesh(4, 2, kind=AxisType.Explicit)
+  x = jax.device_put(data.x, NamedSharding(grid, P('d', None, 'e')))
+  got, want = (
+    transform.apply(params, state, x, train=True) for x in (x, data.x)
+  )
+  chex.assert_trees_all_close(
+    *(jax.tree.map(np.asarray, tree) for tree in (got, want)),
+    rtol=2e-4,
+    atol=2e-5,
+  )
+
+
+@pytest.mark.parametrize('name', ['batch', 'debiased', 'renorm'])
+def test_state_after_evaluation(name):
+  """Its fields may come out of `jit` in several shardings."""
+  transform = RUNNING[name]
+  grid = mesh(4, 2, kind=AxisType.Explicit)
+  spec = P(None, None, 'e')
+  x = jax.device_put(inputs(shape=(4, 4, 8)).x, NamedSharding(grid, spec))
+  params, state = transform.init(x)
+  step = jax.jit(transform.apply, static_argnames='train')
+  _, state = step(params, state, x, train=False)
+  assert len({leaf.sharding.spec for leaf in state}) > 1
+  _, state = step(params, state, x, train=True)
+  np.testing.assert_array_equal(state.count, jnp.ones(8, int))
+
+
+@pytest.mark.parametrize('axis', [0, 1])
+@pytest.mark.parametrize('transform', [nk.LayerNorm(), nk.RMSNorm()])
+def test_rows_stay_where_they_are(transform, axis):
+  """Where `jit` shards an axis of rows, only gradients of parameters move."""
+  spec = [None] * 3
+  spec[axis] = 'd'
+  x = jax.ShapeDtypeStruct(
+    (8, 16, 32), jnp.float32, sharding=NamedSharding(mesh(DEVICES), P(*spec))
+  )
+  params, state = transform.init(x)
+
+  def gradients(params, x):
+    def loss(params, x):
+      y, _ = transform.apply(params, state, x, train=True)
+      return jnp.sum(jnp.sin(y))
+
+    return jax.grad(loss, (0, 1))(params, x)
+
+  assert set(collectives(gradients, params, x)) == {'all-reduce'}
+
+
 def test_virtual_batches_cost_no_collective_forward():
   """A virtual batch that one device holds is normalized where it is."""
   transform = nk.BatchNorm(virtual_batch_size=SHAPE[0] // DEVICES)

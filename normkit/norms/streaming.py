@@ -125,7 +125,7 @@ def streaming_norm(
   _types.check_not_empty(x.shape, reduced)
   old = Centred(*map(lax.stop_gradient, old))
   batch = pool(centred(x, reduced, args.where), axis_name, axis_index_groups)
-  held = jnp.broadcast_to(batch.count > 0, batch.var.shape)
+  held = _types.broadcast_like(batch.count, batch.var) > 0
   count = state.count + 1
   weights = shares(count.astype(batch.var.dtype), momentum, debias)
   keep, share = (
