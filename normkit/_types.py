@@ -431,12 +431,36 @@ def unshard(x: Array, axis: int) -> Array:
 
 
 def reshard_like(x: Array, like: Array) -> Array:
-  """Gives x the sharding that the type of `like`, of its shape, names."""
-  sharding = jax.typeof(like).sharding
-  if jax.typeof(x).sharding.spec == sharding.spec:
+  """Gives x the sharding that the type of `like`, of its shape, names.
+
+  If `like` was made outside of the mesh of x, that is whole on it.
+  """
+  own, sharding = jax.typeof(x).sharding, jax.typeof(like).sharding
+  if own.spec == sharding.spec:
     return x
+  if own.mesh.empty and not isinstance(x, jax.core.Tracer):
+    return x + jnp.zeros_like(like, x.dtype)  # outside of jit, the one way
+  if sharding.mesh.empty:
+    sharding = own.update(spec=sharding.spec)
   moved: Array = jax.sharding.reshard(x, sharding)
   return moved
+
+
+def broadcast_like(x: Array, like: Array) -> Array:
+  """Gives x the shape of `like`, and the sharding that its type names.
+
+  JAX does so by itself in the context of a mesh alone, where the forms of
+  `jnp.where` and `jnp.maximum` agree.
+  """
+  return reshard_like(jnp.broadcast_to(x, like.shape), like)
+
+
+def shards(x: Array, axis: int) -> int:
+  """Into how many parts the type of x says that an axis is sharded."""
+  sharding = jax.typeof(x).sharding
+  names = sharding.spec[axis] or ()
+  names = (names,) if isinstance(names, str) else names
+  return math.prod(sharding.mesh.shape[name] for name in names)
 
 
 def hashable(value: Any) -> Any:

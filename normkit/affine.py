@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import functools
+import importlib
 from typing import Any, NamedTuple
 
 import jax
@@ -219,8 +220,9 @@ def _outer_product(rows: Array, columns: Array) -> Array:
 def _outer_product_jvp(primals: Any, tangents: Any) -> tuple[Array, Any]:
   (rows, columns), y = primals, _outer_product(*primals)
   terms = [
-    _by_dot(*pair)
-    for tangent, pair in zip(
+    form(*pair)
+    for form, tangent, pair in zip(
+      (_by_dot, _by_dot_of_columns),
       tangents,
       ((tangents[0], columns), (rows, tangents[1])),
       strict=True,
@@ -234,11 +236,36 @@ _outer_product.defjvp(_outer_product_jvp, symbolic_zeros=True)
 
 
 def _by_dot(rows: Array, columns: Array) -> Array:
-  shape = jnp.broadcast_shapes(rows.shape, columns.shape)
-  product = jnp.matmul(
-    rows.reshape(-1, 1), columns.reshape(1, -1), precision='highest'
+  """In all axes: a reshape to two would gather what is sharded along one."""
+  at = _first_column(rows)
+  left = rows.reshape(*rows.shape[:at], 1)
+  right = columns.reshape(1, *columns.shape[at:])
+  return lax.dot_general(left, right, (((at,), (0,)), ((), ())), 'highest')
+
+
+def _by_dot_of_columns(rows: Array, columns: Array) -> Array:
+  """The same, linear in the columns.
+
+  Their gradient has the rows first: in the order that JAX would choose, XLA
+  writes out the other factor, which is as large as x, with its axes swapped.
+  """
+
+  def sums(rows: Array, dy: Array) -> Array:
+    at = _first_column(rows)
+    left = rows.reshape(1, *rows.shape[:at])
+    axes = tuple(range(1, at + 1)), tuple(range(at))
+    return lax.dot_general(left, dy, (axes, ((), ())), 'highest').reshape(shape)
+
+  shape = columns.shape
+  dispatch = importlib.import_module('normkit.kernels.dispatch')
+  y: Array = dispatch.choose_linear(_by_dot, sums, rows, columns)
+  return y
+
+
+def _first_column(rows: Array) -> int:
+  return (
+    max((a for a, size in enumerate(rows.shape) if size > 1), default=0) + 1
   )
-  return product.reshape(shape)
 
 
 def _plus(y: Array, shift: Array | None) -> Array:

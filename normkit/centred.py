@@ -317,6 +317,7 @@ def counts(
     size = _product([x.shape[a] for a in axes], dtype)
     return jnp.full((1,) * x.ndim, size, dtype)
   repeats = _product([x.shape[a] for a in axes if where.shape[a] == 1], dtype)
+  repeats = jnp.full((), repeats, dtype)  # more than an int32 holds
   count: Array = jnp.sum(where, axes, keepdims=True, dtype=dtype) * repeats
   return count
 

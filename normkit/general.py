@@ -140,7 +140,7 @@ def normalize_any(
 
   def run(wide: Array, args: Arguments) -> Array:
     stats = centred(wide, axes, args.where, center, given=x.dtype)
-    stats = pool(stats, axis_name, axis_index_groups)
+    stats = pool(stats, axis_name, axis_index_groups, center)
     return affine(wide, stats, args, center)
 
   normalized: Array = widened(run, x, args)

@@ -5,9 +5,14 @@ Formulae and a Pairwise Algorithm for Computing Sample Variances" (1979),
 equation 2.1, by their counts and about a pivot that they share.
 """
 
+from collections.abc import Callable
+import functools
+import itertools
+from typing import Any
+
+import jax
 from jax import lax
 import jax.numpy as jnp
-import numpy as np
 
 from normkit import _types
 from normkit._types import Array, AxisName, Groups
@@ -16,7 +21,7 @@ from normkit.centred import Centred, fixed, square
 
 def merge(parts: Centred, axis: int) -> Centred:
   """Merges sets along an array axis, kept with size one, by their counts."""
-  count = jnp.broadcast_to(parts.count, parts.var.shape)
+  count = _types.broadcast_like(parts.count, parts.var)
   total = jnp.sum(count, axis, keepdims=True)
   weight = count / jnp.maximum(total, 1)
 
@@ -52,16 +57,23 @@ def spread(values: Array, channel: int, num_channels: int) -> Array:
   return lax.collapse(spread, channel, channel + 2)
 
 
+# A power of two, so that counts times means near the largest number of a float
+# do not overflow: up to 2^32 elements.
+PART = 2.0**-32
+
+
 def pool(
   stats: Centred,
   axis_name: AxisName | None,
   axis_index_groups: Groups | None = None,
+  center: bool = True,
 ) -> Centred:
-  """Merges the sets of all devices along named axes, in one collective.
+  """Merges the sets of all devices along named axes, in two sums over them.
 
-  Each device writes its moments at its own place in an array of zeros, and one
-  sum over the devices gives all of them to each. A sum, unlike a gather, is
-  known to be the same everywhere, as `shard_map` checks.
+  The first gives all of them the mean, and the second what lies about it. (To
+  send the sets themselves takes one collective, but its bytes grow with the
+  number of devices, and under `vmap` with its square.) With `center=False`, as
+  in `centred`, one sum does. Gradients take one.
   """
   if axis_name is None:
     if axis_index_groups is not None:
@@ -70,50 +82,113 @@ def pool(
         'Name the mapped axis whose indices the groups hold.'
       )
     return stats
-  dtype = jnp.result_type(stats.pivot)
-  shape = jnp.broadcast_shapes(*(s.shape for s in stats))
-  packed = jnp.stack([jnp.broadcast_to(s, shape).astype(dtype) for s in stats])
-  gathered = _gathered(packed, axis_name)
-  pivot, offset, var, count = jnp.moveaxis(gathered, 1, 0)
-  count = count.real
-  if axis_index_groups is not None:
-    member = _membership(axis_index_groups, axis_name)
-    count = count * lax.expand_dims(member, range(1, count.ndim))
-  merged = merge(Centred(pivot, offset, var.real, count), axis=0)
-  return Centred(*(m.squeeze(0) for m in merged))
+  total = functools.partial(
+    pool_sum, axis_name=axis_name, axis_index_groups=axis_index_groups
+  )
+  return (_about_mean if center else _about_zero)(stats, total)
+
+
+def _about_mean(stats: Centred, total: Callable[..., Any]) -> Centred:
+  """About the mean of all, whose rounding error the offset holds."""
+
+  def held(values: Array) -> Array:  # of a set without elements, nothing
+    return jnp.where(_types.broadcast_like(stats.count, values) > 0, values, 0)
+
+  mean = held(
+    stats.count * PART * lax.stop_gradient(stats.pivot + stats.offset)
+  )
+  count, mean = total((stats.count, mean))
+  pivot = fixed(mean / (jnp.maximum(count, 1) * PART))
+  delta = held((stats.pivot - pivot) + stats.offset)
+  weight = stats.count / jnp.maximum(count, 1)
+  both = weight * delta, weight * (held(stats.var) + square(delta))
+  offset, var = total(both)
+  var = var - square(offset)
+  # Rounding may leave it below zero; what is cut off has no derivative.
+  var = var - lax.stop_gradient(jnp.minimum(var, 0))
+  return Centred(pivot, offset, var, count)
+
+
+def _about_zero(stats: Centred, total: Callable[..., Any]) -> Centred:
+  var = jnp.where(stats.count > 0, stats.count * PART * stats.var, 0)
+  count, var = total((stats.count, var))
+  var = var / (jnp.maximum(count, 1) * PART)
+  zero = jnp.zeros_like(var, stats.pivot.dtype)
+  return Centred(zero, zero, var, count)
 
 
 def pool_sum(
-  total: Array, axis_name: AxisName | None, axis_index_groups: Groups | None
-) -> Array:
-  """The sum over all devices along named axes, or those of the own group."""
+  values: Any, axis_name: AxisName | None, axis_index_groups: Groups | None
+) -> Any:
+  """Sums over all devices along named axes, or those of the own group."""
   if axis_name is None:
-    return total
-  gathered = _gathered(total, axis_name)
-  if axis_index_groups is not None:
-    member = _membership(axis_index_groups, axis_name)
-    member = lax.expand_dims(member, range(1, gathered.ndim))
-    gathered = jnp.where(member, gathered, 0)
-  return jnp.sum(gathered, axis=0)
+    return values
+  if axis_index_groups is None:
+    return lax.psum(values, axis_name)
+  _check_groups(axis_index_groups, axis_name)
+  leaves, tree = jax.tree.flatten(values)
+  summed = _group_sum(_pack(leaves), axis_name, axis_index_groups)
+  return tree.unflatten(
+    s if jnp.iscomplexobj(leaf) else s.real
+    for s, leaf in zip(summed, leaves, strict=True)
+  )
+
+
+def _pack(leaves: list[Array]) -> Array:
+  """Arrays that broadcast to each other, in one."""
+  dtype = jnp.result_type(*leaves)
+  shape = jnp.broadcast_shapes(*(leaf.shape for leaf in leaves))
+  return jnp.stack(
+    [jnp.broadcast_to(leaf, shape).astype(dtype) for leaf in leaves]
+  )
+
+
+def _group_sum(values: Array, axis_name: AxisName, groups: Groups) -> Array:
+  """The sum over the own group, from the values of all devices.
+
+  Only `pmap` knows sums over groups, so all are gathered: the one form whose
+  bytes grow with the devices. Groups of one size are summed together.
+  """
+  by_size = sorted(filter(None, groups), key=len)
+  number = {i: n for n, group in enumerate(by_size) for i in group}
+  index = lax.axis_index(axis_name)
+  places = [
+    _types.vary(jnp.array(list(some)), index)
+    for _, some in itertools.groupby(by_size, len)
+  ]
+  own = jnp.array([number[i] for i in range(len(number))])[index]
+
+  def run(values: Array) -> Array:
+    gathered = _gathered(values, axis_name)
+    sums = jnp.concatenate([jnp.sum(gathered[p], axis=1) for p in places])
+    return lax.dynamic_index_in_dim(sums, own, keepdims=False)
+
+  # This sum is its own transpose. JAX learns it as if from a solver of linear
+  # equations; it would transpose the gather, and write under `vmap` an array of
+  # all devices for each.
+  summed: Array = lax.custom_linear_solve(
+    lambda v: v,
+    _types.vary(values, index),
+    lambda _, v: run(v),
+    symmetric=True,
+  )
+  return summed
 
 
 def _gathered(values: Array, axis_name: AxisName) -> Array:
   """The values of all devices, along a new first axis."""
-  size, index = lax.axis_size(axis_name), lax.axis_index(axis_name)
-  own = lax.expand_dims(jnp.arange(size) == index, range(1, values.ndim + 1))
-  gathered: Array = lax.psum(jnp.where(own, values[None], 0), axis_name)
-  return gathered
+  names = (axis_name,) if isinstance(axis_name, str) else axis_name
+  gathered = values
+  for name in reversed(names):  # `vmap` gathers along one at a time
+    gathered = lax.all_gather(gathered, name)
+  return gathered.reshape(-1, *values.shape)
 
 
-def _membership(groups: Groups, axis_name: AxisName) -> Array:
-  """Which indices along `axis_name` share a group with the own."""
+def _check_groups(groups: Groups, axis_name: AxisName) -> None:
+  """Raises unless the groups are a partition of the indices."""
   size = lax.axis_size(axis_name)
   if sorted(i for group in groups for i in group) != list(range(size)):
     raise ValueError(
       f'axis_index_groups={groups!r} is not a partition of the {size} indices '
       'of axis_name: each index from 0 must stand in exactly one group.'
     )
-  table = np.zeros((size, size), bool)
-  for group in groups:
-    table[np.ix_(group, group)] = True
-  return jnp.asarray(table)[lax.axis_index(axis_name)]

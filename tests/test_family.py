@@ -260,6 +260,19 @@ def test_scale_offset():
     nk.LayerNorm(scale_offset='1')
 
 
+@pytest.mark.parametrize('ndim', [9, 30])
+def test_whitening_of_any_rank(ndim):
+  transform = nk.IterativeWhitening(group_size=2)
+  x = jax.random.normal(jax.random.key(0), (8, 3, 4))
+  params, state = transform.init(x)
+
+  def apply(x):
+    return transform.apply(params, state, x, train=True)[0]
+
+  y = apply(x.reshape(8, *[1] * (ndim - 3), 3, 4))
+  chex.assert_trees_all_close(y.reshape(x.shape), apply(x), atol=1e-6)
+
+
 def test_whitening_far_from_zero():
   x = 1e5 + draw((512, 4))
   norm = nk.IterativeWhitening(group_size=2)

@@ -19,6 +19,7 @@ from normkit.centred import (
   _zero,
   about,
   centred,
+  counts,
 )
 
 UNIT = 2.0**-24
@@ -306,3 +307,11 @@ def test_transformations():
   chex.assert_trees_all_close(jax.jit(one)(x), wanted, rtol=1e-6)
   chex.assert_trees_all_close(jax.lax.map(one, x), wanted, rtol=1e-6)
   chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(one, x), wanted)
+
+
+def test_a_mask_of_size_one_over_many_elements():
+  """More than an int32 counts; nothing of that size is made."""
+  x = jax.ShapeDtypeStruct((2**17, 2**16, 2), jnp.float32)
+  where = jnp.array([[[True, False]]])
+  count = jax.jit(lambda where: counts(x, (0, 1), where, jnp.float32))(where)
+  np.testing.assert_array_equal(count, [[[2.0**33, 0]]])

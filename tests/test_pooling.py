@@ -4,6 +4,7 @@ The reference is the float64 one of the whole batch, as if on one device.
 """
 
 from collections.abc import Callable
+import dataclasses
 from functools import partial
 import re
 from typing import NamedTuple
@@ -12,7 +13,7 @@ import chex
 import family
 from hypothesis import given, strategies as st
 import jax
-from jax import shard_map
+from jax import lax, shard_map
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
@@ -421,38 +422,160 @@ def forward(transform, x, dy, where):
 
 
 @pytest.mark.parametrize(
-  ('check_vma', 'masked', 'transform'),
+  ('check_vma', 'masked', 'case'),
   thinned(
     [True, False],
     [True, False],
-    [POOLED, nk.GroupNorm(num_groups=2, axis_name='d')],
+    [
+      (POOLED, 2),
+      (nk.GroupNorm(num_groups=2, axis_name='d'), 2),
+      (nk.RMSNorm(axis=(1, 2), axis_name='d', use_scale=False), 1),
+    ],
     every=2,
   ),
 )
-def test_one_collective_each_way(check_vma, masked, transform):
-  data = inputs()
+def test_collectives_each_way(check_vma, masked, case):
+  (transform, count), data = case, inputs()
   if not masked:
     data = data._replace(where=None)
+  for gradients in (False, True):
+    mapped = sharded(transform, DEVICES, gradients, check_vma=check_vma)
+    assert collectives(mapped, *data) == ['all-reduce'] * (count + gradients)
+
+
+def sharded(transform, devices, gradients, **options):
+  """Forward, or with the gradient of x, over the first axis."""
+  is_batch = isinstance(transform, nk.BatchNorm)
+  state = P() if is_batch else nk.EmptyState()
+  if is_batch and transform.axis_index_groups is not None:
+    state = P('d')
 
   def backward(x, dy, where):
     y, pull, new = jax.vjp(
       lambda x: forward(transform, x, dy, where), x, has_aux=True
     )
-    return y, new, pull(dy)[0]
+    return y, new, pull(jnp.sin(y) * dy)[0]
 
-  state = P() if isinstance(transform, nk.BatchNorm) else nk.EmptyState()
-  for function, specs, count in (
-    (lambda *a: forward(transform, *a), (P('d'), state), 1),
-    (backward, (P('d'), state, P('d')), 2),
-  ):
+  return shard_map(
+    backward if gradients else partial(forward, transform),
+    mesh=mesh(devices),
+    in_specs=P('d'),
+    out_specs=(P('d'), state, *[P('d')] * gradients),
+    **options,
+  )
+
+
+@pytest.mark.parametrize('check_vma', [True, False])
+def test_bytes_do_not_grow_with_devices(check_vma):
+  """What is sent is three numbers a channel and the count, then two back."""
+  x = jnp.zeros((8, 256))
+  for devices in 2, 8:
+    mapped = sharded(POOLED, devices, True, check_vma=check_vma)
+    assert sent(mapped, x, x, None) == 4 * (3 * 256 + 1 + 2 * 256)
+
+
+def sent(function, *args) -> int:
+  """Bytes that come out of the collectives of a compiled program."""
+  text = jax.jit(function).lower(*args).compile().as_text()
+  results = re.findall(r'= (.*) (?:all-reduce|all-gather)(?:-start)?\(', text)
+  assert results
+  return 4 * sum(
+    np.prod([int(n) for n in shape.split(',') if n], dtype=int)
+    for result in results
+    for shape in re.findall(r'f32\[([\d,]*)\]', result)
+  )
+
+
+@pytest.mark.parametrize('grouped', [False, True])
+@pytest.mark.parametrize(
+  'transform',
+  [
+    nk.BatchNorm(axis_name='d'),
+    nk.StreamingNorm(axis_name='d'),
+    nk.IterativeWhitening(group_size=4, axis_name='d'),
+  ],
+)
+def test_vmap_costs_the_axis_and_not_its_square(transform, grouped):
+  """Forward and backward, in temporaries; groups of two and one of three."""
+
+  size = 513
+  groups = [range(3), *([i, i + 1] for i in range(3, size, 2))]
+  norm = dataclasses.replace(
+    transform, axis_index_groups=groups if grouped else None
+  )
+  x = jax.ShapeDtypeStruct((size, 4, 16), jnp.float32)
+  run = jax.vmap(partial(step, norm, where=None), axis_name='d')
+  compiled = jax.jit(run).lower(x, x).compile()
+  temporaries = compiled.memory_analysis().temp_size_in_bytes
+  assert temporaries < 50 * x.size * 4
+
+
+@pytest.mark.parametrize(
+  ('mean', 'scale'), [(1e5, 1), (1e20, 1e15), (-1e-10, 1e-15), (3e38, 0)]
+)
+def test_large_means_unequal_counts(mean, scale):
+  """One member holds nothing; the sums of all would overflow, or cancel."""
+  x, _, where = inputs(mean=0.0)
+  x = (np.asarray(x, float) * scale + mean).astype(np.float32)
+  where = where.at[2:4].set(False).reshape(DEVICES, 2, 4, 1)
+  where = where[:, :1, :1] if scale == 0 else where
+  x = x.reshape(DEVICES, 2, 4, 6)[:, : where.shape[1], : where.shape[2]]
+  found = jax.vmap(
+    lambda x, where: nk.moments(x, (0, 1), where=where, axis_name='d'),
+    axis_name='d',
+  )(x, where)
+  valid = np.broadcast_to(where, x.shape)
+  wide = x.astype(float)
+  of = {'axis': (0, 1, 2), 'where': valid}
+  want = wide.mean(**of), wide.var(**of), valid.sum((0, 1, 2))
+  for got, numbers in zip(found, want, strict=True):
+    np.testing.assert_allclose(got, np.stack([numbers] * DEVICES), rtol=2e-6)
+
+
+@pytest.mark.parametrize('groups', [None, [[0, 2, 3], [1]]])
+@pytest.mark.parametrize('form', ['vmap', 'remat', 'scan', 'shard_map'])
+def test_every_mode_of_differentiation(form, groups):
+  """Also twice: with gradients the statistics' own are summed or gathered."""
+  data = inputs(shape=(4, 2, 3), mean=5.0)
+
+  def loss(x, dy, **pooled):
+    m = nk.moments(x, range(x.ndim - 1), keepdims=True, **pooled)
+    return jnp.sin((x - m.mean) / jnp.sqrt(m.var + 1e-3)) * dy
+
+  def whole(x):
+    parts = [list(range(4))] if groups is None else groups
+    return sum(loss(x[np.array(p)], data.dy[np.array(p)]).sum() for p in parts)
+
+  each = partial(loss, axis_name='d', axis_index_groups=groups)
+  if form == 'remat':
+    each = jax.checkpoint(each)
+  if form == 'scan':
+    once = each
+
+    def each(*a):
+      return lax.scan(lambda c, _: (c, once(*a)), 0, None, 1)[1][0]
+
+  mapped = jax.vmap(each, axis_name='d')
+  if form == 'shard_map':
     mapped = shard_map(
-      function,
-      mesh=mesh(DEVICES),
+      lambda *a: each(*(b[0] for b in a))[None],
+      mesh=mesh(4),
       in_specs=P('d'),
-      out_specs=specs,
-      check_vma=check_vma,
+      out_specs=P('d'),
     )
-    assert collectives(mapped, *data) == ['all-reduce'] * count
+
+  def pooled(x):
+    return mapped(x, data.dy).sum()
+
+  for derive in (
+    jax.grad,
+    jax.hessian,
+    lambda f: jax.jacrev(jax.grad(f)),
+    lambda f: lambda x: jax.jvp(f, (x,), (data.dy,))[1],
+    lambda f: lambda x: jax.vmap(jax.grad(f))(jnp.stack([x, x])),
+  ):
+    got, want = (jax.jit(derive(f))(data.x) for f in (pooled, whole))
+    np.testing.assert_allclose(got, want, atol=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -485,6 +608,105 @@ def test_group_norm_with_explicit_axes(groups, axis):
     assert jax.typeof(y).sharding.spec == P(*spec)
   want, _ = reference.group_norm(groups)(nk.NormParams(), None, x, True)
   np.testing.assert_allclose(np.asarray(y), want, atol=2e-6)
+
+
+RUNNING = {
+  'batch': nk.BatchNorm(momentum=0.5),
+  'debiased': nk.BatchNorm(debias=True, unbiased=True, skip_nonfinite=True),
+  'within_shards': nk.BatchNorm(virtual_batch_size=2),
+  'across_shards': nk.BatchNorm(virtual_batch_size=8),
+  'uneven_shards': nk.BatchNorm(virtual_batch_size=6),
+  'renorm': nk.BatchRenorm(),
+  'streaming': nk.StreamingNorm(),
+  'evonorm_b0': nk.EvoNormB0(),
+  'whitening': nk.IterativeWhitening(group_size=2),
+}
+
+
+@pytest.mark.parametrize('masked', [False, True])
+@pytest.mark.parametrize('spec', [P('d', None, 'e'), P(None, None, ('e', 'd'))])
+@pytest.mark.parametrize('name', RUNNING)
+def test_state_from_outside_of_the_mesh(name, spec, masked):
+  """Without `set_mesh`: the state comes back whole, again and in a loop."""
+  data = inputs(shape=(24 if 'uneven' in name else 16, 4, 8), mean=3.0)
+  where = data.where if masked else None
+  params, state = RUNNING[name].init(data.x)
+
+  def run(x, state):
+    y, new = RUNNING[name].apply(params, state, x, train=True, where=where)
+    return jnp.sum(jnp.sin(counted(y, where))), new
+
+  def twice(x, state):
+    def body(state, _):
+      gradient, new = jax.grad(run, has_aux=True)(x, state)
+      return new, gradient
+
+    return lax.scan(body, state, None, 2)
+
+  grid = mesh(4, 2, kind=AxisType.Explicit)
+  x = jax.device_put(data.x, NamedSharding(grid, spec))
+  got, want = (jax.jit(twice)(x, state) for x in (x, data.x))
+  for leaf in got[0]:
+    assert jax.typeof(leaf).sharding.spec == P(*[None] * leaf.ndim)
+  jax.jit(run)(x, got[0])
+  chex.assert_trees_all_close(
+    *(jax.tree.map(np.asarray, tree) for tree in (got, want)),
+    rtol=2e-4,
+    atol=2e-5,
+  )
+
+
+@pytest.mark.parametrize('name', RUNNING)
+def test_state_from_outside_of_the_mesh_without_jit(name):
+  data = inputs(shape=(24 if 'uneven' in name else 16, 4, 8), mean=3.0)
+  transform = RUNNING[name]
+  params, state = transform.init(data.x)
+  grid = mesh(4, 2, kind=AxisType.Explicit)
+  x = jax.device_put(data.x, NamedSharding(grid, P('d', None, 'e')))
+  got, want = (
+    transform.apply(params, state, x, train=True) for x in (x, data.x)
+  )
+  chex.assert_trees_all_close(
+    *(jax.tree.map(np.asarray, tree) for tree in (got, want)),
+    rtol=2e-4,
+    atol=2e-5,
+  )
+
+
+@pytest.mark.parametrize('name', ['batch', 'debiased', 'renorm'])
+def test_state_after_evaluation(name):
+  """Its fields may come out of `jit` in several shardings."""
+  transform = RUNNING[name]
+  grid = mesh(4, 2, kind=AxisType.Explicit)
+  spec = P(None, None, 'e')
+  x = jax.device_put(inputs(shape=(4, 4, 8)).x, NamedSharding(grid, spec))
+  params, state = transform.init(x)
+  step = jax.jit(transform.apply, static_argnames='train')
+  _, state = step(params, state, x, train=False)
+  assert len({leaf.sharding.spec for leaf in state}) > 1
+  _, state = step(params, state, x, train=True)
+  np.testing.assert_array_equal(state.count, jnp.ones(8, int))
+
+
+@pytest.mark.parametrize('axis', [0, 1])
+@pytest.mark.parametrize('transform', [nk.LayerNorm(), nk.RMSNorm()])
+def test_rows_stay_where_they_are(transform, axis):
+  """Where `jit` shards an axis of rows, only gradients of parameters move."""
+  spec = [None] * 3
+  spec[axis] = 'd'
+  x = jax.ShapeDtypeStruct(
+    (8, 16, 32), jnp.float32, sharding=NamedSharding(mesh(DEVICES), P(*spec))
+  )
+  params, state = transform.init(x)
+
+  def gradients(params, x):
+    def loss(params, x):
+      y, _ = transform.apply(params, state, x, train=True)
+      return jnp.sum(jnp.sin(y))
+
+    return jax.grad(loss, (0, 1))(params, x)
+
+  assert set(collectives(gradients, params, x)) == {'all-reduce'}
 
 
 def test_virtual_batches_cost_no_collective_forward():

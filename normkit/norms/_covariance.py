@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
@@ -20,12 +21,12 @@ def covariance(
   """Of the channels of each group."""
   d = _distances(x, (stats.pivot, stats.offset), where)
   d = _grouped(d / jnp.sqrt(jnp.maximum(stats.count, 1)), groups)
-  places = 'abcdefh'[: x.ndim - 1]
+  places, group = tuple(range(x.ndim - 1)), (x.ndim - 1,)
   options: dict[str, Any] = {}
   if _types.sharded_axes(x):  # summed over devices
-    options['out_sharding'] = P()
-  matrices: Array = jnp.einsum(
-    f'{places}gi,{places}gj->gij', d, d, precision='highest', **options
+    options['out_sharding'] = jax.typeof(d).sharding.update(spec=P())
+  matrices: Array = lax.dot_general(
+    d, d, ((places, places), (group, group)), precision='highest', **options
   )
   kept: Array = _types.ruled(_kept, matrices)
   return kept

@@ -79,26 +79,30 @@ def update(
   skip_nonfinite: bool = False,
 ) -> BatchNormState:
   """Moves the running statistics of the features that the batch held."""
-  batch = Moments(*map(_types.reshard_like, batch, state))
-  new_mean, new_var, held = batch.mean, batch.var, batch.count > 0
+  new_mean, new_var = batch.mean, batch.var
+  number = _types.broadcast_like(batch.count, new_var)
+  held = number > 0
   if unbiased:
-    held = batch.count > 1
-    new_var = new_var * (batch.count / jnp.maximum(batch.count - 1, 1))
+    held = number > 1
+    new_var = new_var * (number / jnp.maximum(number - 1, 1))
   if skip_nonfinite:
     held = held & jnp.isfinite(new_mean) & jnp.isfinite(new_var)
   old_count = as_count(state.count)
   count = old_count + 1
-  keep, share = shares(count.astype(new_var.dtype), momentum, debias)
 
   def average(old: Array, new: Array) -> Array:
     wide = old.astype(_types.promote(old.dtype, new.dtype))
+    new, moved, updates = (
+      _types.reshard_like(a, wide) for a in (new, held, count)
+    )
+    keep, share = shares(updates.astype(new_var.dtype), momentum, debias)
     kept = jnp.where(keep > 0, keep * wide, 0)  # whatever old is, at keep = 0
-    return jnp.where(held, kept + share * new, wide).astype(old.dtype)
+    return jnp.where(moved, kept + share * new, wide).astype(old.dtype)
 
   return BatchNormState(
     average(state.mean, new_mean),
     average(state.var, new_var),
-    jnp.where(held, count, old_count),
+    old_count + _types.reshard_like(held, count).astype(count.dtype),
   )
 
 

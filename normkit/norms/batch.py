@@ -1,6 +1,7 @@
 """Batch normalization (Ioffe and Szegedy 2015), with its state in the open."""
 
 import dataclasses
+import math
 
 import jax
 
@@ -29,7 +30,7 @@ from normkit.norms._running import (
   running,
   update,
 )
-from normkit.pooling import merge, pool
+from normkit.pooling import merge, merge_channels, pool, spread
 
 
 def batch_norm(
@@ -174,11 +175,18 @@ def ghost_norm(
   ghosts: int,
   given: DType,
 ) -> tuple[Array, Centred]:
-  """Normalizes virtual batches; returns the output and the whole's moments."""
+  """Normalizes virtual batches; returns the output and the whole's moments.
+
+  Batches that lie across the shards of an explicit mesh are merged of pieces.
+  """
   first = reduced[0]
+  pieces, shards = ghosts, _types.shards(x, first)
+  if shards > 1:
+    batch = x.shape[first]
+    pieces = batch // math.gcd(batch // ghosts, batch // shards)
 
   def split(a: Array) -> Array:
-    parts = 1 if a.shape[first] == 1 else ghosts
+    parts = 1 if a.shape[first] == 1 else pieces
     size = a.shape[first] // parts
     return a.reshape(*a.shape[:first], parts, size, *a.shape[first + 1 :])
 
@@ -186,8 +194,11 @@ def ghost_norm(
   args = args._replace(**jax.tree.map(split, arrays))
   axes = tuple(a + 1 for a in reduced)
   batches = split(x)
-  parts = centred(batches, axes, args.where, given=given)
-  y = affine(batches, parts, args).reshape(x.shape)
+  own = parts = centred(batches, axes, args.where, given=given)
+  if pieces != ghosts:
+    parts = merge_channels(parts, first, ghosts)
+    own = Centred(*(spread(p, first, pieces) for p in parts))
+  y = affine(batches, own, args).reshape(x.shape)
   return y, Centred(*(m.squeeze(first) for m in merge(parts, first)))
 
 

@@ -130,7 +130,8 @@ def evonorm_b0(
 def _over_larger(
   x: Array, slope: Array, batch: Array, own: Array, held: Array
 ) -> Array:
-  deviation = jnp.maximum(batch, slope * x + own)
+  deviation = slope * x + own
+  deviation = jnp.maximum(_types.broadcast_like(batch, deviation), deviation)
   held = held & (deviation > 0)
   return jnp.where(held, x / jnp.where(held, deviation, 1), 0)
 

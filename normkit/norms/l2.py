@@ -89,7 +89,7 @@ def l2_norm(
 
   def run(x: Array, args: Arguments) -> Array:
     stats = centred(x, axes, args.where, center=False)
-    stats = pool(stats, axis_name, axis_index_groups)
+    stats = pool(stats, axis_name, axis_index_groups, center=False)
     stats = stats._replace(var=stats.var * stats.count)
     return affine(x, stats, args, center=False)
 

@@ -155,15 +155,13 @@ def corrections(
   batch: Centred, old: Centred, epsilon: Scalar, r_max: Array, d_max: Array
 ) -> tuple[Array, Array]:
   """r and d, constants to differentiation; 1 and 0 where no element counts."""
+  batch, old = jax.tree.map(lax.stop_gradient, (batch, old))
   root = reciprocal_root(old.var, epsilon)
   distance = (batch.pivot - old.pivot) + batch.offset
   r = jnp.clip(jnp.sqrt(batch.var + epsilon) * root, 1 / r_max, r_max)
   d = jnp.clip(distance * root, -d_max, d_max)
-  held = batch.count > 0
-  return (
-    lax.stop_gradient(jnp.where(held, r, 1)),
-    lax.stop_gradient(jnp.where(held, d, 0)),
-  )
+  held = _types.broadcast_like(batch.count, r) > 0
+  return jnp.where(held, r, 1), jnp.where(held, d, 0)
 
 
 def _paper_r_max(count: Array) -> Array:

@@ -148,7 +148,7 @@ def _weighted(
   old: Centred, batch: Centred, keep: Array, share: Array
 ) -> Centred:
   """The two sets as one, by their weights; the batch's count is the whole's."""
-  held = jnp.broadcast_to(batch.count > 0, batch.var.shape)
+  held = _types.broadcast_like(batch.count, batch.var) > 0
   share = jnp.where(held, share, 0)
   pivot, offset, var = (
     jnp.stack([_types.reshard_like(a, b), b])

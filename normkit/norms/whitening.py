@@ -163,7 +163,7 @@ def iterative_whitening(
 
   def moved(old: Array, new: Array, held: Array) -> Array:
     keep, share = weights
-    new = _types.reshard_like(new, old)
+    held, new = (_types.broadcast_like(a, old) for a in (held, new))
     return jnp.where(held, keep * old + share * new, old).astype(old.dtype)
 
   known = jnp.all(held.reshape(groups, size), 1)[:, None, None]
