@@ -76,9 +76,13 @@ class Tiers:
 
 
 class Compiling:
-  """Compiles quickly, shares what it compiled, and drops it between files."""
+  """Compiles quickly, shares what it compiled, and drops it in time.
+
+  That is after each file, and when a worker has grown by half a gibibyte.
+  """
 
   def __init__(self, config):
+    self.most_resident = resident() + GROWTH_BYTES
     if not hasattr(config, 'cache'):  # -p no:cacheprovider
       return
     folder = config.cache.mkdir('jax')
@@ -93,13 +97,24 @@ class Compiling:
     is_optimized = item.get_closest_marker('optimized') is not None
     jax.config.update('jax_disable_most_optimizations', not is_optimized)
     result = yield
-    if nextitem is None or nextitem.path != item.path:
+    is_last = nextitem is None or nextitem.path != item.path
+    if is_last or resident() > self.most_resident:
       jax.clear_caches()
       gc.collect()
+      self.most_resident = resident() + GROWTH_BYTES
     return result
 
 
 MOST_BYTES = 1 << 30
+GROWTH_BYTES = 1 << 29
+
+
+def resident() -> int:
+  """The process's memory, where Linux tells it."""
+  statm = pathlib.Path('/proc/self/statm')
+  if not statm.exists():
+    return 0
+  return int(statm.read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
 
 
 def size(folder: pathlib.Path) -> int:

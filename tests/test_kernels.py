@@ -49,13 +49,30 @@ KERNEL_CASES = [
 DTYPES = {'float32': 1e-5, 'bfloat16': 2e-2, 'float16': 4e-3}
 
 
-@pytest.fixture(params=dispatch.PLATFORMS)
-def name(request, monkeypatch):
+@pytest.fixture(params=dispatch.PLATFORMS, scope='module')
+def platform(request):
+  """Of the module's scope, so that the tests of each come together."""
+  return request.param
+
+
+@pytest.fixture
+def name(platform, monkeypatch):
   """An implementation, whose kernels run interpreted on the CPU."""
-  monkeypatch.setattr(dispatch, 'interpreted', request.param)
-  jax.clear_caches()
-  yield request.param
-  jax.clear_caches()
+  monkeypatch.setattr(dispatch, 'interpreted', platform)
+  return platform
+
+
+TRACED_FOR = [None]
+
+
+@pytest.fixture(autouse=True)
+def programs_of_one_platform(request):
+  """What was traced for another platform, or to run none, is dropped."""
+  if 'name' in request.fixturenames:
+    request.getfixturevalue('name')
+  if dispatch.interpreted != TRACED_FOR[0]:
+    jax.clear_caches()
+  TRACED_FOR[0] = dispatch.interpreted
 
 
 @dataclasses.dataclass
@@ -219,6 +236,7 @@ class TestConformance:
 def test_chosen_in_training(name, monkeypatch):
   """Without a name: XLA's form, and kernels where a derivative is taken."""
   module = importlib.import_module(f'normkit.kernels.{name}')
+  jax.clear_caches()
   calls = []
 
   def spy(kind, run, *args, **options):
