@@ -228,6 +228,7 @@ class TestConformance:
     chex.assert_type(outputs, jnp.dtype(dtype))
     assert_close(outputs, expected(case, *args)[0], DTYPES[dtype])
 
+  @pytest.mark.second_tier
   def test_gradients(self, case, name):
     case = self.by_kernel(case, name)
     assert_gradients(case, inputs(case))
@@ -287,7 +288,9 @@ def test_far_from_zero(name):
   assert_right(y, Rows(x, 1.0, 0.0, True, 5).y, 1e-6)
 
 
-@pytest.mark.parametrize('center', [True, False], ids=['layer', 'rms'])
+@pytest.mark.parametrize(
+  'center', [second_tier(True, id='layer'), pytest.param(False, id='rms')]
+)
 def test_second_order(name, center):
   x, scale, bias = draw((3, 6)), draw(6, seed=1), draw(6, seed=2)
   norm = jax.jit(norm_of(center, name, epsilon=0.1))
@@ -296,6 +299,7 @@ def test_second_order(name, center):
   )
 
 
+@pytest.mark.second_tier
 def test_second_order_of_groups(name):
   x, scale, bias = draw((2, 3, 6)), draw(6, seed=1), draw(6, seed=2)
   test_util.check_grads(
@@ -404,7 +408,7 @@ def test_devices(name, use, kind):
     assert_right(actual, value, DTYPES[dtype])
 
 
-@pytest.mark.parametrize('named', [True, False])
+@pytest.mark.parametrize('named', [True, second_tier(False)])
 def test_transformed(name, named):
   """vmap of x, of the parameters, of gradients; scan; checkpoint."""
   x, scale, bias = draw((4, 3, 40)), draw((4, 40), seed=1), draw(40, seed=2)
