@@ -1,21 +1,13 @@
-"""Eight host devices, no silent rank promotion, the same examples each run.
+"""The same examples each run, and what tests of the examples share.
 
-Tests are in two tiers: those marked `second_tier` wait for `pytest --all`.
-Programs are compiled quickly and kept in pytest's cache, for the other worker
-and the next run; a file whose tests run long compiled programs, or read them,
-has `pytestmark = pytest.mark.optimized`. `JAX_PLATFORMS` chooses another
-platform than the CPU, `--hypothesis-profile long` draws twenty times as many
-examples, others each run.
+`--hypothesis-profile long` draws twenty times as many, others each run.
 """
 
 from collections.abc import Callable
-import gc
 import importlib
 import itertools
-import os
 import pathlib
 import re
-import shutil
 from types import ModuleType
 
 import hypothesis
@@ -24,87 +16,11 @@ import jax
 import numpy as np
 import pytest
 
-jax.config.update('jax_platforms', os.environ.get('JAX_PLATFORMS') or 'cpu')
-jax.config.update('jax_num_cpu_devices', 8)
-jax.config.update('jax_numpy_rank_promotion', 'raise')
 hypothesis.settings.register_profile(
   'normkit', derandomize=True, deadline=None, max_examples=10
 )
 hypothesis.settings.register_profile('long', deadline=None, max_examples=200)
 hypothesis.settings.load_profile('normkit')
-
-
-def pytest_addoption(parser):
-  parser.addoption(
-    '--all', action='store_true', help='run the second tier of tests too'
-  )
-
-
-def pytest_configure(config):
-  config.pluginmanager.register(Tiers(config))
-  config.pluginmanager.register(Compiling(config))
-
-
-class Tiers:
-  """Without `--all`, leaves out the second tier and says how many that are."""
-
-  def __init__(self, config):
-    self.config = config
-    self.waiting = 0
-
-  def pytest_collection_modifyitems(self, items):
-    if self.config.option.all:
-      return
-    second = [i for i in items if i.get_closest_marker('second_tier')]
-    items[:] = [i for i in items if not i.get_closest_marker('second_tier')]
-    self.waiting = len(second)
-    self.config.hook.pytest_deselected(items=second)
-    if hasattr(self.config, 'workeroutput'):
-      self.config.workeroutput['waiting'] = self.waiting
-
-  @pytest.hookimpl(optionalhook=True)
-  def pytest_testnodedown(self, node):
-    output = getattr(node, 'workeroutput', {})
-    self.waiting = max(self.waiting, output.get('waiting', 0))
-
-  def pytest_terminal_summary(self, terminalreporter):
-    if self.waiting:
-      terminalreporter.write_line(
-        f'{self.waiting} more tests here are of the second tier:'
-        ' `pytest --all` runs them too'
-      )
-
-
-class Compiling:
-  """Compiles quickly, shares what it compiled, and drops it between files."""
-
-  def __init__(self, config):
-    if not hasattr(config, 'cache'):  # -p no:cacheprovider
-      return
-    folder = config.cache.mkdir('jax')
-    if not hasattr(config, 'workerinput') and size(folder) > MOST_BYTES:
-      shutil.rmtree(folder)
-    jax.config.update('jax_compilation_cache_dir', str(folder))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
-    jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
-
-  @pytest.hookimpl(wrapper=True)
-  def pytest_runtest_protocol(self, item, nextitem):
-    is_optimized = item.get_closest_marker('optimized') is not None
-    jax.config.update('jax_disable_most_optimizations', not is_optimized)
-    result = yield
-    if nextitem is None or nextitem.path != item.path:
-      jax.clear_caches()
-      gc.collect()
-    return result
-
-
-MOST_BYTES = 1 << 30
-
-
-def size(folder: pathlib.Path) -> int:
-  return sum(path.stat().st_size for path in folder.iterdir())
-
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / 'examples'
 

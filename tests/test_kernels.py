@@ -49,13 +49,30 @@ KERNEL_CASES = [
 DTYPES = {'float32': 1e-5, 'bfloat16': 2e-2, 'float16': 4e-3}
 
 
-@pytest.fixture(params=dispatch.PLATFORMS)
-def name(request, monkeypatch):
+@pytest.fixture(params=dispatch.PLATFORMS, scope='module')
+def platform(request):
+  """Of the module's scope, so that the tests of each come together."""
+  return request.param
+
+
+@pytest.fixture
+def name(platform, monkeypatch):
   """An implementation, whose kernels run interpreted on the CPU."""
-  monkeypatch.setattr(dispatch, 'interpreted', request.param)
-  jax.clear_caches()
-  yield request.param
-  jax.clear_caches()
+  monkeypatch.setattr(dispatch, 'interpreted', platform)
+  return platform
+
+
+TRACED_FOR = [None]
+
+
+@pytest.fixture(autouse=True)
+def programs_of_one_platform(request):
+  """What was traced for another platform, or to run none, is dropped."""
+  if 'name' in request.fixturenames:
+    request.getfixturevalue('name')
+  if dispatch.interpreted != TRACED_FOR[0]:
+    jax.clear_caches()
+  TRACED_FOR[0] = dispatch.interpreted
 
 
 @dataclasses.dataclass
@@ -211,6 +228,7 @@ class TestConformance:
     chex.assert_type(outputs, jnp.dtype(dtype))
     assert_close(outputs, expected(case, *args)[0], DTYPES[dtype])
 
+  @pytest.mark.second_tier
   def test_gradients(self, case, name):
     case = self.by_kernel(case, name)
     assert_gradients(case, inputs(case))
@@ -219,6 +237,7 @@ class TestConformance:
 def test_chosen_in_training(name, monkeypatch):
   """Without a name: XLA's form, and kernels where a derivative is taken."""
   module = importlib.import_module(f'normkit.kernels.{name}')
+  jax.clear_caches()
   calls = []
 
   def spy(kind, run, *args, **options):
@@ -269,7 +288,9 @@ def test_far_from_zero(name):
   assert_right(y, Rows(x, 1.0, 0.0, True, 5).y, 1e-6)
 
 
-@pytest.mark.parametrize('center', [True, False], ids=['layer', 'rms'])
+@pytest.mark.parametrize(
+  'center', [second_tier(True, id='layer'), pytest.param(False, id='rms')]
+)
 def test_second_order(name, center):
   x, scale, bias = draw((3, 6)), draw(6, seed=1), draw(6, seed=2)
   norm = jax.jit(norm_of(center, name, epsilon=0.1))
@@ -278,6 +299,7 @@ def test_second_order(name, center):
   )
 
 
+@pytest.mark.second_tier
 def test_second_order_of_groups(name):
   x, scale, bias = draw((2, 3, 6)), draw(6, seed=1), draw(6, seed=2)
   test_util.check_grads(
@@ -386,7 +408,7 @@ def test_devices(name, use, kind):
     assert_right(actual, value, DTYPES[dtype])
 
 
-@pytest.mark.parametrize('named', [True, False])
+@pytest.mark.parametrize('named', [True, second_tier(False)])
 def test_transformed(name, named):
   """vmap of x, of the parameters, of gradients; scan; checkpoint."""
   x, scale, bias = draw((4, 3, 40)), draw((4, 40), seed=1), draw(40, seed=2)
