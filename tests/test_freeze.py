@@ -260,6 +260,7 @@ def test_lifted(lift, data):
   equal(step(variables)['batch_stats'], variables['batch_stats'])
 
 
+@pytest.mark.second_tier
 def test_subclass_and_mask(data):
   class Doubled(nn.BatchNorm):
     def __call__(self, x, mask):
@@ -358,6 +359,7 @@ def test_refuses(trained, trained_nnx, data):
     frozen_mask({'params': trained['params']})
 
 
+@pytest.mark.second_tier
 def test_programs_compiled_before(trained, data):
   """Each is frozen inside and not outside, whatever ran first."""
 

@@ -152,6 +152,7 @@ def test_loss_is_that_of_numpy(detection, scenes):
   chex.assert_trees_all_close(found, wanted, rtol=1e-5)
 
 
+@pytest.mark.second_tier
 def test_simulated_devices_are_those_of_pmap(detection, scenes):
   """Outputs and statistics, pooled over the devices and not."""
   images = scenes.images[:16].reshape(8, 2, *scenes.images.shape[1:])

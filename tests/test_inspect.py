@@ -415,6 +415,7 @@ def test_nan_in_batches(healthy, data):
   assert layers(found, 'nonfinite') == {'BatchNorm_0', 'BatchNorm_1'}
 
 
+@pytest.mark.second_tier
 def test_statistics_differ_between_devices(data):
   """Four devices that train without axis_name, outputs said to be equal."""
   images, labels = data[0][0][:5], data[0][1][:5]
@@ -448,6 +449,7 @@ def test_statistics_differ_between_devices(data):
   assert 'devices' not in codes(found['data'])
 
 
+@pytest.mark.second_tier
 def test_stacked_statistics(healthy, data):
   net, variables = healthy
   copies = jax.tree.map(lambda a: jnp.stack([a, a]), variables)

@@ -180,6 +180,7 @@ def test_feature_axes(axis):
   close(model.var[...], moments(parts, reduced)['var'])
 
 
+@pytest.mark.second_tier
 def test_several_feature_axes_of_nnx():
   parts = batches(2, 5)
   norm = normkit.nnx.BatchNorm(10, axis=(1, 2), rngs=nnx.Rngs(0))
@@ -229,6 +230,7 @@ def test_masked_feature_keeps_its_statistics():
   close(after['mean'][::2], moments(parts)['mean'][::2])
 
 
+@pytest.mark.second_tier
 @pytest.mark.parametrize('dtype', [second_tier(jnp.float16), jnp.bfloat16])
 def test_half_precision(dtype):
   parts = [jnp.asarray(p, dtype) for p in batches(3, mean=3)]
@@ -237,11 +239,13 @@ def test_half_precision(dtype):
   close(stats(after), moments(parts))
 
 
+@pytest.mark.second_tier
 def test_large_mean():
   parts = batches(3, mean=2e5)
   close(stats(run(nn.BatchNorm(False), parts)), moments(parts), rtol=1e-6)
 
 
+@pytest.mark.second_tier
 def test_complex_inputs():
   parts = [p + 1j * p[::-1] for p in batches(3)]
   norm = normkit.linen.Norm(nk.BatchNorm())
@@ -251,6 +255,7 @@ def test_complex_inputs():
     recalibrate(apply(norm, train=False), real, parts)
 
 
+@pytest.mark.second_tier
 def test_long_stream():
   """A float count would lose each element after the first 2^24."""
   norm = nn.BatchNorm(False)
@@ -326,6 +331,7 @@ def scanned(train):
   )(train)
 
 
+@pytest.mark.second_tier
 @pytest.mark.parametrize('layerwise', [False, True])
 def test_scan(layerwise):
   parts, net = batches(3), scanned(not layerwise)
@@ -399,6 +405,7 @@ def test_shared_layer_sees_all_its_calls():
   close(stats(after, 'BatchNorm_0'), moments(both))
 
 
+@pytest.mark.second_tier
 def test_subclasses():
   class Doubled(nn.BatchNorm):
     def __call__(self, x):
@@ -416,6 +423,7 @@ def test_subclasses():
     recalibrate(lambda n, x: n(x), Own(3, rngs=nnx.Rngs(0)), parts)
 
 
+@pytest.mark.second_tier
 def test_other_state_stays():
   class Spectral(nn.Module):
     @nn.compact
@@ -472,6 +480,7 @@ def masked(norm):
   return call
 
 
+@pytest.mark.second_tier
 @pytest.mark.parametrize('use_running_average', [False, True])
 def test_shard_map(use_running_average):
   parts, wanted = sharded_parts()
@@ -512,6 +521,7 @@ def test_pmap_without_axis_name_keeps_devices_apart():
   close(after, moments(np.moveaxis(p, 1, 0) for p in parts))
 
 
+@pytest.mark.second_tier
 def test_groups_of_devices():
   parts = [np.stack([p, p + 1, 2 * p, p - 3]) for p in batches(3)]
   groups = [[0, 1], [2, 3]]
