@@ -128,10 +128,11 @@ def pool_sum(
   _check_groups(axis_index_groups, axis_name)
   leaves, tree = jax.tree.flatten(values)
   summed = _group_sum(_pack(leaves), axis_name, axis_index_groups)
-  return tree.unflatten(
+  parts = [
     s if jnp.iscomplexobj(leaf) else s.real
     for s, leaf in zip(summed, leaves, strict=True)
-  )
+  ]
+  return jax.tree.unflatten(tree, parts)
 
 
 def _pack(leaves: list[Array]) -> Array:
@@ -181,7 +182,8 @@ def _gathered(values: Array, axis_name: AxisName) -> Array:
   gathered = values
   for name in reversed(names):  # `vmap` gathers along one at a time
     gathered = lax.all_gather(gathered, name)
-  return gathered.reshape(-1, *values.shape)
+  flat: Array = gathered.reshape(-1, *values.shape)
+  return flat
 
 
 def _check_groups(groups: Groups, axis_name: AxisName) -> None:

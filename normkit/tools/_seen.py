@@ -59,7 +59,8 @@ def _number_of(chosen: Array, call: Call) -> Array:
   layer = call.layer
   number = jnp.sum(chosen, call.reduced(), dtype=jnp.float32)
   number = pool_sum(number, layer.axis_name, layer.axis_index_groups)
-  return number.reshape(call.shape)
+  total: Array = number.reshape(call.shape)
+  return total
 
 
 def _momentum(layer: Any) -> float:
