@@ -57,7 +57,7 @@ def moments(
     where: boolean mask that broadcasts to the shape of x; only elements where
       it is True count. None counts all.
     axis_name: name or names of mapped axes (`pmap`, `vmap`, `shard_map`) over
-      which to pool, in one collective. None pools nothing.
+      which to pool, in two sums. None pools nothing.
     axis_index_groups: a partition of the indices of `axis_name` into groups,
       each pooled by itself. None is one group of all.
     dtype: dtype of the statistics; None takes x's, or float32 where x is

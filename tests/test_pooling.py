@@ -445,10 +445,8 @@ def test_collectives_each_way(check_vma, masked, case):
 
 def sharded(transform, devices, gradients, **options):
   """Forward, or with the gradient of x, over the first axis."""
-  is_batch = isinstance(transform, nk.BatchNorm)
-  state = P() if is_batch else nk.EmptyState()
-  if is_batch and transform.axis_index_groups is not None:
-    state = P('d')
+  _, like = transform.init(jnp.zeros((2, 2, 8)))
+  state = jax.tree.map(lambda _: P(), like)
 
   def backward(x, dy, where):
     y, pull, new = jax.vjp(
@@ -466,12 +464,28 @@ def sharded(transform, devices, gradients, **options):
 
 
 @pytest.mark.parametrize('check_vma', [True, False])
-def test_bytes_do_not_grow_with_devices(check_vma):
+@pytest.mark.parametrize('transform', [POOLED, nk.StreamingNorm(axis_name='d')])
+def test_bytes_do_not_grow_with_devices(transform, check_vma):
   """What is sent is three numbers a channel and the count, then two back."""
   x = jnp.zeros((8, 256))
   for devices in 2, 8:
-    mapped = sharded(POOLED, devices, True, check_vma=check_vma)
+    mapped = sharded(transform, devices, True, check_vma=check_vma)
     assert sent(mapped, x, x, None) == 4 * (3 * 256 + 1 + 2 * 256)
+
+
+@pytest.mark.parametrize(
+  ('transform', 'numbers'),
+  [
+    (nk.BatchRenorm(axis_name='d'), 3 + 2),
+    (nk.EvoNormB0(axis_name='d'), 3 + 1),
+    (nk.IterativeWhitening(group_size=2, axis_name='d'), 2 + 2 + 4),
+  ],
+)
+def test_statistics_alone_are_sent(transform, numbers):
+  """So many a channel, forward and back, whatever else an example holds."""
+  x = jnp.zeros((8, 32, 16))
+  mapped = sharded(transform, DEVICES, True)
+  assert sent(mapped, x, x, None) <= 4 * (numbers * 16 + 1)
 
 
 def sent(function, *args) -> int:

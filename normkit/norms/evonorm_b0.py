@@ -131,7 +131,9 @@ def _over_larger(
   x: Array, slope: Array, batch: Array, own: Array, held: Array
 ) -> Array:
   deviation = slope * x + own
-  deviation = jnp.maximum(_types.broadcast_like(batch, deviation), deviation)
+  # As large as x no sooner than its gradients are to be summed over devices.
+  batch = _types.broadcast_like(_types.vary(batch, deviation), deviation)
+  deviation = jnp.maximum(batch, deviation)
   held = held & (deviation > 0)
   return jnp.where(held, x / jnp.where(held, deviation, 1), 0)
 
