@@ -162,7 +162,8 @@ def _group_sum(values: Array, axis_name: AxisName, groups: Groups) -> Array:
   def run(values: Array) -> Array:
     gathered = _gathered(values, axis_name)
     sums = jnp.concatenate([jnp.sum(gathered[p], axis=1) for p in places])
-    return lax.dynamic_index_in_dim(sums, own, keepdims=False)
+    mine: Array = lax.dynamic_index_in_dim(sums, own, keepdims=False)
+    return mine
 
   # This sum is its own transpose. JAX learns it as if from a solver of linear
   # equations; it would transpose the gather, and write under `vmap` an array of
