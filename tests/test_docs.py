@@ -11,7 +11,8 @@ BLOCK = re.compile(r'^```python\n(.*?)^```', re.DOTALL | re.MULTILINE)
 BLOCKS = {
   path.name: blocks
   for path in sorted(DOCS.glob('*.md'))
-  if (blocks := BLOCK.findall(path.read_text()))
+  if path.name != 'building.md'  # whose norm test_building.py builds
+  and (blocks := BLOCK.findall(path.read_text()))
 }
 
 
