@@ -36,8 +36,28 @@ def widened(
   What is kept for the backward is x in its own dtype, sums over it, and what
   the caller gave: parameters and mask.
   """
-  dtype = args.statistics_dtype
-  real = _types.real_dtype(dtype)
+  arrays, of_arrays = _parted(run, args)
+  return lean(of_arrays, args.statistics_dtype, x, arrays, *given)
+
+
+def by_running(x: Array, args: Arguments, stats: Centred) -> Array:
+  """`affine` by statistics that x has no part in, and so uses x but once."""
+  arrays, of_arrays = _parted(lambda x, a, stats: affine(x, stats, a), args)
+
+  def run(x: Array, arrays: Any, stats: Centred) -> Array:
+    y: Array = of_arrays(x.astype(args.statistics_dtype), arrays, stats)
+    return y
+
+  kept = jax.checkpoint(run, prevent_cse=False)
+  y: Array = _types.ruled(kept, x, arrays, stats)
+  return y
+
+
+def _parted(
+  run: Callable[..., Any], args: Arguments
+) -> tuple[Any, Callable[..., Any]]:
+  """The arrays among the arguments, and `run` as a function of them."""
+  real = _types.real_dtype(args.statistics_dtype)
 
   def of_arrays(x: Array, arrays: Any, *given: Any) -> Any:
     *parameters, where, epsilon = arrays
@@ -48,8 +68,7 @@ def widened(
     return run(x, inner, *given)
 
   epsilon = args.epsilon if isinstance(args.epsilon, Array) else None
-  arrays = args.scale, args.bias, args.where, epsilon
-  return lean(of_arrays, dtype, x, arrays, *given)
+  return (args.scale, args.bias, args.where, epsilon), of_arrays
 
 
 def affine(

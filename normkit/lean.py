@@ -77,6 +77,8 @@ def is_kept(size: int, primitive: Any, *avals: Any, **params: Any) -> bool:
   Sums, what devices exchange, products of what is smaller than x, and what a
   rule of its own makes of x that is: statistics.
   """
+  if any(jnp.issubdtype(a.dtype, jnp.complexfloating) for a in avals):
+    return False  # JAX marks what is kept, and cannot mark complex numbers
   if primitive.name == 'custom_jvp_call':
     return all(_is_less(a.size, size) for a in params['call_jaxpr'].out_avals)
   if primitive.name == 'dot_general':

@@ -16,7 +16,7 @@ from normkit._types import (
   Implementation,
   Scalar,
 )
-from normkit.affine import Arguments, affine, widened
+from normkit.affine import Arguments, affine, by_running, widened
 from normkit.centred import Centred, centred
 from normkit.moments import flatten, squeeze
 from normkit.norm import NormParams
@@ -141,8 +141,7 @@ def batch_norm(
   check_state(state, x, features)
   if not _types.check_flag(train, 'train'):
     stats = running(state, x, features)
-    y = widened(lambda x, args, stats: affine(x, stats, args), x, args, stats)
-    return y, state
+    return by_running(x, args, stats), state
   check_holds_mean(state, x)
   ghosts = count_ghosts(x.shape, reduced, virtual_batch_size)
   pooling = axis_name, axis_index_groups

@@ -19,7 +19,7 @@ from normkit._types import (
   Implementation,
   Scalar,
 )
-from normkit.affine import Arguments, affine, widened
+from normkit.affine import Arguments, affine, by_running, widened
 from normkit.centred import Centred, centred
 from normkit.kernels.rows import reciprocal_root
 from normkit.moments import flatten, squeeze
@@ -123,8 +123,7 @@ def batch_renorm(
   check_state(state, x, features)
   old = running(state, x, features)
   if not _types.check_flag(train, 'train'):
-    y = widened(lambda x, args, stats: affine(x, stats, args), x, args, old)
-    return y, state
+    return by_running(x, args, old), state
   if check_batch:
     check_several(x.shape, reduced, axis_name, axis_index_groups, None)
   limits = [

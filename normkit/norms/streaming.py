@@ -20,7 +20,7 @@ from normkit._types import (
   Implementation,
   Scalar,
 )
-from normkit.affine import Arguments, affine, widened
+from normkit.affine import Arguments, affine, by_running, widened
 from normkit.centred import Centred, centred
 from normkit.moments import flatten, squeeze
 from normkit.norm import NormParams
@@ -121,8 +121,7 @@ def streaming_norm(
   check_state(state, x, features)
   old = running(state, x, features)
   if not _types.check_flag(train, 'train'):
-    y = widened(lambda x, args, stats: affine(x, stats, args), x, args, old)
-    return y, state
+    return by_running(x, args, old), state
   check_holds_mean(state, x)
   _types.check_not_empty(x.shape, reduced)
   count = state.count + 1
