@@ -196,10 +196,7 @@ def _is_outer(stats: Centred, args: Arguments) -> bool:
     return False
   if not all(jnp.issubdtype(a.dtype, jnp.floating) for a in arrays):
     return False
-  rows, *columns = (
-    [a for a, n in enumerate(array.shape) if not _types.is_known(n) or n > 1]
-    for array in arrays
-  )
+  rows, *columns = map(_long_axes, arrays)
   return bool(rows and columns) and all(
     c and max(rows) < min(c) for c in columns
   )
@@ -282,9 +279,13 @@ def _by_dot_of_columns(rows: Array, columns: Array) -> Array:
 
 
 def _first_column(rows: Array) -> int:
-  return (
-    max((a for a, size in enumerate(rows.shape) if size > 1), default=0) + 1
-  )
+  return max(_long_axes(rows), default=0) + 1
+
+
+def _long_axes(array: Array) -> list[int]:
+  """The axes that may hold more than one element."""
+  sizes = enumerate(array.shape)
+  return [a for a, n in sizes if not _types.is_known(n) or n > 1]
 
 
 def _plus(y: Array, shift: Array | None) -> Array:
