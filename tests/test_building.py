@@ -59,7 +59,7 @@ def test_a_broken_norm_is_found():
 @pytest.mark.second_tier
 def test_the_page_followed(tmp_path):
   """In a copy of the project: its files, its command."""
-  for name in ('normkit', 'tests', 'pyproject.toml'):
+  for name in ('normkit', 'tests', 'conftest.py', 'pyproject.toml'):
     copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
     copy(ROOT / name, tmp_path / name)
   (tmp_path / 'normkit/norms/deviation.py').write_text(

@@ -19,6 +19,7 @@ import pytest
 import reference
 from test_conformance import inputs, train
 from test_kernels import Rows, group_norm_of, name, norm_of
+from tiers import thinned
 
 import normkit as nk
 from normkit import weights
@@ -52,9 +53,15 @@ def assert_rounded_once(actual, desired, terms):
   assert (error <= allowed[inside]).all(), (error / allowed[inside]).max()
 
 
-@pytest.mark.parametrize('masked', [False, True], ids=['', 'masked'])
-@pytest.mark.parametrize('kind', GRADIENTS)
-@pytest.mark.parametrize('case', cases.CASES, ids=lambda case: case.name)
+def case_name(value):
+  return getattr(value, 'name', None)
+
+
+@pytest.mark.parametrize(
+  ('case', 'kind', 'masked'),
+  thinned(cases.CASES, GRADIENTS, [False, True], every=8),
+  ids=case_name,
+)
 def test_one_rounding(case, kind, masked):
   x, dy = given(kind, case.shape)
   params, state, _, where = inputs(case, masked=masked)
@@ -72,8 +79,9 @@ def test_one_rounding(case, kind, masked):
   assert_rounded_once(pull(x), desired, terms)
 
 
-@pytest.mark.parametrize('kind', GRADIENTS)
-@pytest.mark.parametrize('of', ['layer', 'rms', 'group'])
+@pytest.mark.parametrize(
+  ('of', 'kind'), thinned(['layer', 'rms', 'group'], GRADIENTS, every=3)
+)
 def test_one_rounding_by_kernel(name, of, kind):
   shape = (2, 5, 12) if of == 'group' else (6, 40)
   x, dy = given(kind, shape)
@@ -175,8 +183,7 @@ SCALED = {
 SCALES = 1e-15, 1e-13, 1e13, 1e15
 
 
-@pytest.mark.parametrize('scale', SCALES)
-@pytest.mark.parametrize('kind', SCALED)
+@pytest.mark.parametrize(('kind', 'scale'), thinned(SCALED, SCALES, every=4))
 def test_extreme_scales(kind, scale):
   """The norm of s x is that of x, so that its gradient is 1 / s of that."""
   transform, exact = SCALED[kind]
@@ -251,7 +258,7 @@ def test_extreme_scales_of_whitening(scale):
   )
 
 
-@pytest.mark.parametrize('case', cases.NORMS, ids=lambda case: case.name)
+@pytest.mark.parametrize('case', thinned(cases.NORMS, every=3), ids=case_name)
 def test_jet(case):
   """Taylor series along a line: the first and second derivative."""
   x, v = draw(case.shape), draw(case.shape, seed=1)
@@ -271,8 +278,11 @@ def test_jet(case):
   chex.assert_trees_all_close(terms, desired, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
-@pytest.mark.parametrize('case', cases.CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+  ('case', 'dtype'),
+  thinned(cases.CASES, ['float32', 'bfloat16', 'float16'], every=5),
+  ids=case_name,
+)
 def test_without_implicit_promotion(case, dtype):
   x, where = draw(case.shape, dtype), draw_mask(case.shape)
   with jax.numpy_dtype_promotion('strict'):
