@@ -95,8 +95,10 @@ MODULES = tuple(
 )
 TRANSFORMS = tuple(map(of_transform, NORMS))
 OTHERS = tuple(of_transform(c) for c in CASES if c not in NORMS)
-FIRST = *TRANSFORMS, *MODULES[::3]  # of the modules every other, in turn
-SECOND = *OTHERS, *MODULES
+# One of each kind: of batches, rows, groups; with a rule for its state; modules.
+KINDS = 'batch_norm', 'layer_norm', 'group_norm', 'iterative_whitening'
+FIRST = *(t for t in TRANSFORMS if t.name in KINDS), *MODULES[::3]
+SECOND = *TRANSFORMS, *OTHERS, *MODULES
 EVERY = *TRANSFORMS, *SECOND
 
 
