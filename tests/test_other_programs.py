@@ -95,7 +95,7 @@ MODULES = tuple(
 )
 TRANSFORMS = tuple(map(of_transform, NORMS))
 OTHERS = tuple(of_transform(c) for c in CASES if c not in NORMS)
-# One of each kind: of batches, rows, groups; with a rule for its state; modules.
+# One of each kind: of batches, rows, groups, with matrices; and modules.
 KINDS = 'batch_norm', 'layer_norm', 'group_norm', 'iterative_whitening'
 FIRST = *(t for t in TRANSFORMS if t.name in KINDS), *MODULES[::3]
 SECOND = *TRANSFORMS, *OTHERS, *MODULES
