@@ -405,64 +405,6 @@ def refuse_kernel(implementation: Implementation | None, why: str) -> None:
     )
 
 
-def sharded_axes(x: Array) -> tuple[int, ...]:
-  """The axes that the type of x says are sharded: explicit meshes alone."""
-  spec = jax.typeof(x).sharding.spec
-  return tuple(a for a, names in enumerate(spec) if names is not None)
-
-
-def vary(a: Array, like: Array) -> Array:
-  """`a`, varying over the devices that `like` varies over, as in `shard_map`.
-
-  Its gradient is then summed over them.
-  """
-  missing = jax.typeof(like).mat.varying - jax.typeof(a).mat.varying
-  return jax.lax.pcast(a, tuple(missing), to='varying') if missing else a
-
-
-def unshard(x: Array, axis: int) -> Array:
-  """Gathers an axis that the type of x says is sharded."""
-  sharding = jax.typeof(x).sharding
-  if axis not in sharded_axes(x):
-    return x
-  spec = [None if a == axis else s for a, s in enumerate(sharding.spec)]
-  whole: Array = jax.sharding.reshard(x, sharding.update(spec=spec))
-  return whole
-
-
-def reshard_like(x: Array, like: Array) -> Array:
-  """Gives x the sharding that the type of `like`, of its shape, names.
-
-  If `like` was made outside of the mesh of x, that is whole on it.
-  """
-  own, sharding = jax.typeof(x).sharding, jax.typeof(like).sharding
-  if own.spec == sharding.spec:
-    return x
-  if own.mesh.empty and not isinstance(x, jax.core.Tracer):
-    return x + jnp.zeros_like(like, x.dtype)  # outside of jit, the one way
-  if sharding.mesh.empty:
-    sharding = own.update(spec=sharding.spec)
-  moved: Array = jax.sharding.reshard(x, sharding)
-  return moved
-
-
-def broadcast_like(x: Array, like: Array) -> Array:
-  """Gives x the shape of `like`, and the sharding that its type names.
-
-  JAX does so by itself in the context of a mesh alone, where the forms of
-  `jnp.where` and `jnp.maximum` agree.
-  """
-  return reshard_like(jnp.broadcast_to(x, like.shape), like)
-
-
-def shards(x: Array, axis: int) -> int:
-  """Into how many parts the type of x says that an axis is sharded."""
-  sharding = jax.typeof(x).sharding
-  names = sharding.spec[axis] or ()
-  names = (names,) if isinstance(names, str) else names
-  return math.prod(sharding.mesh.shape[name] for name in names)
-
-
 def hashable(value: Any) -> Any:
   """Returns lists, however nested, as tuples: a transform's fields hash."""
   if isinstance(value, (list, tuple)):

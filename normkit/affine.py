@@ -10,7 +10,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 
-from normkit import _types
+from normkit import _shards, _types
 from normkit._types import Array, DType, Scalar
 from normkit.centred import Centred
 from normkit.kernels.rows import reciprocal_root
@@ -192,7 +192,7 @@ def _is_outer(stats: Centred, args: Arguments) -> bool:
   """Whether there is one number a row and one a column: layer and RMS norm."""
   params = [p for p in (args.scale, args.bias) if p is not None]
   arrays = [stats.var, *params]
-  if args.where is not None or any(map(_types.sharded_axes, arrays)):
+  if args.where is not None or any(map(_shards.sharded_axes, arrays)):
     return False
   if not all(jnp.issubdtype(a.dtype, jnp.floating) for a in arrays):
     return False

@@ -19,7 +19,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from normkit import _types
+from normkit import _shards, _types
 from normkit._types import Array, DType
 
 
@@ -261,7 +261,7 @@ def _zero(x: Array, count: Array, axes: tuple[int, ...], dtype: DType) -> Array:
   """As in the textbook's E[x^2] - E[x]^2."""
   del count
   shape = [1 if a in axes else size for a, size in enumerate(x.shape)]
-  return _types.vary(jnp.zeros(shape, dtype), x)
+  return _shards.vary(jnp.zeros(shape, dtype), x)
 
 
 def fixed(pivot: Array) -> Array:
@@ -297,7 +297,7 @@ def _sample(x: Array, axes: tuple[int, ...]) -> Array:
   known, last = [a for a in axes if _types.is_known(x.shape[a])], x.ndim - 1
   size = math.prod(x.shape[a] for a in known)
   steps = min(SAMPLE_STRIDE, size // SAMPLE_SIZE).bit_length() - 1
-  free = [a for a in known if a not in _types.sharded_axes(x)]
+  free = [a for a in known if a not in _shards.sharded_axes(x)]
   if free == [last]:
     return x[..., : -(-x.shape[last] // 2 ** max(steps, 0))]
   free = [a for a in free if a != last]

@@ -14,14 +14,14 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from normkit import _types
+from normkit import _shards
 from normkit._types import Array, AxisName, Groups
 from normkit.centred import Centred, fixed, square
 
 
 def merge(parts: Centred, axis: int) -> Centred:
   """Merges sets along an array axis, kept with size one, by their counts."""
-  count = _types.broadcast_like(parts.count, parts.var)
+  count = _shards.broadcast_like(parts.count, parts.var)
   total = jnp.sum(count, axis, keepdims=True)
   weight = count / jnp.maximum(total, 1)
 
@@ -40,7 +40,7 @@ def merge(parts: Centred, axis: int) -> Centred:
 
 def merge_channels(stats: Centred, channel: int, num_groups: int) -> Centred:
   """Merges the channels of each group; the groups stay on the same axis."""
-  stats = Centred(*(_types.unshard(s, channel) for s in stats))
+  stats = Centred(*(_shards.unshard(s, channel) for s in stats))
   full = jnp.broadcast_shapes(*(s.shape for s in stats))
   size = full[channel] // num_groups
   split = (*full[:channel], num_groups, size, *full[channel + 1 :])
@@ -92,7 +92,7 @@ def _about_mean(stats: Centred, total: Callable[..., Any]) -> Centred:
   """About the mean of all, whose rounding error the offset holds."""
 
   def held(values: Array) -> Array:  # of a set without elements, nothing
-    return jnp.where(_types.broadcast_like(stats.count, values) > 0, values, 0)
+    return jnp.where(_shards.broadcast_like(stats.count, values) > 0, values, 0)
 
   mean = held(
     stats.count * PART * lax.stop_gradient(stats.pivot + stats.offset)
@@ -154,7 +154,7 @@ def _group_sum(values: Array, axis_name: AxisName, groups: Groups) -> Array:
   number = {i: n for n, group in enumerate(by_size) for i in group}
   index = lax.axis_index(axis_name)
   places = [
-    _types.vary(jnp.array(list(some)), index)
+    _shards.vary(jnp.array(list(some)), index)
     for _, some in itertools.groupby(by_size, len)
   ]
   own = jnp.array([number[i] for i in range(len(number))])[index]
@@ -170,7 +170,7 @@ def _group_sum(values: Array, axis_name: AxisName, groups: Groups) -> Array:
   # all devices for each.
   summed: Array = lax.custom_linear_solve(
     lambda v: v,
-    _types.vary(values, index),
+    _shards.vary(values, index),
     lambda _, v: run(v),
     symmetric=True,
   )

@@ -16,7 +16,7 @@ from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from normkit import _types
+from normkit import _shards, _types
 from normkit._types import Array, DType, Implementation
 from normkit.affine import Arguments, activated
 from normkit.centred import Centred, centred, changes, named
@@ -109,7 +109,7 @@ def normalize_groups(
   first = channel - len(axes)
   is_ordered = axes == tuple(range(first, channel)) and channel == x.ndim - 1
   why = None if is_ordered else 'x is not (batch, ..., channels)'
-  if first > 1 and _types.sharded_axes(x):
+  if first > 1 and _shards.sharded_axes(x):
     why = why or f'one of the first {first} axes is sharded'
   if why := why or _refusal(x, args, (*axes, channel), is_pooled):
     _types.refuse_kernel(implementation, why)
@@ -129,7 +129,7 @@ def _refusal(
   """Why there is no kernel where a set of x lies along `axes`, or None."""
   parameters = [p for p in (args.scale, args.bias) if p is not None]
   last = (1,) * (x.ndim - 1) + x.shape[-1:]
-  is_sharded = set(axes) & set(_types.sharded_axes(x))
+  is_sharded = set(axes) & set(_shards.sharded_axes(x))
   reasons = {
     'statistics are pooled over devices': is_pooled,
     'there is a mask': args.where is not None,
@@ -138,7 +138,7 @@ def _refusal(
     'scale or bias is not a float of 32 bits for each element of the last '
     'axis': any(p.shape != last or p.dtype not in FLOATS for p in parameters),
     'the normalized axes or the parameters are sharded': is_sharded
-    or any(map(_types.sharded_axes, parameters)),
+    or any(map(_shards.sharded_axes, parameters)),
   }
   return next((why for why, holds in reasons.items() if holds), None)
 
@@ -205,7 +205,7 @@ def _differentiable(
 
   run.defjvp(derive, symbolic_zeros=True)
   # Under shard_map gradients of parameters are summed outside of the kernels.
-  given = {n: _types.vary(a, given['x']) for n, a in given.items()}
+  given = {n: _shards.vary(a, given['x']) for n, a in given.items()}
   results: Arrays = _types.ruled(run, given)
   return results
 

@@ -62,6 +62,7 @@ LAYERS = (
   ('kernels.dispatch', 'kernels.triton', 'kernels.mosaic_tpu'),
   ('kernels.cases', 'kernels.rows'),
   ('kernels',),
+  ('_shards',),
   ('_types',),
 )
 DEPTH = {name: depth for depth, row in enumerate(LAYERS) for name in row}

@@ -7,7 +7,7 @@ from jax import lax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from normkit import _types
+from normkit import _shards, _types
 from normkit._types import Array, Scalar
 from normkit.affine import Arguments
 from normkit.arguments import scaled
@@ -23,7 +23,7 @@ def covariance(
   d = _grouped(d / jnp.sqrt(jnp.maximum(stats.count, 1)), groups)
   places, group = tuple(range(x.ndim - 1)), (x.ndim - 1,)
   options: dict[str, Any] = {}
-  if _types.sharded_axes(x):  # summed over devices
+  if _shards.sharded_axes(x):  # summed over devices
     options['out_sharding'] = jax.typeof(d).sharding.update(spec=P())
   matrices: Array = lax.dot_general(
     d, d, ((places, places), (group, group)), precision='highest', **options
@@ -72,7 +72,7 @@ def whitened(
   y = jnp.einsum(
     'gij,...gj->...gi', matrix.astype(dtype), d, precision='highest'
   )
-  y = _types.reshard_like(y.reshape(x.shape), like)
+  y = _shards.reshard_like(y.reshape(x.shape), like)
   return scaled(y, args.scale, args.bias, args.dtype)
 
 

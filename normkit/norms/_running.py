@@ -13,7 +13,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from normkit import _types, norm
+from normkit import _shards, _types, norm
 from normkit._types import Array, Axes, AxisName, DType, Groups, Scalar
 from normkit.centred import Centred
 from normkit.moments import Moments
@@ -80,7 +80,7 @@ def update(
 ) -> BatchNormState:
   """Moves the running statistics of the features that the batch held."""
   new_mean, new_var = batch.mean, batch.var
-  number = _types.broadcast_like(batch.count, new_var)
+  number = _shards.broadcast_like(batch.count, new_var)
   held = number > 0
   if unbiased:
     held = number > 1
@@ -93,7 +93,7 @@ def update(
   def average(old: Array, new: Array) -> Array:
     wide = old.astype(_types.promote(old.dtype, new.dtype))
     new, moved, updates = (
-      _types.reshard_like(a, wide) for a in (new, held, count)
+      _shards.reshard_like(a, wide) for a in (new, held, count)
     )
     keep, share = shares(updates.astype(new_var.dtype), momentum, debias)
     kept = jnp.where(keep > 0, keep * wide, 0)  # whatever old is, at keep = 0
@@ -102,7 +102,7 @@ def update(
   return BatchNormState(
     average(state.mean, new_mean),
     average(state.var, new_var),
-    old_count + _types.reshard_like(held, count).astype(count.dtype),
+    old_count + _shards.reshard_like(held, count).astype(count.dtype),
   )
 
 

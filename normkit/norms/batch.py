@@ -5,7 +5,7 @@ import math
 
 import jax
 
-from normkit import _types, arguments, norm
+from normkit import _shards, _types, arguments, norm
 from normkit._types import (
   Array,
   ArrayLike,
@@ -179,7 +179,7 @@ def ghost_norm(
   Batches that lie across the shards of an explicit mesh are merged of pieces.
   """
   first = reduced[0]
-  pieces, shards = ghosts, _types.shards(x, first)
+  pieces, shards = ghosts, _shards.shards(x, first)
   if shards > 1:
     batch = x.shape[first]
     pieces = batch // math.gcd(batch // ghosts, batch // shards)

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from normkit import _types, norm
+from normkit import _shards, _types, norm
 from normkit._types import (
   Array,
   ArrayLike,
@@ -132,7 +132,7 @@ def _over_larger(
 ) -> Array:
   deviation = slope * x + own
   # As large as x no sooner than its gradients are to be summed over devices.
-  batch = _types.broadcast_like(_types.vary(batch, deviation), deviation)
+  batch = _shards.broadcast_like(_shards.vary(batch, deviation), deviation)
   deviation = jnp.maximum(batch, deviation)
   held = held & (deviation > 0)
   return jnp.where(held, x / jnp.where(held, deviation, 1), 0)

@@ -8,7 +8,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from normkit import _types, arguments, norm
+from normkit import _shards, _types, arguments, norm
 from normkit._types import (
   Array,
   ArrayLike,
@@ -159,7 +159,7 @@ def corrections(
   distance = (batch.pivot - old.pivot) + batch.offset
   r = jnp.clip(jnp.sqrt(batch.var + epsilon) * root, 1 / r_max, r_max)
   d = jnp.clip(distance * root, -d_max, d_max)
-  held = _types.broadcast_like(batch.count, r) > 0
+  held = _shards.broadcast_like(batch.count, r) > 0
   return jnp.where(held, r, 1), jnp.where(held, d, 0)
 
 

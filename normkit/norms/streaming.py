@@ -9,7 +9,7 @@ import dataclasses
 from jax import lax
 import jax.numpy as jnp
 
-from normkit import _types, arguments, norm
+from normkit import _shards, _types, arguments, norm
 from normkit._types import (
   Array,
   ArrayLike,
@@ -147,13 +147,13 @@ def _weighted(
   old: Centred, batch: Centred, keep: Array, share: Array
 ) -> Centred:
   """The two sets as one, by their weights; the batch's count is the whole's."""
-  held = _types.broadcast_like(batch.count, batch.var) > 0
+  held = _shards.broadcast_like(batch.count, batch.var) > 0
   share = jnp.where(held, share, 0)
   pivot, offset, var = (
-    jnp.stack([_types.reshard_like(a, b), b])
+    jnp.stack([_shards.reshard_like(a, b), b])
     for a, b in zip(old[:3], batch[:3], strict=True)
   )
-  keep = _types.reshard_like(keep, share)
+  keep = _shards.reshard_like(keep, share)
   merged = merge(Centred(pivot, offset, var, jnp.stack([keep, share])), 0)
   count = held.astype(keep.dtype)
   return Centred(*(m.squeeze(0) for m in merged))._replace(count=count)

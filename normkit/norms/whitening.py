@@ -8,7 +8,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from normkit import _types, arguments, norm
+from normkit import _shards, _types, arguments, norm
 from normkit._types import (
   Array,
   ArrayLike,
@@ -133,7 +133,7 @@ def iterative_whitening(
   _check_steps(n_steps, args.epsilon)
 
   def applied(wide: Array, args: Arguments, means: Any, matrix: Array) -> Array:
-    return whitened(_types.unshard(wide, last), means, matrix, args, wide)
+    return whitened(_shards.unshard(wide, last), means, matrix, args, wide)
 
   if not _types.check_flag(train, 'train'):
     mean = lax.expand_dims(state.mean, range(last))
@@ -146,7 +146,7 @@ def iterative_whitening(
   groups, size, _ = state.whitening.shape
 
   def run(wide: Array, args: Arguments) -> tuple[Array, Centred, Array]:
-    whole = _types.unshard(wide, last)
+    whole = _shards.unshard(wide, last)
     stats = pool(centred(whole, axes, args.where, given=x.dtype), *pooled)
     covariances = covariance(whole, stats, args.where, groups)
     covariances = pool_sum(covariances, *pooled)
@@ -163,7 +163,7 @@ def iterative_whitening(
 
   def moved(old: Array, new: Array, held: Array) -> Array:
     keep, share = weights
-    held, new = (_types.broadcast_like(a, old) for a in (held, new))
+    held, new = (_shards.broadcast_like(a, old) for a in (held, new))
     return jnp.where(held, keep * old + share * new, old).astype(old.dtype)
 
   known = jnp.all(held.reshape(groups, size), 1)[:, None, None]

@@ -13,7 +13,7 @@ from jax import lax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from normkit import _types
+from normkit import _shards, _types
 from normkit._types import Array, ArrayLike, DType, Scalar
 from normkit.norm import NormParams
 from normkit.weights._shared import (
@@ -256,7 +256,7 @@ def _contract(w: Array, x: Array, axes: Sequence[int]) -> Array:
   an explicitly sharded w is whole on each device, as u is.
   """
   sharding = jax.typeof(w).sharding
-  whole = sharding.update(spec=P()) if _types.sharded_axes(w) else None
+  whole = sharding.update(spec=P()) if _shards.sharded_axes(w) else None
   return jnp.tensordot(
     w,
     x,
