@@ -1,0 +1,140 @@
+"""Lines of which one could be changed and no other test would fail.
+
+Each was found by changing it on purpose, and each test fails with the line so
+changed.
+"""
+
+import functools
+
+from cases import draw
+from flax import linen as nn, nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import normkit as nk
+from normkit import affine, centred
+import normkit.linen
+import normkit.nnx
+
+KEY = jax.random.key(0)
+STATE = nk.BatchNormState(
+  jnp.full(3, 0.5), jnp.full(3, 2.0), jnp.full(3, 4, jnp.int32)
+)
+
+
+def test_a_variance_is_never_negative():
+  """E[d^2] - E[d]^2 of equal elements about another pivot may round below."""
+  size = 7
+  x = jnp.broadcast_to(jnp.linspace(0.1, 3, 500)[:, None], (500, size))
+  count, pivot = jnp.full((1, 1), size, jnp.float32), jnp.zeros((500, 1))
+  unclamped = jnp.mean(x * x, 1) - jnp.mean(x, 1) ** 2
+  assert (unclamped < 0).any()  # so that there is something to clamp
+  assert (centred.about(pivot, x, count, (1,))[2] >= 0).all()
+
+
+@pytest.mark.parametrize('form', ['_by_steps', '_by_roots', '_by_factors'])
+def test_both_parts_of_the_mean_count(form):
+  """In every form of the affine map, of which a platform runs but some."""
+  x = draw((4, 6))
+  mean = jnp.mean(x, 1, keepdims=True)
+  stats = centred.Centred(
+    mean - 0.25, jnp.full((4, 1), 0.25), jnp.ones((4, 1)), jnp.full((4, 1), 6.0)
+  )
+  args = affine.Arguments(None, None, 0.0, None, jnp.float32, jnp.float32)
+  y = getattr(affine, form)(x, stats, args, True)
+  exact = np.asarray(x, np.float64)
+  np.testing.assert_allclose(y, exact - exact.mean(1, keepdims=True), atol=1e-5)
+
+
+def test_what_is_not_masked_stays_visible():
+  """An infinity that counts goes through the map: it is no stray."""
+  x = draw((4, 3)).at[1, 1].set(jnp.inf)
+  where = jnp.ones((4, 3), bool).at[0, 0].set(False)
+  y, _ = nk.batch_norm(x, STATE, -jnp.ones(3), train=False, where=where)
+  assert y[1, 1] == -jnp.inf
+
+
+@pytest.mark.parametrize(
+  'norm',
+  [
+    nk.streaming_norm,
+    functools.partial(nk.batch_renorm, r_max=1e3, d_max=1e3),
+  ],
+  ids=['streaming', 'renorm'],
+)
+def test_old_statistics_are_constants(norm):
+  def loss(mean, var):
+    state = STATE._replace(mean=mean, var=var)
+    return jnp.sin(norm(draw((8, 3)), state, train=True)[0]).sum()
+
+  for gradient in jax.grad(loss, (0, 1))(STATE.mean, STATE.var):
+    np.testing.assert_array_equal(gradient, 0)
+
+
+def test_a_virtual_batch_of_one_is_refused():
+  """Each of its elements would become zero."""
+  with pytest.raises(ValueError, match='one element a feature'):
+    nk.batch_norm(draw((8, 3)), STATE, train=True, virtual_batch_size=1)
+
+
+def test_evonorm_without_variance_has_gradients():
+  state = jax.tree.map(lambda a: a[:3], STATE)
+
+  def loss(x):
+    options = {'train': True, 'epsilon': 0.0}
+    return nk.evonorm_b0(x, state, jnp.ones(3), **options)[0].sum()
+
+  assert jnp.isfinite(jax.grad(loss)(jnp.ones((2, 5, 3)))).all()
+
+
+@pytest.mark.parametrize('add', [nk.add_layer_norm, nk.add_rms_norm])
+def test_the_sum_has_gradients(add):
+  x, residual, weight = (draw((4, 6), seed=i) for i in range(3))
+
+  def loss(x, residual):
+    return (add(x, residual)[1] * weight).sum()
+
+  for gradient in jax.grad(loss, (0, 1))(x, residual):
+    np.testing.assert_allclose(gradient, weight, rtol=1e-6)
+  _, moved = jax.jvp(lambda x: add(x, residual)[1], (x,), (weight,))
+  np.testing.assert_allclose(moved, weight, rtol=1e-6)
+
+
+def rounded(arrays, dtype):
+  """A `promote_dtype` that rounds what it is given."""
+  del dtype
+  return tuple(None if a is None else a.astype(jnp.bfloat16) for a in arrays)
+
+
+def test_training_starts_from_what_is_stored():
+  """Not from what `promote_dtype` makes of it; evaluation takes that."""
+  layer, flax = (
+    package.BatchNorm(3, momentum=1.0, promote_dtype=rounded, rngs=nnx.Rngs(0))
+    for package in (normkit.nnx, nnx)
+  )
+  for module in (layer, flax):
+    module.mean[...] = jnp.full(3, 1 / 3)
+  layer(draw((4, 3)))
+  np.testing.assert_array_equal(layer.mean[...], jnp.full(3, 1 / 3))
+  x = jnp.full((4, 3), 1 / 3)
+  ours, theirs = (m(x, use_running_average=True) for m in (layer, flax))
+  np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize('force', [True, False])
+@pytest.mark.parametrize('dtype', [None, 'float32', 'float64'])
+@pytest.mark.parametrize('of', ['float32', 'float64'])
+def test_dtypes_of_stored_statistics(of, dtype, force):
+  """As Flax stores them."""
+  options = {'use_running_average': False, 'dtype': dtype}
+  options['force_float32_reductions'] = force
+  with jax.enable_x64(True):
+    x, found = jnp.asarray(draw((4, 3)), of), []
+    for package in (normkit.linen, nn):
+      module = package.BatchNorm(**options)
+      variables = module.init(KEY, x)
+      _, new = module.apply(variables, x, mutable=['batch_stats'])
+      found.append(jax.tree.map(lambda a: a.dtype, new['batch_stats']))
+  assert found[0] == found[1]
