@@ -73,17 +73,27 @@ def test_the_page_followed(tmp_path):
     file.write('\n\n' + block('tests/family.py'))
   row = block('tests/cases.py').splitlines()[-2] + '\n'
   edit(tmp_path / 'tests/cases.py', row, "  Case('batch_norm', ")
-  command = 'tests/test_conformance.py', '-k', 'deviation', '-n', '0', '--all'
+  pair = block('tests/test_docstrings.py').splitlines()[-2] + '\n'
+  edit(tmp_path / 'tests/test_docstrings.py', pair, "  'batch_norm': ")
+  passed = pytest_in(
+    tmp_path, '--all', 'tests/test_conformance.py', '-kdeviation'
+  )
+  assert passed > 20
+  assert pytest_in(tmp_path, 'tests/test_docstrings.py', NORM) > 50
+
+
+def pytest_in(folder, *arguments):
+  """How many tests pass, when all do."""
   run = subprocess.run(
-    [sys.executable, '-m', 'pytest', '-q', *command],
-    cwd=tmp_path,
-    env={'PYTHONPATH': str(tmp_path), 'PATH': ''},
+    [sys.executable, '-m', 'pytest', '-q', '-n', '0', *arguments],
+    cwd=folder,
+    env={'PYTHONPATH': str(folder), 'PATH': ''},
     capture_output=True,
     text=True,
     check=False,
   )
   assert run.returncode == 0, run.stdout[-2000:]
-  assert int(re.search(r'(\d+) passed', run.stdout)[1]) > 20
+  return int(re.search(r'(\d+) passed', run.stdout)[1])
 
 
 def edit(path, text, before):

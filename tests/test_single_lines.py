@@ -125,11 +125,11 @@ def test_training_starts_from_what_is_stored():
 
 @pytest.mark.parametrize('force', [True, False])
 @pytest.mark.parametrize('dtype', [None, 'float32', 'float64'])
-@pytest.mark.parametrize('of', ['float32', 'float64'])
+@pytest.mark.parametrize('of', ['bfloat16', 'float32', 'float64'])
 def test_dtypes_of_stored_statistics(of, dtype, force):
   """As Flax stores them."""
   options = {'use_running_average': False, 'dtype': dtype}
-  options['force_float32_reductions'] = force
+  options |= {'force_float32_reductions': force, 'param_dtype': of}
   with jax.enable_x64(True):
     x, found = jnp.asarray(draw((4, 3)), of), []
     for package in (normkit.linen, nn):
