@@ -536,6 +536,7 @@ def programs(norm, shape, dtype):
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
 @pytest.mark.parametrize('center', [True, False], ids=['layer', 'rms'])
 @pytest.mark.parametrize('shape', SHAPES.values(), ids=SHAPES)
+@pytest.mark.optimized
 @pytest.mark.parametrize('target', DEVICES)
 def test_passes(target, shape, center, dtype):
   norm = norm_of(center, NAMES[target])
@@ -545,6 +546,7 @@ def test_passes(target, shape, center, dtype):
 
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
+@pytest.mark.optimized
 @pytest.mark.parametrize('target', DEVICES)
 def test_passes_of_long_rows(target, dtype):
   norm = norm_of(True, NAMES[target])
@@ -565,6 +567,7 @@ IMAGES = {
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
 @pytest.mark.parametrize(('shape', 'groups'), IMAGES.values(), ids=IMAGES)
+@pytest.mark.optimized
 @pytest.mark.parametrize('target', DEVICES)
 def test_passes_of_groups(target, shape, groups, dtype):
   norm = group_norm_of(groups, NAMES[target])
@@ -576,6 +579,7 @@ def test_passes_of_groups(target, shape, groups, dtype):
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
 @pytest.mark.parametrize(('norm', 'kind'), BLOCKS)
+@pytest.mark.optimized
 @pytest.mark.parametrize('target', DEVICES[:1])
 def test_chosen_moves_no_more(target, norm, kind, dtype):
   """In a block, forward and in training: a kernel is a wall to XLA's fusion.
@@ -591,6 +595,7 @@ def test_chosen_moves_no_more(target, norm, kind, dtype):
     assert one <= 1.002 * other  # the sums of 132 programs are added up
 
 
+@pytest.mark.optimized
 def test_no_spills(tmp_path):
   """Registers hold a row: nothing goes to memory in between."""
   ptxas = targets.ptxas()

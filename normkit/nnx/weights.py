@@ -8,6 +8,7 @@ from typing import Any
 from flax import nnx
 from flax.nnx.nn import dtypes
 from flax.typing import Initializer
+import jax
 import jax.numpy as jnp
 
 from normkit import _types, arguments, weights
@@ -317,6 +318,10 @@ class SpectralNorm(_Wrapper, nnx.SpectralNorm, Running):
   ) -> None:
     _check(layer_instance, options.get('epsilon'))
     update = _types.check_flag(update_stats, 'update_stats')
+    if options.get('n_steps', 1) >= 1:
+      only = options.get('error_on_non_matrix', False)
+      for param in jax.tree.leaves(nnx.state(layer_instance, nnx.Param)):
+        _types.is_matrix(param, only)
     super().__init__(layer_instance, update_stats=update, **options)
 
   def __call__(
