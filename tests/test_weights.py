@@ -479,8 +479,10 @@ def test_weight_norm_is_that_of_linen(axes, use_scale):
     y, pull = jax.vjp(function, v, g)
     return y, pull(dw)
 
+  # A length of one element has no gradient: Flax's is what two terms leave.
+  terms = float(np.abs(dw / v).max()) if features == shape else 1.0
   jax.tree.map(
-    functools.partial(close, tolerance=2e-6),
+    functools.partial(close, tolerance=2e-6 * max(1.0, terms)),
     jax.jit(both_ways, static_argnums=0)(ours),
     jax.jit(both_ways, static_argnums=0)(flax),
   )
