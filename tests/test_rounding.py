@@ -18,13 +18,20 @@ import numpy as np
 import pytest
 import reference
 from test_conformance import inputs, train
-from test_kernels import Rows, group_norm_of, name, norm_of
+from test_kernels import (
+  Rows,
+  group_norm_of,
+  name,
+  norm_of,
+  platform,
+  programs_of_one_platform,
+)
 from tiers import thinned
 
 import normkit as nk
 from normkit import weights
 
-__all__ = ['name']
+__all__ = ['name', 'platform', 'programs_of_one_platform']
 
 ROUNDING = {'bfloat16': 2.0**-8, 'float16': 2.0**-11}
 # Mean 1 and deviation 2 of x and dy, unless said otherwise.
