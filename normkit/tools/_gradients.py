@@ -53,6 +53,7 @@ def _flat(tree: Any) -> Tree:
 
 
 def wide(value: Any) -> Floats:
+  """A value as a NumPy array of float64, or complex128."""
   array = np.asarray(value)
   return array.astype(np.promote_types(array.dtype, np.float64))
 
