@@ -16,7 +16,14 @@ BLOCKS = {
 }
 
 
-LONG = 'adapt.md', 'inspect.md', 'recalibrate.md', 'weights.md'
+LONG = (
+  'adapt.md',
+  'choosing.md',
+  'freeze.md',
+  'inspect.md',
+  'recalibrate.md',
+  'weights.md',
+)
 PAGES = [
   pytest.param(page, marks=pytest.mark.second_tier if page in LONG else ())
   for page in BLOCKS

@@ -4,7 +4,7 @@ import cases
 import jax
 import jax.numpy as jnp
 import pytest
-from tiers import second_tier, thinned
+from tiers import thinned
 
 import normkit as nk
 
@@ -52,14 +52,8 @@ def test_one_input_is_kept(name, dtype, masked):
   assert size <= kept(apply, params, x) <= 1.1 * size
 
 
-@pytest.mark.parametrize(
-  'case',
-  [
-    case if case.name == 'rms_norm' else second_tier(case)
-    for case in cases.NORMS
-  ],
-  ids=lambda case: case.name,
-)
+@pytest.mark.second_tier
+@pytest.mark.parametrize('case', cases.NORMS, ids=lambda case: case.name)
 def test_no_tracer_leaks(case):
   x = jnp.ones(case.shape)
   params, state = case.transform.init(x)

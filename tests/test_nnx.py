@@ -35,6 +35,7 @@ EXTRA = {
 X = jnp.asarray(np.random.default_rng(0).normal(1, 2, (4, 5, 6)), jnp.float32)
 
 every_module = pytest.mark.parametrize('name', NAMES)
+some_modules = pytest.mark.parametrize('name', thinned(NAMES, every=3))
 
 
 def both(name, *args, **kwargs):
@@ -76,7 +77,7 @@ def same_states(one, two, tolerance=1e-6):
     close(variable[...], theirs[path][...], tolerance)
 
 
-@every_module
+@some_modules
 def test_dtypes(name):
   """Of the output and the variables, in training and evaluation: a grid."""
   grid = itertools.product(
@@ -170,7 +171,7 @@ def test_keys(name):
     getattr(kn, name)(6)
 
 
-@every_module
+@some_modules
 def test_metadata(name):
   """Metadata and sharding annotations reach the parameters."""
   names = ('scale',) if name == 'RMSNorm' else ('scale', 'bias')
@@ -413,7 +414,7 @@ def test_masks_are_pooled_by_count():
   assert np.abs(theirs - desired).max() > 1e-2
 
 
-@every_module
+@some_modules
 def test_pooled_as_flax(name):
   """With the same count on all devices; and in groups, which Flax refuses."""
   x = X.reshape(4, 1, 5, 6)
@@ -509,7 +510,7 @@ def test_references():
 # promote_dtype.
 
 
-@every_module
+@some_modules
 def test_promote_dtype(name):
   """It is called as Flax calls it, and what it returns is used."""
   calls = []
@@ -633,7 +634,7 @@ TRANSFORMS = (
 
 
 @pytest.mark.parametrize(
-  ('name', 'transform'), thinned(NAMES, TRANSFORMS, every=2)
+  ('name', 'transform'), thinned(NAMES, TRANSFORMS, every=4)
 )
 def test_transforms(name, transform):
   theirs, ours = small(name, nnx), small(name)
@@ -641,7 +642,7 @@ def test_transforms(name, transform):
   same_states(ours, theirs, 1e-5)
 
 
-@every_module
+@some_modules
 def test_stacks(name):
   """Three layers made by vmap, used together by vmap, in a row by scan."""
 
@@ -740,7 +741,7 @@ def train(model, x):
 
 
 @pytest.mark.parametrize(
-  ('name', 'packages'), thinned(MODELS, [(nnx, kn), (kn, nnx)], every=2)
+  ('name', 'packages'), thinned(MODELS, [(nnx, kn), (kn, nnx)], every=4)
 )
 def test_orbax(name, packages, tmp_path):
   """A model trained with one package goes on with the other as with it."""

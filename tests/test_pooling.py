@@ -188,7 +188,7 @@ def pooled(form: str, **options) -> nk.BatchNorm:
 
 class TestPooling:
   @pytest.mark.parametrize(
-    ('form', 'masked'), thinned(sorted(FORMS), [False, True], every=2)
+    ('form', 'masked'), thinned(sorted(FORMS), [False, True], every=4)
   )
   def test_same_as_one_device(self, form, masked):
     data = inputs()
@@ -293,6 +293,7 @@ class TestPooling:
     first = jax.tree.map(lambda s: s[0], new)
     chex.assert_trees_all_close(first, want_state, rtol=1e-5, atol=1e-5)
 
+  @pytest.mark.second_tier
   def test_whitening_in_groups(self):
     """Each group of devices whitens by itself, also when another is spoilt."""
     groups = [0, 3], [1, 2, 4, 5, 6, 7]
@@ -314,7 +315,7 @@ class TestPooling:
     assert np.isnan(new.mean[0, 0])
 
   @pytest.mark.parametrize(
-    'form', thinned(['vmap', 'pmap', True, False], every=2)
+    'form', thinned(['vmap', 'pmap', True, False], every=4)
   )
   def test_groups(self, form):
     """Groups of unequal size, each by itself, also when another is spoilt."""
@@ -353,7 +354,7 @@ class TestPooling:
 
   @pytest.mark.parametrize(
     ('form', 'masked'),
-    thinned(['vmap', 'pmap', 'shard_map'], [True, False], every=2),
+    thinned(['vmap', 'pmap', 'shard_map'], [True, False], every=3),
   )
   def test_virtual_batches_pool(self, form, masked):
     """Each output by its virtual batch, the state by the whole."""
@@ -548,8 +549,12 @@ def test_large_means_unequal_counts(mean, scale):
     np.testing.assert_allclose(got, np.stack([numbers] * DEVICES), rtol=2e-6)
 
 
-@pytest.mark.parametrize('groups', [None, [[0, 2, 3], [1]]])
-@pytest.mark.parametrize('form', ['vmap', 'remat', 'scan', 'shard_map'])
+@pytest.mark.parametrize(
+  ('form', 'groups'),
+  thinned(
+    ['vmap', 'remat', 'scan', 'shard_map'], [None, [[0, 2, 3], [1]]], every=4
+  ),
+)
 def test_every_mode_of_differentiation(form, groups):
   """Also twice: with gradients the statistics' own are summed or gathered."""
   data = inputs(shape=(4, 2, 3), mean=5.0)
@@ -639,9 +644,15 @@ RUNNING = {
 }
 
 
-@pytest.mark.parametrize('masked', [False, True])
-@pytest.mark.parametrize('spec', [P('d', None, 'e'), P(None, None, ('e', 'd'))])
-@pytest.mark.parametrize('name', RUNNING)
+@pytest.mark.parametrize(
+  ('name', 'spec', 'masked'),
+  thinned(
+    RUNNING,
+    [P('d', None, 'e'), P(None, None, ('e', 'd'))],
+    [False, True],
+    every=5,
+  ),
+)
 def test_state_from_outside_of_the_mesh(name, spec, masked):
   """Without `set_mesh`: the state comes back whole, again and in a loop."""
   data = inputs(shape=(24 if 'uneven' in name else 16, 4, 8), mean=3.0)
@@ -672,7 +683,7 @@ def test_state_from_outside_of_the_mesh(name, spec, masked):
   )
 
 
-@pytest.mark.parametrize('name', RUNNING)
+@pytest.mark.parametrize('name', thinned(RUNNING, every=4))
 def test_state_from_outside_of_the_mesh_without_jit(name):
   data = inputs(shape=(24 if 'uneven' in name else 16, 4, 8), mean=3.0)
   transform = RUNNING[name]

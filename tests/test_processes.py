@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from tiers import second_tier
 
 WORKER = pathlib.Path(__file__).with_name('worker.py')
 TIMEOUT_SECONDS = 120
@@ -18,7 +19,7 @@ def free_address() -> str:
     return f'127.0.0.1:{server.getsockname()[1]}'
 
 
-@pytest.mark.parametrize('count', [2, 4])
+@pytest.mark.parametrize('count', [2, second_tier(4)])
 def test_processes_agree_with_one(count, tmp_path):
   address = free_address()
   reports = [tmp_path / f'{index}.json' for index in range(count)]
