@@ -7,14 +7,18 @@ linen and in nnx. A new norm is in all of them by its row in `cases.py`.
 from collections.abc import Callable
 import contextlib
 import dataclasses
+import functools
 import re
 from typing import Any, NamedTuple
 
 from cases import CASES, NORMS, Case, draw, draw_mask
+import chex
 from flax import linen as nn, nnx
 import jax
 from jax import export
+from jax.experimental import jet
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 import pytest
 
@@ -404,6 +408,56 @@ def test_variables_may_be_donated(use):
   assert all(a.is_deleted() for a in jax.tree.leaves(given))
 
 
+@rows(first=FIRST[::3])
+def test_jet(use):
+  """Taylor series along a line: the first and second derivative."""
+  x, v = draw(use.shape), draw(use.shape, seed=1)
+
+  def apply(x):
+    return use.run(use.variables, x, True)[0]
+
+  def line(t):
+    return apply(x + t * v)
+
+  terms = jax.jit(lambda x: jet.jet(apply, (x,), ((v, jnp.zeros_like(v)),)))(x)
+  slope = jax.jit(lambda t: jax.jvp(line, (t,), (1.0,))[1])
+  bend = jax.jvp(slope, (0.0,), (1.0,))[1]
+  desired = line(0.0), [slope(0.0), bend]
+  chex.assert_trees_all_close(terms, desired, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+@rows()
+def test_strict_promotion(use, dtype):
+  """Modules name the dtype, as they would otherwise promote, as Flax's do."""
+  if use in MODULES:
+    use = with_options(use, {'dtype': dtype})
+  x, where = draw(use.shape, dtype), draw_mask(use.shape)
+  with jax.numpy_dtype_promotion('strict'):
+    for mask in None, where:
+      for train in True, False:
+        run = functools.partial(gradients, use, train=train, where=mask)
+        found = jax.eval_shape(run, use.variables, x)
+        assert found[0][1].dtype == x.dtype
+
+
+@pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
+@rows(first=FIRST[::3])
+def test_meshes(use, kind):
+  """With variables from outside of the mesh, and a second step."""
+  grid = jax.make_mesh((2,), ('d',), axis_types=(kind,))
+  x = draw(use.shape)
+
+  def steps(variables, x):
+    for _ in range(2):
+      found, (y, variables) = gradients(use, variables, x)
+    return found, y, variables
+
+  placed = jax.device_put(x, NamedSharding(grid, P('d')))
+  found = jax.jit(steps)(use.variables, placed)
+  assert_near(found, jax.jit(steps)(use.variables, x))
+
+
 # Options that are arrays, traced or not.
 
 
@@ -607,7 +661,3 @@ def test_spectral_norm_leaves_biases_of_linen_alone():
   np.testing.assert_allclose(y, jnp.full((1, 2, 4), 0.1), rtol=1e-6)
   flax = nn.SpectralNorm(layer).init(KEY, jnp.zeros((1, 6)), update_stats=False)
   assert jax.tree.structure(variables) == jax.tree.structure(flax)
-
-
-# Rows to come, each once it holds: `jet`; strict promotion of half precision;
-# meshes whose axes are explicit, and automatic ones.

@@ -8,11 +8,10 @@ it is right too.
 import functools
 
 import cases
-from cases import draw, draw_mask
+from cases import draw
 import chex
 import family
 import jax
-from jax.experimental import jet
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -263,49 +262,6 @@ def test_extreme_scales_of_whitening(scale):
   np.testing.assert_allclose(
     np.asarray(found, np.float64) * scale / size, desired / size, atol=2e-5
   )
-
-
-@pytest.mark.parametrize('case', thinned(cases.NORMS, every=6), ids=case_name)
-def test_jet(case):
-  """Taylor series along a line: the first and second derivative."""
-  x, v = draw(case.shape), draw(case.shape, seed=1)
-  params, state = case.transform.init(x)
-
-  def apply(x):
-    return case.transform.apply(params, state, x, train=True)[0]
-
-  def line(t):
-    return apply(x + t * v)
-
-  terms = jax.jit(lambda x: jet.jet(apply, (x,), ((v, jnp.zeros_like(v)),)))(x)
-  first = functools.partial(jax.jvp, line)
-  slope = jax.jit(lambda t: first((t,), (1.0,))[1])
-  bend = jax.jvp(slope, (0.0,), (1.0,))[1]
-  desired = line(0.0), [slope(0.0), bend]
-  chex.assert_trees_all_close(terms, desired, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-  ('case', 'dtype'),
-  thinned(cases.CASES, ['float32', 'bfloat16', 'float16'], every=10),
-  ids=case_name,
-)
-def test_without_implicit_promotion(case, dtype):
-  x, where = draw(case.shape, dtype), draw_mask(case.shape)
-  with jax.numpy_dtype_promotion('strict'):
-    params, state = case.transform.init(x)
-
-    def loss(params, x, mask, train):
-      y, after = case.transform.apply(params, state, x, train=train, where=mask)
-      return y.astype(jnp.float32).sum(), after
-
-    for mask in None, where:
-      for train in True, False:
-        run = functools.partial(loss, mask=mask, train=train)
-        gradients, _ = jax.eval_shape(
-          jax.grad(run, (0, 1), has_aux=True), params, x
-        )
-        assert gradients[1].dtype == x.dtype
 
 
 @pytest.mark.second_tier
