@@ -39,6 +39,7 @@ from normkit.norms.whitening import (
   WhiteningState,
   iterative_whitening,
 )
+from normkit.platforms import for_platform
 from normkit.policies import products_saveable
 
 __version__ = metadata.version('normkit')
@@ -76,6 +77,7 @@ __all__ = [
   'evonorm_b0',
   'evonorm_s0',
   'filter_response_norm',
+  'for_platform',
   'group_norm',
   'instance_norm',
   'iterative_whitening',

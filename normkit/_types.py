@@ -36,6 +36,18 @@ def serializable(kind: Class) -> Class:
   return kind
 
 
+def as_array(x: ArrayLike) -> Array:
+  """x as an array of JAX's, also where it is one of NumPy inside.
+
+  `vmap` wraps that as it is, and under `jit` no rule of `jax.custom_jvp` takes
+  it then: `jax.jit(lambda: jax.vmap(jax.nn.relu)(np.ones(3)))()` fails.
+  """
+  array = inner = jnp.asarray(x)
+  while type(inner).__name__ == 'BatchTracer':
+    inner = inner.val  # type: ignore[attr-defined]
+  return jnp.copy(array) if isinstance(inner, np.ndarray) else array
+
+
 def check_input(x: ArrayLike, name: str = 'x') -> Array:
   """Returns `x` as an array of real or complex floating-point numbers."""
   if not isinstance(x, (jax.Array, np.ndarray, np.generic)):
@@ -44,7 +56,7 @@ def check_input(x: ArrayLike, name: str = 'x') -> Array:
       'Convert it first, for example with jnp.asarray.'
     )
   check_dtype(x.dtype, name)
-  return jnp.asarray(x)
+  return as_array(x)
 
 
 def check_dtype(dtype: DType, name: str = 'dtype') -> DType:
@@ -121,7 +133,7 @@ def as_inexact(x: ArrayLike, dtype: DType) -> Array:
   Integers become floats, and what is narrower than the statistics of `dtype`
   is widened; but half precision to float32, which the norms do themselves.
   """
-  x = jnp.asarray(x)
+  x = as_array(x)
   wide = promote(x.dtype, statistics_dtype(dtype))
   is_half = x.dtype in (jnp.float16, jnp.bfloat16)
   return x if is_half and wide == jnp.float32 else x.astype(wide)
@@ -174,7 +186,7 @@ def check_where(
   """Returns the mask as a boolean array of the rank of `shape`, or None."""
   if where is None:
     return None
-  where = jnp.asarray(where)
+  where = as_array(where)
   if where.dtype != jnp.bool_:
     raise TypeError(
       f'where must be boolean (True where x counts), got {where.dtype}. '
@@ -193,7 +205,7 @@ def check_mask(
   """
   if mask is None:
     return None
-  mask = jnp.asarray(mask)
+  mask = as_array(mask)
   if mask.dtype != jnp.bool_ and not cast:
     raise ValueError(
       f'mask must be boolean (True where x counts), got {mask.dtype}. '
@@ -267,7 +279,7 @@ def check_scalar(value: Any, name: str) -> Scalar:
       f'{name} must be a Python number or an array of one, got {value.dtype}'
       f'{list(value.shape)}. Give one real number, float and without axes.'
     )
-  return jnp.asarray(value)
+  return as_array(value)
 
 
 def check_epsilon(epsilon: Any) -> Scalar:

@@ -10,7 +10,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 
-from normkit import _shards, _types
+from normkit import _shards, _types, platforms
 from normkit._types import Array, DType, Scalar
 from normkit.centred import Centred
 from normkit.kernels.rows import reciprocal_root
@@ -131,7 +131,7 @@ def _of_rows(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:
     y = evaluate(*primals)
     if not moved:
       return y, jnp.zeros_like(y)
-    return y, lax.platform_dependent(
+    return y, platforms.dependent(
       primals,
       [tangents[i] for i in moved],
       cpu=functools.partial(along, _by_outer),

@@ -67,7 +67,7 @@ def check_feature(
   """Returns `value`, one number a feature, in a form that broadcasts to x."""
   if value is None:
     return None
-  value = jnp.asarray(value)
+  value = _types.as_array(value)
   features = tuple(shape[a] for a in feature_axes)
   if value.shape == features:
     return lax.expand_dims(value, _types.other_axes(feature_axes, len(shape)))

@@ -19,7 +19,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from normkit import _shards, _types
+from normkit import _shards, _types, platforms
 from normkit._types import Array, DType
 
 
@@ -81,7 +81,7 @@ def centred(
     where,
     center,
     _types.statistics_dtype(x.dtype if dtype is None else dtype),
-    Form(jnp.dtype(given or x.dtype), output_alone),
+    Form(jnp.dtype(given or x.dtype), output_alone, platforms.named()),
   )
   return found
 
@@ -91,6 +91,7 @@ class Form(NamedTuple):
 
   given: DType
   output_alone: bool
+  platform: str | None
 
 
 @functools.partial(jax.jit, static_argnums=(1, 3, 4, 5))
@@ -194,7 +195,7 @@ def _pivot(
     return _mean_of_sample(x, count, axes, dtype)
   options = {'axes': axes, 'dtype': dtype}
   runs = {f: functools.partial(f, **options) for f in {*forms.values()}}
-  pivot: Array = lax.platform_dependent(
+  pivot: Array = platforms.dependent(
     x, count, **{name: runs[f] for name, f in forms.items()}
   )
   return pivot

@@ -16,7 +16,7 @@ from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from normkit import _shards, _types
+from normkit import _shards, _types, platforms
 from normkit._types import Array, DType, Implementation
 from normkit.affine import Arguments, activated
 from normkit.centred import Centred, centred, changes, named
@@ -91,7 +91,7 @@ def normalize_rows(
   else:
     parameters = {'scale': args.scale, 'bias': args.bias}
     given |= {n: a for n, a in parameters.items() if a is not None}
-    found = _types.ruled(_differentiable, given, spec, 'xla')
+    found = _types.ruled(_differentiable, given, spec, 'xla', platforms.named())
   return found['y'].reshape(x.shape), found.get('total', x).reshape(x.shape)
 
 
@@ -154,7 +154,8 @@ def _partitioned(
   """Rows that an explicit mesh shards stay where they are."""
   x = given['x']
   check(implementation, x, spec.groups)
-  options = {'spec': spec, 'implementation': implementation}
+  options = {'spec': spec, 'platform': platforms.named()}
+  options['implementation'] = platforms.implied(implementation)
   run = functools.partial(_types.ruled, _differentiable, **options)
   kind = jax.typeof(x).sharding
   if kind.mesh.empty or not kind.mesh.are_all_axes_explicit:
@@ -177,11 +178,20 @@ def check(
     _types.refuse_kernel(implementation, f'it does not take {of}')
 
 
-@functools.partial(jax.jit, static_argnames=('spec', 'implementation'))
+@functools.partial(
+  jax.jit, static_argnames=('spec', 'implementation', 'platform')
+)
 def _differentiable(
-  given: Arrays, spec: Spec, implementation: Implementation | None
+  given: Arrays,
+  spec: Spec,
+  implementation: Implementation | None,
+  platform: str | None,
 ) -> Arrays:
-  """The norm and its derivatives: 'y' and, with a residual, 'total'."""
+  """The norm and its derivatives: 'y' and, with a residual, 'total'.
+
+  The platform is named so that `jit` keeps what was traced for each apart.
+  """
+  del platform
 
   @jax.custom_jvp
   def run(given: Arrays) -> Arrays:

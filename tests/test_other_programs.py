@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 import pytest
+from tiers import second_tier
 
 import normkit as nk
 import normkit.linen
@@ -397,6 +398,19 @@ def test_under_checks(use):
 
 
 @rows()
+def test_arrays_of_numpy_mapped_inside_of_jit(use):
+  x, where = (np.stack([draw(use.shape, seed=i)] * 2) for i in range(2))
+  where = where > 0
+  variables = jax.tree.map(lambda a: np.stack([a, a]), use.variables)
+
+  def run(v, x, w):
+    return gradients(use, v, x, where=w)
+
+  found = jax.jit(lambda: jax.vmap(run)(variables, x, where))()
+  assert_near(found, jax.jit(jax.vmap(run))(variables, x, where))
+
+
+@rows()
 def test_variables_may_be_donated(use):
   def run(v, x):
     return use.run(v, x, True)
@@ -456,6 +470,41 @@ def test_meshes(use, kind):
   placed = jax.device_put(x, NamedSharding(grid, P('d')))
   found = jax.jit(steps)(use.variables, placed)
   assert_near(found, jax.jit(steps)(use.variables, x))
+
+
+@pytest.mark.parametrize('dtype', ['float32', second_tier('bfloat16')])
+@rows()
+def test_for_one_platform(use, dtype):
+  """For tools that read the program: no choice is left in it."""
+  x = draw(use.shape, dtype)
+
+  def run(variables, x):
+    return gradients(use, variables, x)
+
+  expected = jax.jit(lambda *a: run(*a))(use.variables, x)
+  with nk.for_platform('cpu'):
+    program = jax.make_jaxpr(run)(use.variables, x)
+    found = jax.jit(run)(use.variables, x)
+  assert 'platform_index' not in str(program)
+  assert_near(found, expected)
+
+
+def test_platforms_choose_their_forms():
+  """Also where what is inside of them was traced before."""
+
+  def program():
+    loss = jax.grad(lambda x: nk.layer_norm(x).sum())
+    return str(jax.make_jaxpr(loss)(jnp.ones((4, 6), jnp.bfloat16)))
+
+  programs = [program()]
+  for name in ('cpu', 'cuda'):
+    with nk.for_platform(name):
+      programs.append(program())
+  assert len(set(programs)) == len(programs)
+  assert ['platform_index' in p for p in programs] == [True, False, False]
+  assert program() == programs[0]
+  with pytest.raises(ValueError, match="'gpu' is no platform; give one of"):
+    nk.for_platform('gpu').__enter__()
 
 
 # Options that are arrays, traced or not.

@@ -62,7 +62,7 @@ LAYERS = (
   ('kernels.dispatch', 'kernels.triton', 'kernels.mosaic_tpu'),
   ('kernels.cases', 'kernels.rows'),
   ('kernels',),
-  ('_shards',),
+  ('_shards', 'platforms'),
   ('_types',),
 )
 DEPTH = {name: depth for depth, row in enumerate(LAYERS) for name in row}
