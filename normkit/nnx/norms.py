@@ -14,7 +14,7 @@ import math
 from typing import Any
 
 from flax import nnx
-from flax.nnx.nn import dtypes
+from flax.nnx.nn import dtypes, initializers
 from flax.typing import PromoteDtypeFn
 import jax.numpy as jnp
 import numpy as np
@@ -172,6 +172,8 @@ class LayerNorm(_DropIn, nnx.LayerNorm):
   Args:
     feature_axes: the axes of the parameters; of several, `num_features` is the
       product.
+    scale_init: draws the parameter; its default makes a scale of one, and so
+      draws 1 - scale_offset.
 
   Attributes:
     scale: an `nnx.Param`, or None.
@@ -184,6 +186,12 @@ class LayerNorm(_DropIn, nnx.LayerNorm):
     >>> norm(jnp.ones((4, 3))).shape
     (4, 3)
   """
+
+  def __init__(
+    self, num_features: int, *, scale_offset: float = 0.0, **options: Any
+  ) -> None:
+    super().__init__(num_features, **with_offset(options, scale_offset))
+    self.scale_offset = scale_offset
 
   def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
     """Normalizes x; `mask` is True where an element counts."""
@@ -198,6 +206,8 @@ class RMSNorm(_DropIn, nnx.RMSNorm):
   Args:
     feature_axes: the axes of the scale; of several, `num_features` is the
       product.
+    scale_init: draws the parameter; its default makes a scale of one, and so
+      draws 1 - scale_offset.
 
   Attributes:
     scale: an `nnx.Param`, or None.
@@ -209,6 +219,18 @@ class RMSNorm(_DropIn, nnx.RMSNorm):
     >>> norm(jnp.ones((4, 3))).shape
     (4, 3)
   """
+
+  def __init__(
+    self,
+    num_features: int,
+    *,
+    scale_offset: float = 0.0,
+    round_before_scale: bool = False,
+    **options: Any,
+  ) -> None:
+    super().__init__(num_features, **with_offset(options, scale_offset))
+    self.scale_offset = scale_offset
+    self.round_before_scale = round_before_scale
 
   def __call__(self, x: Array, mask: Array | None = None) -> Array:
     """Normalizes x; `mask` is True where an element counts."""
@@ -294,6 +316,15 @@ def _normalize(
   x, _, options = module._prepare(general.normalize, x, mask, features)
   options.update(axis=reduced, feature_axis=features, center=center)
   return general.normalize_any(x, **options)
+
+
+def with_offset(options: dict[str, Any], offset: float) -> dict[str, Any]:
+  """A constructor's options; Flax's ones stand for a scale of one."""
+  offset = _types.check_real(offset, 'scale_offset')
+  given = options.get('scale_init', initializers.ones)
+  if offset and given is initializers.ones:
+    return options | {'scale_init': initializers.constant(1 - offset)}
+  return options
 
 
 def _as_features(values: Array, x: Array, axes: tuple[int, ...]) -> Array:
