@@ -154,8 +154,8 @@ def check_real(x: ArrayLike, why: str, name: str = 'x') -> Array:
   x = _types.check_input(x, name)
   if jnp.iscomplexobj(x):
     raise TypeError(
-      f'{name} must be real, got {x.dtype}: {why}. Take its real and imaginary part '
-      'as features of their own.'
+      f'{name} must be real, got {x.dtype}: {why}. Take its real and imaginary '
+      'part as features of their own.'
     )
   return x
 

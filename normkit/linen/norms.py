@@ -9,14 +9,14 @@ from dataclasses import KW_ONLY
 from typing import Any
 
 from flax import linen as nn
-from flax.linen import dtypes, initializers
+from flax.linen import dtypes
 from flax.typing import Initializer
 import jax.numpy as jnp
 
 from normkit import _types, arguments, general, norm
 from normkit._docs import documented
 from normkit._types import Array, DType
-from normkit.linen._shared import DropIn
+from normkit.linen._shared import DropIn, scale_init
 from normkit.norms import _running, batch, group, instance, layer, rms
 
 
@@ -218,16 +218,6 @@ def _prepare(
   if bias is not None:
     options['bias'] = bias
   return _types.as_inexact(x, dtype), options
-
-
-def scale_init(module: Any) -> Initializer:
-  """What draws the scale; Flax's ones stand for a scale of one."""
-  init: Initializer = module.scale_init
-  offset = getattr(module, 'scale_offset', 0.0)
-  offset = _types.check_real(offset, 'scale_offset')
-  if offset and init is initializers.ones:
-    return initializers.constant(1 - offset)
-  return init
 
 
 def _param(

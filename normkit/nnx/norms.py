@@ -10,11 +10,10 @@ called as Flax calls it, and what it returns is used.
 """
 
 from collections.abc import Callable
-import math
 from typing import Any
 
 from flax import nnx
-from flax.nnx.nn import dtypes, initializers
+from flax.nnx.nn import dtypes
 from flax.typing import PromoteDtypeFn
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +21,15 @@ import numpy as np
 from normkit import _types, arguments, general, norm
 from normkit._docs import documented
 from normkit._types import Array, DType, Implementation
-from normkit.nnx._shared import Running, read, with_signature_of, write
+from normkit.nnx._shared import (
+  Running,
+  as_features,
+  check_width,
+  read,
+  with_offset,
+  with_signature_of,
+  write,
+)
 from normkit.norms import _running, batch, group, instance, layer, rms
 
 
@@ -71,7 +78,7 @@ class _DropIn(nnx.Module):
     options.update(where=where, dtype=dtype)
     for name, value in zip(params, rest[len(stats) :], strict=True):
       if value is not None:
-        options[name] = _as_features(value, x, features)
+        options[name] = as_features(value, x, features)
     return x, tuple(rest[: len(stats)]), options
 
 
@@ -140,7 +147,7 @@ class BatchNorm(_DropIn, nnx.BatchNorm, Running):
     if train and jnp.iscomplexobj(x):
       mean = mean.astype(x.dtype)
     state = _running.BatchNormState(
-      *(_as_features(s, x, axes) for s in (mean, var, self._updates()))
+      *(as_features(s, x, axes) for s in (mean, var, self._updates()))
     )
     options.update(axis=axes, check_batch=False)
     y, updated = batch.batch_norm(x, state, train=train, **options)
@@ -273,7 +280,7 @@ class GroupNorm(_DropIn, nnx.GroupNorm):
     """Normalizes x; `mask` is True where an element counts."""
     batch_axes = group.batch_axes(self.reduction_axes, np.ndim(x))
     channels = (np.ndim(x) - 1,)
-    _check_width(self.num_features, x, channels)
+    check_width(self.num_features, x, channels)
     x, _, options = self._prepare(group.group_norm, x, mask, channels)
     return group.group_norm_any(x, **options | {'batch_axis': batch_axes})
 
@@ -316,27 +323,3 @@ def _normalize(
   x, _, options = module._prepare(general.normalize, x, mask, features)
   options.update(axis=reduced, feature_axis=features, center=center)
   return general.normalize_any(x, **options)
-
-
-def with_offset(options: dict[str, Any], offset: float) -> dict[str, Any]:
-  """A constructor's options; Flax's ones stand for a scale of one."""
-  offset = _types.check_real(offset, 'scale_offset')
-  given = options.get('scale_init', initializers.ones)
-  if offset and given is initializers.ones:
-    return options | {'scale_init': initializers.constant(1 - offset)}
-  return options
-
-
-def _as_features(values: Array, x: Array, axes: tuple[int, ...]) -> Array:
-  """One number a feature, in the shape of the feature axes of x."""
-  _check_width(values.size, x, axes)
-  return values.reshape(tuple(x.shape[a] for a in axes))
-
-
-def _check_width(width: int, x: Array, axes: tuple[int, ...]) -> None:
-  shape = tuple(np.shape(x)[a] for a in axes)
-  if width != math.prod(shape):
-    raise ValueError(
-      f'x has the feature axes {axes} of shape {shape}, but num_features is '
-      f'{width}. Make the module with num_features={math.prod(shape)}.'
-    )
