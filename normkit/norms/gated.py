@@ -6,7 +6,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from normkit import _types, arguments, norm
+from normkit import _shards, _types, arguments, norm
 from normkit._types import (
   Array,
   ArrayLike,
@@ -222,6 +222,7 @@ def _mean_square(
   (axis,) = axes
 
   def parted(a: Array) -> Array:
+    a = _shards.unshard(a, axis)
     count = groups if a.shape[axis] > 1 else 1
     shape = *a.shape[:axis], count, a.shape[axis] // count, *a.shape[axis + 1 :]
     return a.reshape(shape)
