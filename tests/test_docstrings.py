@@ -52,7 +52,7 @@ SENTENCES = {
     'Nemotron.',
   ],
   'round_before_scale': [
-    f'round the normalized values to x\'s dtype before {rest}, as in {models}.'
+    f"round the normalized values to x's dtype before {rest}, as in {models}."
     for rest in (
       'the scale multiplies them',
       '`scale` multiplies them, and their product to the wider dtype of both',

@@ -99,19 +99,24 @@ _GATED = nk.GatedRMSNorm(round_before_scale=True)
 _MAMBA = nk.GatedRMSNorm(
   norm_before_gate=False, group_size=GROUP, round_before_scale=True
 )
+_GROUPS = {'group_size': GROUP}
 _FALCON = {'n_groups': SIZE // GROUP}
+_LLAMA, _GEMMA = (
+  nk.RMSNorm(round_before_scale=True),
+  nk.RMSNorm(scale_offset=1.0),
+)
+_HALF = ('bfloat16',)
 MODELS = {
-  'llama': Model('LlamaRMSNorm', {}, nk.RMSNorm(round_before_scale=True), llama),
-  'mistral': Model(
-    'MistralRMSNorm', {}, nk.RMSNorm(round_before_scale=True), llama
-  ),
-  'qwen3': Model('Qwen3RMSNorm', {}, nk.RMSNorm(round_before_scale=True), llama),
+  'llama': Model('LlamaRMSNorm', {}, _LLAMA, llama),
+  'mistral': Model('MistralRMSNorm', {}, _LLAMA, llama, _HALF),
+  'qwen2': Model('Qwen2RMSNorm', {}, _LLAMA, llama, _HALF),
+  'qwen3': Model('Qwen3RMSNorm', {}, _LLAMA, llama, _HALF),
   'olmo2': Model('Olmo2RMSNorm', {}, nk.RMSNorm(), olmo),
-  'gemma2': Model('Gemma2RMSNorm', {}, nk.RMSNorm(scale_offset=1.0), gemma),
-  'gemma3': Model('Gemma3RMSNorm', {}, nk.RMSNorm(scale_offset=1.0), gemma),
-  'qwen3_next': Model(
-    'Qwen3NextRMSNorm', {}, nk.RMSNorm(scale_offset=1.0), gemma
-  ),
+  'gpt_oss': Model('GptOssRMSNorm', {}, nk.RMSNorm(), olmo, _HALF),
+  'gemma2': Model('Gemma2RMSNorm', {}, _GEMMA, gemma),
+  'gemma3': Model('Gemma3RMSNorm', {}, _GEMMA, gemma, _HALF),
+  'qwen3_next': Model('Qwen3NextRMSNorm', {}, _GEMMA, gemma, _HALF),
+  'qwen3_5': Model('Qwen3_5RMSNorm', {}, _GEMMA, gemma, _HALF),
   'nemotron': Model(  # it adds the one in half precision, and so loses digits
     'NemotronLayerNorm1P',
     {},
@@ -120,7 +125,10 @@ MODELS = {
     ('float32',),
   ),
   'qwen3_next_gated': Model('Qwen3NextRMSNormGated', {}, _GATED, qwen_gated),
-  'mamba2': Model('MambaRMSNormGated', {'group_size': GROUP}, _MAMBA, mamba),
+  'qwen3_5_gated': Model('Qwen3_5RMSNormGated', {}, _GATED, qwen_gated, _HALF),
+  'mamba2': Model('MambaRMSNormGated', _GROUPS, _MAMBA, mamba),
+  'bamba': Model('BambaRMSNormGated', _GROUPS, _MAMBA, mamba, _HALF),
+  'zamba2': Model('Zamba2RMSNormGated', _GROUPS, _MAMBA, mamba, _HALF),
   'falcon_h1': Model(
     'FalconH1RMSNormGated',
     _FALCON,
@@ -140,7 +148,11 @@ MODELS = {
     kimi,
   ),
 }
-FILES = {'falcon_h1_gate_first': 'falcon_h1', 'qwen3_next_gated': 'qwen3_next'}
+FILES = {
+  'falcon_h1_gate_first': 'falcon_h1',
+  'qwen3_next_gated': 'qwen3_next',
+  'qwen3_5_gated': 'qwen3_5',
+}
 each = pytest.mark.parametrize(
   ('name', 'dtype'),
   [(name, d) for name, model in MODELS.items() for d in model.dtypes],
