@@ -169,6 +169,22 @@ def test_other_axes_and_no_gate():
   )
 
 
+def test_a_gate_of_another_dtype():
+  """All is taken in the wider of both; the result is of x's."""
+  with precision(jnp.float64):
+    x, gate, scale, _ = given(jnp.float64)
+    x = x.astype(jnp.float32)
+    y = run(False, 2, dtype=jnp.float64)(x, gate, scale)
+    desired = reference(x, gate, scale, False, 2)
+    np.testing.assert_allclose(y, desired, rtol=1e-12)
+  narrow = gate.astype(jnp.bfloat16)
+  y, pull = jax.vjp(run(True, 2), x, narrow)
+  assert (y.dtype, pull(y)[1].dtype) == (jnp.float32, jnp.bfloat16)
+  np.testing.assert_allclose(
+    y, reference(x, narrow, np.ones(6), True, 2), rtol=1e-5
+  )
+
+
 MODULES = {
   'plain': {},
   'mamba': {'norm_before_gate': False, 'group_size': 3},
