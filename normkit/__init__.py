@@ -18,6 +18,7 @@ from normkit.norms.batch import BatchNorm, batch_norm
 from normkit.norms.dyt import DyT, DyTParams, dyt
 from normkit.norms.evonorm_b0 import EvoNormB0, evonorm_b0
 from normkit.norms.evonorm_s0 import EvoNormS0, evonorm_s0
+from normkit.norms.gated import GatedRMSNorm, gated_rms_norm
 from normkit.norms.group import GroupNorm, group_norm
 from normkit.norms.instance import (
   InstanceNorm,
@@ -56,6 +57,7 @@ __all__ = [
   'EvoNormS0',
   'FilterResponseNorm',
   'FilterResponseParams',
+  'GatedRMSNorm',
   'GroupNorm',
   'InstanceNorm',
   'IterativeWhitening',
@@ -78,6 +80,7 @@ __all__ = [
   'evonorm_s0',
   'filter_response_norm',
   'for_platform',
+  'gated_rms_norm',
   'group_norm',
   'instance_norm',
   'iterative_whitening',

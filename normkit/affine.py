@@ -26,6 +26,19 @@ class Arguments(NamedTuple):
   where: Array | None
   dtype: DType
   statistics_dtype: DType
+  rounding: 'Rounding | None' = None
+
+
+class Rounding(NamedTuple):
+  """What is narrow before the result is, as some models round.
+
+  Attributes:
+    normalized: dtype of the normalized values that the scale multiplies.
+    product: dtype of their product.
+  """
+
+  normalized: DType
+  product: DType
 
 
 def widened(
@@ -79,11 +92,59 @@ def affine(
   A set without elements gives zeros, then the bias. Where the mask is False, a
   value that is not finite comes out as it went in and has no other effect.
   """
+  if args.rounding is not None:
+    return _by_rounding(x, stats, args, args.rounding, center)
   if isinstance(args.epsilon, Array):  # it may be differentiated
     stats = stats._replace(var=stats.var + args.epsilon.astype(stats.var.dtype))
     args = args._replace(epsilon=0.0)
   form = _of_rows if _is_outer(stats, args) else _by_factors
   return form(x, stats, args, center)
+
+
+def _by_rounding(
+  x: Array, stats: Centred, args: Arguments, rounding: Rounding, center: bool
+) -> Array:
+  """`affine` in steps of which each is rounded."""
+  inner = args._replace(
+    scale=None, bias=None, dtype=args.statistics_dtype, rounding=None
+  )
+  held = x
+  if args.where is not None:  # or a scale's gradient would meet it
+    is_stray = ~args.where & ~jnp.isfinite(x)
+    held = jnp.where(is_stray, 0, x)
+  y = rounded(affine(held, stats, inner, center), rounding.normalized)
+  if args.scale is not None:
+    y = rounded(y * args.scale, rounding.product)
+  y = _plus(y, args.bias)
+  if args.where is not None:
+    y = jnp.where(is_stray & (stats.count > 0), x, y)
+  return y.astype(args.dtype)
+
+
+def rounded(x: Array, dtype: DType) -> Array:
+  """x as `dtype` has it, in its own dtype; the derivative is that of x.
+
+  Compilers may leave out a cast there and back.
+  """
+  if jnp.finfo(dtype).bits >= jnp.finfo(x.dtype).bits:
+    return x
+  y: Array = _types.ruled(_rounded, x, jnp.finfo(dtype))
+  return y
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _rounded(x: Array, info: Any) -> Array:
+  y = lax.reduce_precision(x, info.nexp, info.nmant)
+  if info.nexp == jnp.finfo(x.dtype).nexp:
+    return y
+  step = float(info.smallest_subnormal)  # below the least normal number
+  small = lax.round(x / step, lax.RoundingMethod.TO_NEAREST_EVEN) * step
+  return jnp.where(jnp.abs(x) < float(info.tiny), small, y)
+
+
+@_rounded.defjvp
+def _rounded_jvp(info: Any, primals: Any, tangents: Any) -> tuple[Array, Any]:
+  return _rounded(*primals, info), tangents[0]
 
 
 def activated(
@@ -107,7 +168,11 @@ def _of_rows(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:
   CPU is one kernel instead of seven, and takes .4 of the time. The others have
   the better derivatives.
   """
-  leaves, tree = jax.tree.flatten((x, stats, args.scale, args.bias))
+  # Under shard_map gradients of parameters are summed outside of the rule.
+  parameters = [
+    p if p is None else _shards.vary(p, x) for p in (args.scale, args.bias)
+  ]
+  leaves, tree = jax.tree.flatten((x, stats, *parameters))
   args = args._replace(scale=None, bias=None)  # they are among the leaves
 
   def run(form: Callable[..., Array], *leaves: Array) -> Array:

@@ -1,5 +1,6 @@
 """The arguments that norms share, checked and in the form that maths takes."""
 
+from collections.abc import Callable
 from typing import Any
 
 from jax import lax
@@ -14,7 +15,7 @@ from normkit._types import (
   Implementation,
   Scalar,
 )
-from normkit.affine import Arguments
+from normkit.affine import Arguments, Rounding
 
 
 def check_arguments(
@@ -26,6 +27,8 @@ def check_arguments(
   where: ArrayLike | None,
   dtype: DType | None,
   implementation: Implementation | None,
+  scale_offset: float = 0.0,
+  round_before_scale: bool = False,
 ) -> Arguments:
   """Checks what all norms share and gives it in its broadcast form."""
   _types.check_implementation(implementation)
@@ -37,8 +40,38 @@ def check_arguments(
   scale = check_feature(scale, x.shape, feature_axes, 'scale')
   bias = check_feature(bias, x.shape, feature_axes, 'bias')
   check_held(dtype, scale=scale, bias=bias)
+  scale = _plus_offset(scale, scale_offset, wide)
+  rounding = None
+  if _types.check_flag(round_before_scale, 'round_before_scale'):
+    rounding = Rounding(x.dtype, _product_dtype(x, scale))
   where = _types.check_where(where, x.shape)
-  return Arguments(scale, bias, epsilon, where, dtype, wide)
+  return Arguments(scale, bias, epsilon, where, dtype, wide, rounding)
+
+
+def _plus_offset(
+  scale: Array | None, offset: float, wide: DType
+) -> Array | None:
+  """The scale that a parameter and its offset make, added in `wide`."""
+  offset = _types.check_real(offset, 'scale_offset')
+  if scale is None or not offset:
+    return scale
+  both: Array = _types.widen(scale, _types.real_dtype(wide)) + offset
+  return both
+
+
+def _product_dtype(x: Array, scale: Array | None) -> DType:
+  return x.dtype if scale is None else _types.promote(x.dtype, scale.dtype)
+
+
+def check_activation(
+  activation: Callable[[Array], Array] | None,
+) -> Callable[[Array], Array] | None:
+  """Returns a function of an array, or None."""
+  if activation is not None and not callable(activation):
+    raise TypeError(
+      f'activation must be a function of an array or None, got {activation!r}.'
+    )
+  return activation
 
 
 def check_held(dtype: DType, **parameters: Array | None) -> None:
@@ -116,13 +149,13 @@ def scaled(
   return (y if bias is None else y + bias).astype(dtype)
 
 
-def check_real(x: ArrayLike, why: str) -> Array:
+def check_real(x: ArrayLike, why: str, name: str = 'x') -> Array:
   """Returns x as a real array; `why` tells what complex numbers lack."""
-  x = _types.check_input(x)
+  x = _types.check_input(x, name)
   if jnp.iscomplexobj(x):
     raise TypeError(
-      f'x must be real, got {x.dtype}: {why}. Take its real and imaginary part '
-      'as features of their own.'
+      f'{name} must be real, got {x.dtype}: {why}. Take its real and imaginary '
+      'part as features of their own.'
     )
   return x
 

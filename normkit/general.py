@@ -14,7 +14,11 @@ from normkit._types import (
   Scalar,
 )
 from normkit.affine import Arguments, activated, affine, widened
-from normkit.arguments import check_arguments, check_some_axes
+from normkit.arguments import (
+  check_activation,
+  check_arguments,
+  check_some_axes,
+)
 from normkit.centred import centred
 from normkit.pooling import pool
 
@@ -27,6 +31,8 @@ def normalize(
   axis: Axes,
   feature_axis: Axes | None = None,
   center: bool = True,
+  scale_offset: float = 0.0,
+  round_before_scale: bool = False,
   epsilon: Scalar = 1e-6,
   where: ArrayLike | None = None,
   axis_name: AxisName | None = None,
@@ -51,6 +57,11 @@ def normalize(
     feature_axis: the axes that a `scale` or `bias` of lower rank belongs to;
       None takes `axis`.
     center: subtract the mean.
+    scale_offset: added to `scale`, in float32 or wider; 1 for weights around
+      zero, as in Gemma.
+    round_before_scale: round the normalized values to x's dtype before `scale`
+      multiplies them, and their product to the wider dtype of both, as in
+      Llama.
     epsilon: added to the variance, not negative; a number or a scalar array.
     where: boolean mask that broadcasts to x; elements where it is False change
       neither the statistics nor any other output. A set with no element left
@@ -92,6 +103,8 @@ def normalize(
     axis=axes,
     feature_axis=feature_axis,
     center=center,
+    scale_offset=scale_offset,
+    round_before_scale=round_before_scale,
     epsilon=epsilon,
     where=where,
     axis_name=axis_name,
@@ -109,6 +122,8 @@ def normalize_any(
   axis: Axes,
   feature_axis: Axes | None = None,
   center: bool = True,
+  scale_offset: float = 0.0,
+  round_before_scale: bool = False,
   epsilon: Scalar = 1e-6,
   where: ArrayLike | None = None,
   axis_name: AxisName | None = None,
@@ -128,9 +143,20 @@ def normalize_any(
     else _types.check_axes(feature_axis, x.ndim, 'feature_axis')
   )
   args = check_arguments(
-    x, scale, bias, features, epsilon, where, dtype, implementation
+    x,
+    scale,
+    bias,
+    features,
+    epsilon,
+    where,
+    dtype,
+    implementation,
+    scale_offset,
+    round_before_scale,
   )
-  if implementation != 'xla':
+  if round_before_scale:
+    _types.refuse_kernel(implementation, 'it rounds before the scale')
+  elif implementation != 'xla':
     is_pooled = axis_name is not None or axis_index_groups is not None
     y = rows.normalize(
       x, args, axes, features, is_pooled, center, implementation
@@ -168,10 +194,7 @@ def add_normalize(
       f'{x.dtype}{list(x.shape)}: they are added, and must be alike. Broadcast '
       'or cast one of them first.'
     )
-  if activation is not None and not callable(activation):
-    raise TypeError(
-      f'activation must be a function of an array or None, got {activation!r}.'
-    )
+  check_activation(activation)
   axes = _types.check_axes(-1, x.ndim)
   args = check_arguments(
     x, scale, bias, axes, epsilon, None, dtype, implementation

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from normkit import _types
+from normkit import _types, arguments
 from normkit._types import (
   Array,
   Axes,
@@ -148,8 +148,11 @@ def _keywords(function: Callable[..., Any]) -> tuple[str, ...]:
 
 _FIELD_CHECKS: dict[str, Callable[[Any], Any]] = {
   'epsilon': _types.check_epsilon,
+  'activation': arguments.check_activation,
+  'norm_before_gate': lambda f: _types.check_flag(f, 'norm_before_gate'),
   'implementation': _types.check_implementation,
   'alpha': lambda alpha: _types.check_real(alpha, 'alpha'),
+  'round_before_scale': lambda f: _types.check_flag(f, 'round_before_scale'),
   'scale_offset': lambda offset: _types.check_real(offset, 'scale_offset'),
   'momentum': _types.check_momentum,
   'axis_index_groups': _types.check_index_groups,
@@ -182,6 +185,21 @@ def check_params(
 ) -> Any:
   """Returns `params`, the offset in its scale; raises unless as init makes it.
 
+  For functions that take no offset themselves; `kind` and `others` as in
+  `check_made`.
+  """
+  params = check_made(params, options, kind, **others)
+  if params.scale is None or not options.scale_offset:
+    return params
+  wide = _types.statistics_dtype(params.scale.dtype)
+  return params._replace(scale=params.scale.astype(wide) + options.scale_offset)
+
+
+def check_made(
+  params: Any, options: ParamOptions, kind: Any = NormParams, **others: bool
+) -> Any:
+  """Returns `params`; raises unless as init makes it.
+
   `kind` is its type, a NamedTuple with scale and bias; `others` tell which of
   its other fields may be None, and whether they are.
   """
@@ -195,10 +213,7 @@ def check_params(
       f'params must be {kind.__name__}({", ".join(fields)}), got '
       f'{jax.tree.structure(params)}. Take them from init of this transform.'
     )
-  if params.scale is None or not options.scale_offset:
-    return params
-  wide = _types.statistics_dtype(params.scale.dtype)
-  return params._replace(scale=params.scale.astype(wide) + options.scale_offset)
+  return params
 
 
 def _use_bias(options: ParamOptions) -> bool:

@@ -16,19 +16,17 @@ from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from normkit import _shards, _types, platforms
-from normkit._types import Array, DType, Implementation
-from normkit.affine import Arguments, activated
-from normkit.centred import Centred, centred, changes, named
+from normkit import _shards, _types, plain, platforms
+from normkit._types import Array, Implementation
+from normkit.affine import Arguments
+from normkit.centred import named
 from normkit.kernels import cases
 from normkit.kernels.rows import Spec, statistics
-from normkit.pooling import merge_channels, spread
+from normkit.plain import SUMMANDS, Arrays
 
-Arrays = dict[str, Array]
 FLOATS = {*map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16))}
 # What is kept for the backward, of what is given and of what comes out.
 RESULTS = 'y', 'total'
-SUMMANDS = 'x', 'residual'
 SAVED = 'x', 'scale', 'bias', 'pivot', 'offset', 'var'
 
 
@@ -224,12 +222,12 @@ def _forward(
   given: Arrays, spec: Spec, implementation: Implementation | None
 ) -> Arrays:
   """The results alone."""
-  plain = functools.partial(_plain, spec)
+  by_xla = functools.partial(plain.norm, spec)
   if implementation in (None, 'xla'):
-    return plain(given)
+    return by_xla(given)
   kernel = functools.partial(_kernel, implementation, spec, RESULTS, False)
   found: Arrays = _load('dispatch').choose(
-    plain, {implementation: kernel}, given, required=implementation
+    by_xla, {implementation: kernel}, given, required=implementation
   )
   return found
 
@@ -255,14 +253,14 @@ def _training_forward(
     return {n: functools.partial(_kernel, n, spec, wanted, True) for n in names}
 
   stats: Arrays = _load('dispatch').choose(
-    functools.partial(_plain_statistics, spec),
+    functools.partial(plain.statistics_of_rows, spec),
     by(statistics(spec)),
     given,
     required=implementation,
   )
   stats = named(stats)
   results: Arrays = _load('dispatch').choose(
-    functools.partial(_plain, spec),
+    functools.partial(plain.norm, spec),
     by(RESULTS),
     given,
     stats,
@@ -285,70 +283,6 @@ def _kernel(
   return {n: a for n, a in found.items() if n in wanted}
 
 
-def _axes(x: Array, spec: Spec) -> tuple[int, ...]:
-  """The reduced axes, of which groups then merge the last."""
-  last = x.ndim - 1
-  return (last,) if spec.groups is None else tuple(range(1, last))
-
-
-def _of_group(values: Array, groups: int) -> Array:
-  """Gives each channel the sum of its group."""
-  split = values.reshape(*values.shape[:-1], groups, -1).sum(-1)
-  return spread(split, values.ndim - 1, values.shape[-1])
-
-
-def _plain_statistics(spec: Spec, given: Arrays) -> Arrays:
-  x, dtype = _sum(given, spec), given['x'].dtype
-  stats = _centred(x, dtype, spec, output_alone=False)
-  if spec.groups is not None:
-    stats = merge_channels(stats, given['x'].ndim - 1, spec.groups)
-  return {n: getattr(stats, n) for n in statistics(spec)}
-
-
-def _centred(x: Array, dtype: DType, spec: Spec, output_alone: bool) -> Centred:
-  options = {'output_alone': output_alone, 'given': dtype}
-  return centred(x, _axes(x, spec), None, spec.center, **options)
-
-
-def _plain(spec: Spec, given: Arrays, stats: Arrays | None = None) -> Arrays:
-  """The norm by XLA."""
-  x, dtype = _sum(given, spec), given['x'].dtype
-  y = _affine(x, _statistics(x, dtype, stats or {}, spec), given, spec)
-  return {'y': y, 'total': x.astype(dtype)} if 'residual' in given else {'y': y}
-
-
-def _sum(given: Arrays, spec: Spec) -> Array:
-  """The norm's input: x, or its sum with the residual.
-
-  Not yet rounded where the result is wider and would show it. Otherwise what is
-  returned is read again: the sum anew would be another pass over x.
-  """
-  x = given['x']
-  if 'residual' not in given:
-    return x
-  if jnp.finfo(spec.dtype).bits <= jnp.finfo(x.dtype).bits:
-    return x + given['residual']
-  wide = _types.statistics_dtype(x.dtype)
-  return x.astype(wide) + given['residual'].astype(wide)
-
-
-def _affine(x: Array, stats: Centred, given: Arrays, spec: Spec) -> Array:
-  wide = _types.statistics_dtype(x.dtype)
-  scale, bias = (
-    _types.widen(_of_rank(given.get(n), x.ndim), _types.real_dtype(wide))
-    for n in ('scale', 'bias')
-  )
-  args = Arguments(scale, bias, spec.epsilon, None, spec.dtype, wide)
-  return activated(x, stats, args, spec.center, spec.activation)
-
-
-def _of_rank(value: Array | None, ndim: int) -> Array | None:
-  """One number an element of the last axis, or what broadcasts already."""
-  if value is None or value.ndim == ndim:
-    return value
-  return value.reshape((1,) * (ndim - 1) + (-1,))
-
-
 def _tangents(
   saved: Arrays,
   moved: Arrays,
@@ -357,8 +291,8 @@ def _tangents(
   results: Arrays,
 ) -> Arrays:
   """A linear map of what has moved, whose transpose a kernel may compute."""
-  plain = jax.checkpoint(
-    functools.partial(_plain_tangents, spec=spec, results=tuple(results)),
+  by_xla = jax.checkpoint(
+    functools.partial(plain.tangents, spec=spec, results=tuple(results)),
     prevent_cse=False,
   )
   case = saved['x'].shape, saved['x'].dtype, spec.groups
@@ -373,8 +307,8 @@ def _tangents(
   def like(saved: Arrays) -> Arrays:
     return {n: saved['x' if n in SUMMANDS else n] for n in kept}
 
-  def plain_gradients(saved: Arrays, given: Arrays) -> Arrays:
-    run = functools.partial(plain, saved)
+  def gradients_by_xla(saved: Arrays, given: Arrays) -> Arrays:
+    run = functools.partial(by_xla, saved)
     transpose = jax.linear_transpose(run, like(saved))
     gradients: Arrays = transpose(given)[0]
     return gradients
@@ -391,69 +325,11 @@ def _tangents(
   def transpose(saved: Arrays, given: Arrays) -> Arrays:
     kernels = {name: functools.partial(by_kernel, name) for name in names}
     found: Arrays = _load('dispatch').choose(
-      plain_gradients, kernels, saved, given, required=required
+      gradients_by_xla, kernels, saved, given, required=required
     )
     return found
 
   found: Arrays = _load('dispatch').choose_linear(
-    plain, transpose, saved, moved
+    by_xla, transpose, saved, moved
   )
   return found
-
-
-def _plain_tangents(
-  saved: Arrays, moved: Arrays, spec: Spec, results: tuple[str, ...]
-) -> Arrays:
-  """How the results change, by XLA: linear in what has moved.
-
-  Each array is widened once, so that its gradient is rounded once.
-  """
-  dtype = saved['x'].dtype
-  wide = _types.statistics_dtype(dtype)
-  stats = _statistics(saved['x'], dtype, saved, spec)
-  widen = functools.partial(_types.widen, dtype=_types.real_dtype(wide))
-  saved, moved = jax.tree.map(widen, (saved, moved))
-  x = saved['x']
-  if parts := [moved.pop(n) for n in SUMMANDS if n in moved]:
-    moved['x'] = sum(parts[1:], parts[0])
-  values = {n: saved[n] for n in moved}
-  changed = dict(moved)
-  if 'x' in moved:
-    found = list(changes(x, stats, moved['x'], _axes(x, spec)))
-    if spec.groups is not None:  # what they sum was divided by all of a group
-      found = [_of_group(c, spec.groups) for c in found]
-    doffset, changed['var'] = found
-    values['var'] = stats.var
-    if spec.center:
-      values['offset'], changed['offset'] = stats.offset, doffset
-
-  def norm(values: Arrays) -> Array:
-    some = {n: values[n] for n in ('offset', 'var') if n in values}
-    now = stats._replace(**some)
-    return _affine(values.get('x', x), now, saved | values, spec)
-
-  dresults = {'y': jax.jvp(norm, (values,), (changed,))[1]}
-  if 'total' in results:
-    dresults['total'] = moved.get('x', jnp.zeros_like(x)).astype(dtype)
-  return dresults
-
-
-def _statistics(x: Array, dtype: DType, saved: Arrays, spec: Spec) -> Centred:
-  """For each row or channel, from those of the sets where they were saved.
-
-  `dtype` is that of which x was widened.
-  """
-  if spec.groups is None and 'var' not in saved:
-    return _centred(x, dtype, spec, output_alone=True)
-  stats = saved if 'var' in saved else _plain_statistics(spec, {'x': x})
-  size = x.shape[-1]
-  if spec.groups is not None:
-    size = x.size // (len(x) * spec.groups)
-    channel = x.ndim - 1
-    stats = {
-      n: spread(stats[n], channel, x.shape[-1]) for n in statistics(spec)
-    }
-  count = jnp.full((1,) * x.ndim, size, stats['var'].dtype)
-  zero = jnp.zeros_like(stats['var'])
-  pivot, offset = (stats.get(n, zero) for n in ('pivot', 'offset'))
-  return Centred(pivot, offset, stats['var'], count)

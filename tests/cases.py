@@ -39,6 +39,13 @@ class Offset:
     return params._replace(scale=np.asarray(params.scale) + self.offset)
 
 
+class SelfGated(nk.GatedRMSNorm):
+  """x is the gate too; test_gated.py has others."""
+
+  def apply(self, params, state, x, *, train, where=None):
+    return super().apply(params, state, x, x, train=train, where=where)
+
+
 CASES = (
   Case('batch_norm', nk.BatchNorm(), (8, 3), reference.batch_norm()),
   Case(
@@ -170,6 +177,24 @@ CASES = (
     family.evonorm_b0(momentum=0.9),
   ),
   Case('scale_norm', nk.ScaleNorm(), (4, 6), family.scale_norm()),
+  Case(
+    'gated_rms_norm',
+    SelfGated(group_size=3),
+    (4, 6),
+    family.gated_rms_norm(group_size=3),
+  ),
+  Case(
+    'gated_rms_norm_gate_first',
+    SelfGated(norm_before_gate=False),
+    (4, 6),
+    family.gated_rms_norm(last=False),
+  ),
+  Case(
+    'gated_rms_norm_without_gate',
+    nk.GatedRMSNorm(),
+    (4, 6),
+    family.gated_rms_norm(has_gate=False),
+  ),
   Case('dyt', nk.DyT(), (4, 6), family.dyt()),
   Case(
     'iterative_whitening',

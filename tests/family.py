@@ -144,6 +144,31 @@ def scale_norm(epsilon=1e-12, axis=-1):
   return Family(formula, is_real=False)
 
 
+def silu(x):
+  return x / (1 + np.exp(-x))
+
+
+def gated(x, gate, scale, last=True, group_size=None, epsilon=1e-6, where=None):
+  """Dao and Gu 2024, section 7.2: Mamba 2's, or the gate last."""
+  factor = np.ones_like(x) if gate is None else silu(gate)
+  z = x if last else x * factor
+  size = group_size or x.shape[-1]
+  sets = numbered(x.shape, range(x.ndim), {x.ndim - 1: size})
+  square, count = mean_of(z**2, sets, where)
+  y = affine(np.where(count > 0, z / np.sqrt(square + epsilon), 0), scale, None)
+  return y * factor if last else y
+
+
+def gated_rms_norm(has_gate=True, **options):
+  """The same where x is the gate too, or without one."""
+
+  def formula(params, state, x, train, where):
+    gate = x if has_gate else None
+    return gated(x, gate, params[0], where=where, **options), state
+
+  return Family(formula)
+
+
 def evonorm_s0(num_groups, epsilon=1e-5):
   """Liu and others 2020, table 2, EvoNorm-S0."""
 

@@ -14,6 +14,9 @@ FUNCTIONS = {
     x, state, *a, train=train, **k
   ),
   'layer_norm': lambda x=X, *a, **k: nk.layer_norm(x, *a, **k),
+  'gated_rms_norm': lambda x=X, *a, **k: nk.gated_rms_norm(
+    x, jnp.ones_like(x) if isinstance(x, jax.Array) else X, *a, **k
+  ),
   'rms_norm': lambda x=X, *a, **k: nk.rms_norm(x, *a, **k),
   'group_norm': lambda x=X, *a, num_groups=2, **k: nk.group_norm(
     x, *a, num_groups=num_groups, **k
@@ -64,7 +67,7 @@ COMMON = {
   'dtype-real': (
     dict(x=jnp.ones((4, 3, 6), jnp.complex64), dtype=jnp.float32),
     TypeError,
-    'dtype=float32 cannot hold the complex result|state.mean of dtype',
+    'dtype=float32 cannot hold the complex|state.mean of dtype|x must be real',
   ),
   'implementation': (
     dict(implementation='cuda'),

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from cases import draw
+from cases import SelfGated, draw
 import chex
 import family
 import jax
@@ -337,6 +337,9 @@ SHARDED = {
   'response': nk.FilterResponseNorm(),
   'scale': nk.ScaleNorm(),
   'dyt': nk.DyT(),
+  'gated': SelfGated(group_size=4),
+  'gate_first': SelfGated(norm_before_gate=False),
+  'rounded': nk.RMSNorm(round_before_scale=True),
 }
 
 

@@ -22,6 +22,8 @@ NORMS = {
   'evonorm_s0': (nk.EvoNormS0(), IMAGES),
   'evonorm_b0': (nk.EvoNormB0(), IMAGES),
   'scale': (nk.ScaleNorm(), ROWS),
+  'gated': (cases.SelfGated(), ROWS),
+  'rounded': (nk.RMSNorm(round_before_scale=True), ROWS),
   'dyt': (nk.DyT(), ROWS),
   'whitening': (nk.IterativeWhitening(group_size=16), IMAGES),
 }

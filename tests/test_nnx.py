@@ -31,6 +31,8 @@ EXTRA = {
   'skip_nonfinite',
   'virtual_batch_size',
   'implementation',
+  'round_before_scale',
+  'scale_offset',
 }
 X = jnp.asarray(np.random.default_rng(0).normal(1, 2, (4, 5, 6)), jnp.float32)
 

@@ -56,6 +56,7 @@ LAYERS = (
   ('weights._shared', 'norms._running', 'norms._evonorm', 'norms._covariance'),
   ('norm', 'general', 'policies'),
   ('rows', 'arguments'),
+  ('plain',),
   ('affine', 'moments'),
   ('pooling', 'lean'),
   ('centred',),

@@ -5,6 +5,7 @@ The norms are Flax's classes with normkit's call, so that changing
 here.
 """
 
+from normkit.linen.gated import GatedRMSNorm
 from normkit.linen.norm import Norm
 from normkit.linen.norms import (
   BatchNorm,
@@ -29,6 +30,7 @@ __all__ = [
   'RNN',
   'BatchNorm',
   'BatchNormLSTMCell',
+  'GatedRMSNorm',
   'GroupNorm',
   'InstanceNorm',
   'LayerNorm',

@@ -1,13 +1,15 @@
-"""What the modules share: a check that Flax lacks, fields by name."""
+"""What the modules share: a check that Flax lacks, scales, fields by name."""
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY
 from typing import Any
 
 from flax import linen as nn
+from flax.linen import initializers
+from flax.typing import Initializer
 import jax
 
-from normkit import arguments
+from normkit import _types, arguments
 from normkit._types import Implementation
 
 
@@ -25,6 +27,16 @@ class DropIn(Checked):
 
   _: KW_ONLY
   implementation: Implementation | None = None
+
+
+def scale_init(module: Any) -> Initializer:
+  """What draws the scale; Flax's ones stand for a scale of one."""
+  init: Initializer = module.scale_init
+  offset = getattr(module, 'scale_offset', 0.0)
+  offset = _types.check_real(offset, 'scale_offset')
+  if offset and init is initializers.ones:
+    return initializers.constant(1 - offset)
+  return init
 
 
 def map_fields(

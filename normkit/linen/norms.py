@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from normkit import _types, arguments, general, norm
 from normkit._docs import documented
 from normkit._types import Array, DType
-from normkit.linen._shared import DropIn
+from normkit.linen._shared import DropIn, scale_init
 from normkit.norms import _running, batch, group, instance, layer, rms
 
 
@@ -94,6 +94,10 @@ class BatchNorm(DropIn, nn.BatchNorm):
 class LayerNorm(DropIn, nn.LayerNorm):
   """Layer normalization, in place of `flax.linen.LayerNorm`.
 
+  Attributes:
+    scale_init: draws the parameter; its default makes a scale of one, and so
+      draws 1 - scale_offset.
+
   Examples:
     >>> import jax, jax.numpy as jnp, normkit.linen
     >>> x = jnp.ones((4, 3))
@@ -101,6 +105,9 @@ class LayerNorm(DropIn, nn.LayerNorm):
     >>> norm.apply(norm.init(jax.random.key(0), x), x).shape
     (4, 3)
   """
+
+  _: KW_ONLY
+  scale_offset: float = 0.0
 
   @nn.compact
   def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
@@ -112,6 +119,10 @@ class LayerNorm(DropIn, nn.LayerNorm):
 class RMSNorm(DropIn, nn.RMSNorm):
   """Root mean square normalization, in place of `flax.linen.RMSNorm`.
 
+  Attributes:
+    scale_init: draws the parameter; its default makes a scale of one, and so
+      draws 1 - scale_offset.
+
   Examples:
     >>> import jax, jax.numpy as jnp, normkit.linen
     >>> x = jnp.ones((4, 3))
@@ -119,6 +130,10 @@ class RMSNorm(DropIn, nn.RMSNorm):
     >>> norm.apply(norm.init(jax.random.key(0), x), x).shape
     (4, 3)
   """
+
+  _: KW_ONLY
+  scale_offset: float = 0.0
+  round_before_scale: bool = False
 
   @nn.compact
   def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
@@ -193,7 +208,7 @@ def _prepare(
   """Makes the parameters; returns x and what the function is told."""
   scale = bias = None
   if module.use_scale:
-    scale = _param(module, 'scale', module.scale_init, shape)
+    scale = _param(module, 'scale', scale_init(module), shape)
   if getattr(module, 'use_bias', False):
     bias = _param(module, 'bias', module.bias_init, shape)
   dtype = dtypes.canonicalize_dtype(x, scale, bias, dtype=module.dtype)

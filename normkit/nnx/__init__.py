@@ -4,6 +4,7 @@ The norms are Flax's classes with normkit's call, so that changing
 `nnx.BatchNorm` to `normkit.nnx.BatchNorm` is all there is to do. No maths here.
 """
 
+from normkit.nnx.gated import GatedRMSNorm
 from normkit.nnx.norm import Norm
 from normkit.nnx.norms import (
   BatchNorm,
@@ -28,6 +29,7 @@ __all__ = [
   'RNN',
   'BatchNorm',
   'BatchNormLSTMCell',
+  'GatedRMSNorm',
   'GroupNorm',
   'InstanceNorm',
   'LayerNorm',

@@ -3,12 +3,18 @@
 from collections.abc import Callable
 import functools
 import inspect
+import math
 from typing import Any, TypeVar
 
 from flax import nnx
+from flax.nnx.nn import initializers
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
+
+from normkit import _types
+from normkit._types import Array
 
 Class = TypeVar('Class', bound=type)
 
@@ -103,3 +109,27 @@ def write(variables: Any, values: Any) -> None:
 
 def _is_variable(value: Any) -> bool:
   return isinstance(value, nnx.Variable)
+
+
+def with_offset(options: dict[str, Any], offset: float) -> dict[str, Any]:
+  """A constructor's options; Flax's ones stand for a scale of one."""
+  offset = _types.check_real(offset, 'scale_offset')
+  given = options.get('scale_init', initializers.ones)
+  if offset and given is initializers.ones:
+    return options | {'scale_init': initializers.constant(1 - offset)}
+  return options
+
+
+def as_features(values: Array, x: Array, axes: tuple[int, ...]) -> Array:
+  """One number a feature, in the shape of the feature axes of x."""
+  check_width(values.size, x, axes)
+  return values.reshape(tuple(x.shape[a] for a in axes))
+
+
+def check_width(width: int, x: Array, axes: tuple[int, ...]) -> None:
+  shape = tuple(np.shape(x)[a] for a in axes)
+  if width != math.prod(shape):
+    raise ValueError(
+      f'x has the feature axes {axes} of shape {shape}, but num_features is '
+      f'{width}. Make the module with num_features={math.prod(shape)}.'
+    )

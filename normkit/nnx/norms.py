@@ -10,7 +10,6 @@ called as Flax calls it, and what it returns is used.
 """
 
 from collections.abc import Callable
-import math
 from typing import Any
 
 from flax import nnx
@@ -22,7 +21,15 @@ import numpy as np
 from normkit import _types, arguments, general, norm
 from normkit._docs import documented
 from normkit._types import Array, DType, Implementation
-from normkit.nnx._shared import Running, read, with_signature_of, write
+from normkit.nnx._shared import (
+  Running,
+  as_features,
+  check_width,
+  read,
+  with_offset,
+  with_signature_of,
+  write,
+)
 from normkit.norms import _running, batch, group, instance, layer, rms
 
 
@@ -71,7 +78,7 @@ class _DropIn(nnx.Module):
     options.update(where=where, dtype=dtype)
     for name, value in zip(params, rest[len(stats) :], strict=True):
       if value is not None:
-        options[name] = _as_features(value, x, features)
+        options[name] = as_features(value, x, features)
     return x, tuple(rest[: len(stats)]), options
 
 
@@ -140,7 +147,7 @@ class BatchNorm(_DropIn, nnx.BatchNorm, Running):
     if train and jnp.iscomplexobj(x):
       mean = mean.astype(x.dtype)
     state = _running.BatchNormState(
-      *(_as_features(s, x, axes) for s in (mean, var, self._updates()))
+      *(as_features(s, x, axes) for s in (mean, var, self._updates()))
     )
     options.update(axis=axes, check_batch=False)
     y, updated = batch.batch_norm(x, state, train=train, **options)
@@ -172,6 +179,8 @@ class LayerNorm(_DropIn, nnx.LayerNorm):
   Args:
     feature_axes: the axes of the parameters; of several, `num_features` is the
       product.
+    scale_init: draws the parameter; its default makes a scale of one, and so
+      draws 1 - scale_offset.
 
   Attributes:
     scale: an `nnx.Param`, or None.
@@ -184,6 +193,12 @@ class LayerNorm(_DropIn, nnx.LayerNorm):
     >>> norm(jnp.ones((4, 3))).shape
     (4, 3)
   """
+
+  def __init__(
+    self, num_features: int, *, scale_offset: float = 0.0, **options: Any
+  ) -> None:
+    super().__init__(num_features, **with_offset(options, scale_offset))
+    self.scale_offset = scale_offset
 
   def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
     """Normalizes x; `mask` is True where an element counts."""
@@ -198,6 +213,8 @@ class RMSNorm(_DropIn, nnx.RMSNorm):
   Args:
     feature_axes: the axes of the scale; of several, `num_features` is the
       product.
+    scale_init: draws the parameter; its default makes a scale of one, and so
+      draws 1 - scale_offset.
 
   Attributes:
     scale: an `nnx.Param`, or None.
@@ -209,6 +226,18 @@ class RMSNorm(_DropIn, nnx.RMSNorm):
     >>> norm(jnp.ones((4, 3))).shape
     (4, 3)
   """
+
+  def __init__(
+    self,
+    num_features: int,
+    *,
+    scale_offset: float = 0.0,
+    round_before_scale: bool = False,
+    **options: Any,
+  ) -> None:
+    super().__init__(num_features, **with_offset(options, scale_offset))
+    self.scale_offset = scale_offset
+    self.round_before_scale = round_before_scale
 
   def __call__(self, x: Array, mask: Array | None = None) -> Array:
     """Normalizes x; `mask` is True where an element counts."""
@@ -251,7 +280,7 @@ class GroupNorm(_DropIn, nnx.GroupNorm):
     """Normalizes x; `mask` is True where an element counts."""
     batch_axes = group.batch_axes(self.reduction_axes, np.ndim(x))
     channels = (np.ndim(x) - 1,)
-    _check_width(self.num_features, x, channels)
+    check_width(self.num_features, x, channels)
     x, _, options = self._prepare(group.group_norm, x, mask, channels)
     return group.group_norm_any(x, **options | {'batch_axis': batch_axes})
 
@@ -294,18 +323,3 @@ def _normalize(
   x, _, options = module._prepare(general.normalize, x, mask, features)
   options.update(axis=reduced, feature_axis=features, center=center)
   return general.normalize_any(x, **options)
-
-
-def _as_features(values: Array, x: Array, axes: tuple[int, ...]) -> Array:
-  """One number a feature, in the shape of the feature axes of x."""
-  _check_width(values.size, x, axes)
-  return values.reshape(tuple(x.shape[a] for a in axes))
-
-
-def _check_width(width: int, x: Array, axes: tuple[int, ...]) -> None:
-  shape = tuple(np.shape(x)[a] for a in axes)
-  if width != math.prod(shape):
-    raise ValueError(
-      f'x has the feature axes {axes} of shape {shape}, but num_features is '
-      f'{width}. Make the module with num_features={math.prod(shape)}.'
-    )

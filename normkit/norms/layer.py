@@ -25,6 +25,7 @@ def layer_norm(
   bias: ArrayLike | None = None,
   *,
   axis: Axes = -1,
+  scale_offset: float = 0.0,
   epsilon: Scalar = 1e-6,
   where: ArrayLike | None = None,
   axis_name: AxisName | None = None,
@@ -44,6 +45,8 @@ def layer_norm(
       against it (one a example or a position: adaptive norms). None: one.
     bias: shaped as `scale` is. None: zero.
     axis: the normalized axes, an integer or several.
+    scale_offset: added to `scale`, in float32 or wider; 1 for weights around
+      zero, as in Nemotron.
     epsilon: added to the variance, not negative; a number or a scalar array.
     where: boolean mask that broadcasts to x; elements where it is False change
       neither the statistics nor any other output. A row with no element left
@@ -73,6 +76,7 @@ def layer_norm(
     scale,
     bias,
     axis=axis,
+    scale_offset=scale_offset,
     epsilon=epsilon,
     where=where,
     axis_name=axis_name,
@@ -194,7 +198,7 @@ class LayerNorm(norm.CenteredOptions):
   ) -> tuple[Array, EmptyState]:
     """Returns `(y, state)`; `train` makes no difference."""
     del train
-    scale, bias = norm.check_params(params, self)
+    scale, bias = norm.check_made(params, self)
     norm.check_empty_state(state)
     options = norm.options_of(self, layer_norm)
     return layer_norm(x, scale, bias, where=where, **options), state

@@ -24,6 +24,8 @@ def rms_norm(
   scale: ArrayLike | None = None,
   *,
   axis: Axes = -1,
+  scale_offset: float = 0.0,
+  round_before_scale: bool = False,
   epsilon: Scalar = 1e-6,
   where: ArrayLike | None = None,
   axis_name: AxisName | None = None,
@@ -42,6 +44,11 @@ def rms_norm(
     scale: of the shape of the axes `axis`, or of x's rank and broadcasting
       against it. None: one.
     axis: the normalized axes, an integer or several.
+    scale_offset: added to `scale`, in float32 or wider; 1 for weights around
+      zero, as in Gemma.
+    round_before_scale: round the normalized values to x's dtype before `scale`
+      multiplies them, and their product to the wider dtype of both, as in
+      Llama.
     epsilon: added to the mean square, not negative; a number or a scalar array.
     where: boolean mask that broadcasts to x; elements where it is False change
       neither the statistics nor any other output. A row with no element left
@@ -72,6 +79,8 @@ def rms_norm(
     scale,
     axis=axis,
     center=False,
+    scale_offset=scale_offset,
+    round_before_scale=round_before_scale,
     epsilon=epsilon,
     where=where,
     axis_name=axis_name,
@@ -155,6 +164,8 @@ class RMSNorm(norm.Options):
     use_scale: whether there is a scale.
     scale_offset: added to the parameter to make the scale; with 1 it starts at
       zero, as in Gemma.
+    round_before_scale: round the normalized values to x's dtype before the
+      scale multiplies them, as in Llama.
     param_dtype: dtype of the parameters that `init` makes.
     dtype: dtype of the result; None keeps x's.
     axis_name: names of mapped axes over which statistics are pooled.
@@ -173,6 +184,7 @@ class RMSNorm(norm.Options):
   """
 
   axis: Axes = -1
+  round_before_scale: bool = False
 
   def init(
     self, x: Array | jax.ShapeDtypeStruct
@@ -191,7 +203,7 @@ class RMSNorm(norm.Options):
   ) -> tuple[Array, EmptyState]:
     """Returns `(y, state)`; `train` makes no difference."""
     del train
-    scale, _ = norm.check_params(params, self)
+    scale, _ = norm.check_made(params, self)
     norm.check_empty_state(state)
     options = norm.options_of(self, rms_norm)
     return rms_norm(x, scale, where=where, **options), state

@@ -1,0 +1,139 @@
+"""The norms that have kernels, by XLA: forward, statistics, derivatives."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from normkit import _types
+from normkit._types import Array, DType
+from normkit.affine import Arguments, activated
+from normkit.centred import Centred, centred, changes
+from normkit.kernels.rows import Spec, statistics
+from normkit.pooling import merge_channels, spread
+
+Arrays = dict[str, Array]
+SUMMANDS = 'x', 'residual'
+
+
+def _axes(x: Array, spec: Spec) -> tuple[int, ...]:
+  """The reduced axes, of which groups then merge the last."""
+  last = x.ndim - 1
+  return (last,) if spec.groups is None else tuple(range(1, last))
+
+
+def _of_group(values: Array, groups: int) -> Array:
+  """Gives each channel the sum of its group."""
+  split = values.reshape(*values.shape[:-1], groups, -1).sum(-1)
+  return spread(split, values.ndim - 1, values.shape[-1])
+
+
+def statistics_of_rows(spec: Spec, given: Arrays) -> Arrays:
+  """Of rows or groups, by the names that kernels give them."""
+  x, dtype = _sum(given, spec), given['x'].dtype
+  stats = _centred(x, dtype, spec, output_alone=False)
+  if spec.groups is not None:
+    stats = merge_channels(stats, given['x'].ndim - 1, spec.groups)
+  return {n: getattr(stats, n) for n in statistics(spec)}
+
+
+def _centred(x: Array, dtype: DType, spec: Spec, output_alone: bool) -> Centred:
+  options = {'output_alone': output_alone, 'given': dtype}
+  return centred(x, _axes(x, spec), None, spec.center, **options)
+
+
+def norm(spec: Spec, given: Arrays, stats: Arrays | None = None) -> Arrays:
+  """The norm by XLA."""
+  x, dtype = _sum(given, spec), given['x'].dtype
+  y = _affine(x, _statistics(x, dtype, stats or {}, spec), given, spec)
+  return {'y': y, 'total': x.astype(dtype)} if 'residual' in given else {'y': y}
+
+
+def _sum(given: Arrays, spec: Spec) -> Array:
+  """The norm's input: x, or its sum with the residual.
+
+  Not yet rounded where the result is wider and would show it. Otherwise what is
+  returned is read again: the sum anew would be another pass over x.
+  """
+  x = given['x']
+  if 'residual' not in given:
+    return x
+  if jnp.finfo(spec.dtype).bits <= jnp.finfo(x.dtype).bits:
+    return x + given['residual']
+  wide = _types.statistics_dtype(x.dtype)
+  return x.astype(wide) + given['residual'].astype(wide)
+
+
+def _affine(x: Array, stats: Centred, given: Arrays, spec: Spec) -> Array:
+  wide = _types.statistics_dtype(x.dtype)
+  scale, bias = (
+    _types.widen(_of_rank(given.get(n), x.ndim), _types.real_dtype(wide))
+    for n in ('scale', 'bias')
+  )
+  args = Arguments(scale, bias, spec.epsilon, None, spec.dtype, wide)
+  return activated(x, stats, args, spec.center, spec.activation)
+
+
+def _of_rank(value: Array | None, ndim: int) -> Array | None:
+  """One number an element of the last axis, or what broadcasts already."""
+  if value is None or value.ndim == ndim:
+    return value
+  return value.reshape((1,) * (ndim - 1) + (-1,))
+
+
+def tangents(
+  saved: Arrays, moved: Arrays, spec: Spec, results: tuple[str, ...]
+) -> Arrays:
+  """How the results change, by XLA: linear in what has moved.
+
+  Each array is widened once, so that its gradient is rounded once.
+  """
+  dtype = saved['x'].dtype
+  wide = _types.statistics_dtype(dtype)
+  stats = _statistics(saved['x'], dtype, saved, spec)
+  widen = functools.partial(_types.widen, dtype=_types.real_dtype(wide))
+  saved, moved = jax.tree.map(widen, (saved, moved))
+  x = saved['x']
+  if parts := [moved.pop(n) for n in SUMMANDS if n in moved]:
+    moved['x'] = sum(parts[1:], parts[0])
+  values = {n: saved[n] for n in moved}
+  changed = dict(moved)
+  if 'x' in moved:
+    found = list(changes(x, stats, moved['x'], _axes(x, spec)))
+    if spec.groups is not None:  # what they sum was divided by all of a group
+      found = [_of_group(c, spec.groups) for c in found]
+    doffset, changed['var'] = found
+    values['var'] = stats.var
+    if spec.center:
+      values['offset'], changed['offset'] = stats.offset, doffset
+
+  def of_values(values: Arrays) -> Array:
+    some = {n: values[n] for n in ('offset', 'var') if n in values}
+    now = stats._replace(**some)
+    return _affine(values.get('x', x), now, saved | values, spec)
+
+  dresults = {'y': jax.jvp(of_values, (values,), (changed,))[1]}
+  if 'total' in results:
+    dresults['total'] = moved.get('x', jnp.zeros_like(x)).astype(dtype)
+  return dresults
+
+
+def _statistics(x: Array, dtype: DType, saved: Arrays, spec: Spec) -> Centred:
+  """For each row or channel, from those of the sets where they were saved.
+
+  `dtype` is that of which x was widened.
+  """
+  if spec.groups is None and 'var' not in saved:
+    return _centred(x, dtype, spec, output_alone=True)
+  stats = saved if 'var' in saved else statistics_of_rows(spec, {'x': x})
+  size = x.shape[-1]
+  if spec.groups is not None:
+    size = x.size // (len(x) * spec.groups)
+    channel = x.ndim - 1
+    stats = {
+      n: spread(stats[n], channel, x.shape[-1]) for n in statistics(spec)
+    }
+  count = jnp.full((1,) * x.ndim, size, stats['var'].dtype)
+  zero = jnp.zeros_like(stats['var'])
+  pivot, offset = (stats.get(n, zero) for n in ('pivot', 'offset'))
+  return Centred(pivot, offset, stats['var'], count)
