@@ -9,6 +9,7 @@ from normkit.linen.gated import GatedRMSNorm
 from normkit.linen.norm import Norm
 from normkit.linen.norms import (
   BatchNorm,
+  BatchRenorm,
   GroupNorm,
   InstanceNorm,
   LayerNorm,
@@ -30,6 +31,7 @@ __all__ = [
   'RNN',
   'BatchNorm',
   'BatchNormLSTMCell',
+  'BatchRenorm',
   'GatedRMSNorm',
   'GroupNorm',
   'InstanceNorm',

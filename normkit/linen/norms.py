@@ -17,7 +17,15 @@ from normkit import _types, arguments, general, norm
 from normkit._docs import documented
 from normkit._types import Array, DType
 from normkit.linen._shared import DropIn, scale_init
-from normkit.norms import _running, batch, group, instance, layer, rms
+from normkit.norms import (
+  _running,
+  batch,
+  group,
+  instance,
+  layer,
+  renorm,
+  rms,
+)
 
 
 @documented(nn.BatchNorm, batch.BatchNorm)
@@ -62,32 +70,118 @@ class BatchNorm(DropIn, nn.BatchNorm):
     mask: Array | None = None,
   ) -> Array:
     """Normalizes x; `mask` is True where an element counts."""
-    eval_mode = nn.merge_param(
-      'use_running_average', self.use_running_average, use_running_average
-    )
-    axes = _types.check_axes(self.axis, x.ndim, repeats=True)
-    shape = tuple(x.shape[a] for a in axes)
-    stored = jnp.float32 if self.force_float32_reductions else self.param_dtype
-    mean = self.variable('batch_stats', 'mean', jnp.zeros, shape, stored)
-    var = self.variable('batch_stats', 'var', jnp.ones, shape, stored)
     count = None
     if self.debias or self.momentum is None:
-      count = self.variable('batch_stats', 'count', jnp.zeros, shape, jnp.int32)
-    x, options = _prepare(self, batch.batch_norm, x, shape, mask)
-    old = _running.BatchNormState(
-      *_promoted(mean.value, var.value, _flax_dtype(self, x)),
-      jnp.zeros(shape, jnp.int32) if count is None else count.value,
+      count = 'count', _features(self, x)
+    return _running_norm(
+      self, batch.batch_norm, x, use_running_average, mask, count
     )
-    if initializing := self.is_initializing():
-      alone = 'axis_name', 'axis_index_groups', 'virtual_batch_size'
-      options.update(dict.fromkeys(alone))
-    options.update(axis=axes, check_batch=False)
-    y, new = batch.batch_norm(x, old, train=not eval_mode, **options)
-    if not eval_mode and not initializing:
-      mean.value, var.value = new.mean, new.var
-      if count is not None:
-        count.value = new.count
-    return y
+
+
+@documented(nn.BatchNorm, renorm.BatchRenorm)
+class BatchRenorm(DropIn, nn.BatchNorm):
+  """Batch renormalization, called as `flax.linen.BatchNorm` is.
+
+  Beside the running statistics it keeps `batch_stats/steps`, the updates so
+  far, on which the limits depend.
+
+  Variables have the names that SBX (CrossQ) gives them, and `apply` takes what
+  it has written, whose `r_max` and `d_max` are options here. Its limits are 1
+  and 0 for `warmup_steps` updates, then 3 and 5, its epsilon .001, and it adds
+  that to the variance in other places than the paper does.
+
+  Attributes:
+    momentum: the share of the old running value that is kept; None weighs all
+      updates equally.
+    force_float32_reductions: False keeps the stored statistics in param_dtype;
+      they are taken in float32 or wider all the same.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, normkit.linen, optax
+    >>> constant, join = optax.constant_schedule, optax.join_schedules
+    >>> norm = normkit.linen.BatchRenorm(
+    ...   momentum=0.99,
+    ...   epsilon=1e-3,
+    ...   r_max=join([constant(1.0), constant(3.0)], [100_000]),
+    ...   d_max=join([constant(0.0), constant(5.0)], [100_000]),
+    ... )
+    >>> x = jnp.ones((4, 3))
+    >>> variables = norm.init(jax.random.key(0), x, use_running_average=True)
+    >>> y, updates = norm.apply(
+    ...   variables, x, use_running_average=False, mutable=['batch_stats']
+    ... )
+    >>> updates['batch_stats']['steps'].tolist()
+    1
+  """
+
+  _: KW_ONLY
+  r_max: renorm.Limit = None
+  d_max: renorm.Limit = None
+
+  def __post_init__(self) -> None:
+    arguments.check_not_width_as_flag(self.use_running_average)
+    super().__post_init__()
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Array,
+    use_running_average: bool | None = None,
+    *,
+    mask: Array | None = None,
+  ) -> Array:
+    """Normalizes x; `mask` is True where an element counts."""
+    return _running_norm(
+      self, renorm.batch_renorm, x, use_running_average, mask, ('steps', ())
+    )
+
+
+def _features(module: nn.BatchNorm, x: Array) -> tuple[int, ...]:
+  """The shape of the feature axes."""
+  axes = _types.check_axes(module.axis, x.ndim, repeats=True)
+  return tuple(x.shape[a] for a in axes)
+
+
+def _running_norm(
+  module: nn.BatchNorm,
+  function: Callable[..., Any],
+  x: Array,
+  use_running_average: bool | None,
+  mask: Array | None,
+  counted: tuple[str, tuple[int, ...]] | None,
+) -> Array:
+  """A norm of batches; `counted` is the name and shape of a count it keeps."""
+  eval_mode = nn.merge_param(
+    'use_running_average', module.use_running_average, use_running_average
+  )
+  shape = _features(module, x)
+  wide = module.force_float32_reductions
+  stored = jnp.float32 if wide else module.param_dtype
+  mean = module.variable('batch_stats', 'mean', jnp.zeros, shape, stored)
+  var = module.variable('batch_stats', 'var', jnp.ones, shape, stored)
+  count = None
+  if counted is not None:
+    name, counts = counted
+    count = module.variable('batch_stats', name, jnp.zeros, counts, jnp.int32)
+  x, options = _prepare(module, function, x, shape, mask)
+  old = _running.BatchNormState(
+    *_promoted(mean.value, var.value, _flax_dtype(module, x)),
+    jnp.zeros(shape, jnp.int32)
+    if count is None
+    else jnp.broadcast_to(count.value, shape),
+  )
+  if initializing := module.is_initializing():
+    alone = 'axis_name', 'axis_index_groups', 'virtual_batch_size'
+    options.update({n: None for n in alone if n in options})
+  axes = _types.check_axes(module.axis, x.ndim, repeats=True)
+  options.update(axis=axes, check_batch=False)
+  y: Array
+  y, new = function(x, old, train=not eval_mode, **options)
+  if not eval_mode and not initializing:
+    mean.value, var.value = new.mean, new.var
+    if count is not None:
+      count.value = new.count if counts else new.count.max(initial=0)
+  return y
 
 
 @documented(nn.LayerNorm, layer.LayerNorm)
@@ -230,7 +324,7 @@ def _param(
   return value.astype(module.param_dtype)
 
 
-def _flax_dtype(module: BatchNorm, x: Array) -> DType:
+def _flax_dtype(module: nn.BatchNorm, x: Array) -> DType:
   """The dtype of Flax's statistics, to which it promotes the stored ones."""
   dtype = x.dtype if module.dtype is None else module.dtype
   if not module.force_float32_reductions:

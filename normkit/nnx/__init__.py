@@ -8,6 +8,7 @@ from normkit.nnx.gated import GatedRMSNorm
 from normkit.nnx.norm import Norm
 from normkit.nnx.norms import (
   BatchNorm,
+  BatchRenorm,
   GroupNorm,
   InstanceNorm,
   LayerNorm,
@@ -29,6 +30,7 @@ __all__ = [
   'RNN',
   'BatchNorm',
   'BatchNormLSTMCell',
+  'BatchRenorm',
   'GatedRMSNorm',
   'GroupNorm',
   'InstanceNorm',

@@ -30,7 +30,15 @@ from normkit.nnx._shared import (
   with_signature_of,
   write,
 )
-from normkit.norms import _running, batch, group, instance, layer, rms
+from normkit.norms import (
+  _running,
+  batch,
+  group,
+  instance,
+  layer,
+  renorm,
+  rms,
+)
 
 
 class _DropIn(nnx.Module):
@@ -137,38 +145,104 @@ class BatchNorm(_DropIn, nnx.BatchNorm, Running):
     mask: Array | None = None,
   ) -> Array:
     """Normalizes x; `mask` is True where an element counts."""
-    train = not self._evaluates(use_running_average)
-    axes = _types.check_axes(self.axis, np.ndim(x), repeats=True)
-    stored = self.mean[...], self.var[...]
-    x, promoted, options = self._prepare(
-      batch.batch_norm, x, mask, axes, *stored
+    return _running_norm(
+      self, batch.batch_norm, x, use_running_average, mask, self._counter()
     )
-    mean, var = stored if train else promoted
-    if train and jnp.iscomplexobj(x):
-      mean = mean.astype(x.dtype)
-    state = _running.BatchNormState(
-      *(as_features(s, x, axes) for s in (mean, var, self._updates()))
-    )
-    options.update(axis=axes, check_batch=False)
-    y, updated = batch.batch_norm(x, state, train=train, **options)
-    if train:
-      write((self.mean, self.var, self.count), updated)
-    return y
 
   def _needs_count(self) -> bool:
     return self.debias or self.momentum is None
 
-  def _updates(self) -> Array:
-    """How many updates each feature has received, or as many zeros."""
-    if self.count is not None:
-      count: Array = self.count[...]
-      return count
-    if self._needs_count():
+  def _counter(self) -> Any:
+    """The variable that counts the updates of each feature, or None."""
+    if self.count is None and self._needs_count():
       raise ValueError(
         f'debias={self.debias} with momentum={self.momentum} needs a count of '
         'the updates, which the module makes at construction. Give them there.'
       )
-    return jnp.zeros((self.num_features,), jnp.int32)
+    return self.count
+
+
+@documented(nnx.BatchNorm, renorm.BatchRenorm)
+@with_signature_of(nnx.BatchNorm)
+class BatchRenorm(_DropIn, nnx.BatchNorm, Running):
+  """Batch renormalization, called as `flax.nnx.BatchNorm` is.
+
+  Args:
+    axis: the feature axis; of several, `num_features` is the product.
+    momentum: the share of the old running value that is kept (PyTorch's 0.1 is
+      0.9 here). None weighs all updates equally.
+
+  Attributes:
+    mean: running means, an `nnx.BatchStat`.
+    var: running variances, an `nnx.BatchStat`.
+    steps: the updates so far, on which the limits depend, an `nnx.BatchStat`.
+    scale: an `nnx.Param`, or None.
+    bias: an `nnx.Param`, or None.
+
+  Examples:
+    >>> import jax.numpy as jnp, normkit.nnx
+    >>> from flax import nnx
+    >>> norm = normkit.nnx.BatchRenorm(3, r_max=3., d_max=5., rngs=nnx.Rngs(0))
+    >>> y = norm(jnp.ones((4, 3)))
+    >>> norm.steps[...].tolist()
+    1
+  """
+
+  def __init__(
+    self,
+    num_features: int,
+    *,
+    r_max: renorm.Limit = None,
+    d_max: renorm.Limit = None,
+    **options: Any,
+  ) -> None:
+    super().__init__(num_features, **options)
+    self.r_max = r_max
+    self.d_max = d_max
+    self.steps = nnx.BatchStat(jnp.zeros((), jnp.int32))
+
+  def __call__(
+    self,
+    x: Array,
+    use_running_average: bool | None = None,
+    *,
+    mask: Array | None = None,
+  ) -> Array:
+    """Normalizes x; `mask` is True where an element counts."""
+    return _running_norm(
+      self, renorm.batch_renorm, x, use_running_average, mask, self.steps
+    )
+
+
+def _running_norm(
+  module: Any,
+  function: Callable[..., Any],
+  x: Array,
+  use_running_average: bool | None,
+  mask: Array | None,
+  counter: Any,
+) -> Array:
+  """A norm of batches; `counter` is the variable of its updates, or None."""
+  train = not module._evaluates(use_running_average)
+  axes = _types.check_axes(module.axis, np.ndim(x), repeats=True)
+  stored = module.mean[...], module.var[...]
+  x, promoted, options = module._prepare(function, x, mask, axes, *stored)
+  mean, var = stored if train else promoted
+  if train and jnp.iscomplexobj(x):
+    mean = mean.astype(x.dtype)
+  count = jnp.zeros((), jnp.int32) if counter is None else counter[...]
+  count = jnp.broadcast_to(count, mean.shape)
+  state = _running.BatchNormState(
+    *(as_features(s, x, axes) for s in (mean, var, count))
+  )
+  options.update(axis=axes, check_batch=False)
+  y: Array
+  y, (mean, var, count) = function(x, state, train=train, **options)
+  if train:
+    if counter is not None and not counter.shape:
+      count = count.max(initial=0)
+    write((module.mean, module.var, counter), (mean, var, count))
+  return y
 
 
 @documented(nnx.LayerNorm, layer.LayerNorm)

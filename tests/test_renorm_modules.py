@@ -1,0 +1,205 @@
+"""Batch renorm as modules: as the paper has it, with SBX's variables."""
+
+from cases import draw, draw_mask
+import chex
+import family
+from flax import linen as nn, nnx, serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import normkit as nk
+import normkit.linen
+import normkit.nnx
+
+LIMITS = {'r_max': 1.5, 'd_max': 0.3}
+STEPS = [draw((8, 2, 3), seed=i) * (1 + i) + i for i in range(3)]
+MASKS = [draw_mask((8, 2, 3), seed=i) for i in range(3)]
+
+
+def expected(params, masked):
+  """Outputs of the steps and of an evaluation, and the last state."""
+  of = family.batch_renorm(1.5, 0.3, momentum=0.9)
+  state = nk.BatchNormState(jnp.zeros(3), jnp.ones(3), jnp.zeros(3, int))
+  outputs = []
+  for x, mask in zip(STEPS, MASKS, strict=True):
+    y, state = of(params, state, x, True, mask if masked else None)
+    outputs.append(y)
+  return [*outputs, of(params, state, STEPS[0], False, None)[0]], state
+
+
+@pytest.mark.parametrize('masked', [False, True])
+def test_linen(masked):
+  norm = normkit.linen.BatchRenorm(momentum=0.9, **LIMITS)
+  variables = norm.init(jax.random.key(0), STEPS[0], use_running_average=False)
+  assert jax.tree.map(jnp.shape, variables) == {
+    'params': {'scale': (3,), 'bias': (3,)},
+    'batch_stats': {'mean': (3,), 'var': (3,), 'steps': ()},
+  }
+  params = {'scale': draw(3, seed=5), 'bias': draw(3, seed=6)}
+  desired, state = expected(nk.NormParams(**params), masked)
+  stats = variables['batch_stats']
+  assert stats['steps'] == 0  # initializing is no step
+
+  @jax.jit
+  def step(stats, x, mask):
+    return norm.apply(
+      {'params': params, 'batch_stats': stats},
+      x,
+      use_running_average=False,
+      mask=mask,
+      mutable=['batch_stats'],
+    )
+
+  outputs = []
+  for x, mask in zip(STEPS, MASKS, strict=True):
+    y, updates = step(stats, x, mask if masked else None)
+    stats = updates['batch_stats']
+    outputs.append(y)
+  variables = {'params': params, 'batch_stats': stats}
+  outputs.append(norm.apply(variables, STEPS[0], use_running_average=True))
+  chex.assert_trees_all_close(outputs, desired, atol=1e-5, rtol=1e-5)
+  found = stats['mean'], stats['var']
+  chex.assert_trees_all_close(found, tuple(state[:2]), atol=1e-5, rtol=1e-5)
+  assert stats['steps'] == len(STEPS)
+  assert stats['steps'].dtype == jnp.int32
+
+
+@pytest.mark.parametrize('masked', [False, True])
+def test_nnx(masked):
+  norm = normkit.nnx.BatchRenorm(3, momentum=0.9, rngs=nnx.Rngs(0), **LIMITS)
+  params = nk.NormParams(draw(3, seed=5), draw(3, seed=6))
+  norm.scale[...], norm.bias[...] = params
+  desired, state = expected(params, masked)
+  step = nnx.jit(lambda norm, x, mask: norm(x, mask=mask))
+  outputs = [
+    step(norm, x, mask if masked else None)
+    for x, mask in zip(STEPS, MASKS, strict=True)
+  ]
+  norm.eval()
+  outputs.append(norm(STEPS[0]))
+  chex.assert_trees_all_close(outputs, desired, atol=1e-5, rtol=1e-5)
+  found = norm.mean[...], norm.var[...]
+  chex.assert_trees_all_close(found, tuple(state[:2]), atol=1e-5, rtol=1e-5)
+  assert norm.steps[...] == len(STEPS)
+
+
+def test_they_are_batch_norms():
+  assert issubclass(normkit.linen.BatchRenorm, nn.BatchNorm)
+  norm = normkit.nnx.BatchRenorm(3, rngs=nnx.Rngs(0))
+  assert isinstance(norm, nnx.BatchNorm)
+  nnx.view(norm, only=nnx.BatchNorm, use_running_average=True)(STEPS[0])
+
+
+def test_limits_are_checked():
+  for r_max in (0.5, '3'):
+    with pytest.raises((ValueError, TypeError), match='r_max'):
+      normkit.linen.BatchRenorm(r_max=r_max).init(
+        jax.random.key(0), STEPS[0], use_running_average=False
+      )
+    with pytest.raises((ValueError, TypeError), match='r_max'):
+      normkit.nnx.BatchRenorm(3, r_max=r_max, rngs=nnx.Rngs(0))(STEPS[0])
+  with pytest.raises(ValueError, match='use_running_average'):
+    normkit.linen.BatchRenorm(16)
+
+
+# What SBX (CrossQ) writes and computes: sbx/common/jax_layers.py, version 0.21.
+
+
+def of_sbx(x, stats, epsilon=1e-3, warmup=1):
+  """Its formula, with its own place of epsilon, in float64."""
+  given = x, stats['mean'], stats['var']
+  x, mean, var = (np.asarray(a, float) for a in given)
+  batch_mean, batch_var = x.mean((0, 1)), x.var((0, 1))
+  std = np.sqrt(var + epsilon)
+  r = np.clip(np.sqrt(batch_var + epsilon) / std, 1 / 3, 3)
+  d = np.clip((batch_mean - mean) / std, -5, 5)
+  if stats['steps'] < warmup:
+    r, d = np.ones_like(r), np.zeros_like(d)
+  moved = batch_mean - d * np.sqrt(batch_var) / r
+  return (x - moved) / np.sqrt(batch_var / r**2 + epsilon)
+
+
+def like_sbx(epsilon):
+  constant, join = optax.constant_schedule, optax.join_schedules
+  return normkit.linen.BatchRenorm(
+    momentum=0.9,
+    epsilon=epsilon,
+    r_max=join([constant(1.0), constant(3.0)], [1]),
+    d_max=join([constant(0.0), constant(5.0)], [1]),
+  )
+
+
+def written_by_sbx():
+  """Its collection: limits are variables there, and numbers of Python's."""
+  stats = {'mean': jnp.zeros(3), 'var': jnp.ones(3)}
+  return stats | {'r_max': 3, 'd_max': 5, 'steps': 0}
+
+
+@pytest.mark.parametrize(
+  ('epsilon', 'most', 'least'), [(1e-9, 1e-5, 0), (1e-3, 1, 0.01)]
+)
+def test_beside_sbx(epsilon, most, least):
+  """The same but for epsilon; with its .001 and a narrow feature they part."""
+  norm, stats = like_sbx(epsilon), written_by_sbx()
+  narrow = jnp.array([[[1.0, 0.02, 3.0]]])
+  differences = []
+  for x in (x * narrow for x in STEPS):
+    desired = of_sbx(x, stats, epsilon)
+    y, updates = norm.apply(
+      {'params': {'scale': jnp.ones(3), 'bias': jnp.zeros(3)}}
+      | {'batch_stats': stats},
+      x,
+      use_running_average=False,
+      mutable=['batch_stats'],
+    )
+    stats = updates['batch_stats']
+    differences.append(np.abs(y - desired).max())
+  assert least <= max(differences) <= most
+  assert stats['steps'] == len(STEPS)
+  assert (stats['r_max'], stats['d_max']) == (3, 5)  # as they came
+
+
+def test_a_file_of_sbx_is_read():
+  stats = written_by_sbx()
+  read = serialization.msgpack_restore(serialization.msgpack_serialize(stats))
+  variables = {'params': {'scale': jnp.ones(3), 'bias': jnp.zeros(3)}}
+  norm = like_sbx(1e-3)
+  y = norm.apply(
+    variables | {'batch_stats': read}, STEPS[0], use_running_average=True
+  )
+  np.testing.assert_allclose(y, STEPS[0] / np.sqrt(1.001), rtol=1e-6)
+
+
+def test_joint_batch():
+  """CrossQ's critic sees current and next pairs in one batch.
+
+  Its statistics are then of both; of two calls each has its own, and what is
+  stored lies near the last. The targets give no gradient.
+  """
+  norm = normkit.linen.BatchRenorm(momentum=0.0, r_max=1.0, d_max=0.0)
+  now, later = draw((16, 3)), draw((16, 3), seed=1) + 4
+  variables = norm.init(jax.random.key(0), now, use_running_average=True)
+
+  def critic(x):
+    return norm.apply(
+      variables, x, use_running_average=False, mutable=['batch_stats']
+    )
+
+  both, updates = critic(jnp.concatenate([now, later]))
+  q, q_next = jnp.split(both, 2)
+  joint = np.concatenate([now, later]).astype(float)
+  desired = (joint - joint.mean(0)) / np.sqrt(joint.var(0) + 1e-5)
+  np.testing.assert_allclose([*q, *q_next], desired, atol=1e-5)
+  stats = updates['batch_stats']
+  np.testing.assert_allclose(stats['mean'], joint.mean(0), rtol=1e-5)
+  apart, _ = critic(later)
+  assert np.abs(apart - q_next).max() > 1
+
+  def loss(later):
+    q, q_next = jnp.split(critic(jnp.concatenate([now, later]))[0], 2)
+    return jnp.sum((q - jax.lax.stop_gradient(q_next)) ** 2)
+
+  assert np.abs(jax.grad(loss)(later)).max() > 0  # through the statistics
