@@ -1,5 +1,6 @@
 """Running statistics over several steps: exact per feature, hard to spoil."""
 
+from cases import draw, draw_mask
 import chex
 import jax
 import jax.numpy as jnp
@@ -192,3 +193,35 @@ def test_evaluation_uses_the_running_statistics_alone():
   chex.assert_trees_all_equal(after, state)
   one, _ = bn.apply(params, state, x[:1], train=False)
   np.testing.assert_array_equal(one, y[:1])
+
+
+def test_a_state_of_two_arrays():
+  """Where nothing needs a count; it comes back as it was given."""
+  x, mask = draw((8, 3)), draw_mask((8, 3))
+  whole = nk.BatchNormState(jnp.ones(3), jnp.full(3, 2.0), jnp.zeros(3, int))
+  pair = nk.BatchNormState(*whole[:2])
+  for norm in nk.BatchNorm(momentum=0.9), nk.EvoNormB0(momentum=0.9):
+    params, _ = norm.init(x)
+    step = jax.jit(norm.apply, static_argnames='train')
+    for train in True, False:
+      y, new = step(params, pair, x, train=train, where=mask)
+      desired, after = step(params, whole, x, train=train, where=mask)
+      chex.assert_trees_all_equal(y, desired)
+      chex.assert_trees_all_equal(new, nk.BatchNormState(*after[:2]))
+
+
+@pytest.mark.parametrize(
+  'norm',
+  [
+    nk.BatchNorm(debias=True),
+    nk.BatchNorm(momentum=None),
+    nk.EvoNormB0(momentum=None),
+    nk.BatchRenorm(),
+    nk.StreamingNorm(),
+  ],
+  ids=lambda norm: type(norm).__name__,
+)
+def test_a_count_that_is_needed(norm):
+  params, state = norm.init(draw((8, 3)))
+  with pytest.raises(ValueError, match=r'state.count is None.*jnp.zeros'):
+    norm.apply(params, state._replace(count=None), draw((8, 3)), train=True)

@@ -27,7 +27,8 @@ class BatchNormState(NamedTuple):
     mean: running means, zeros at first.
     var: running variances, ones at first.
     count: int32, how many updates each feature has received; one that was
-      masked out of a batch received none from it.
+      masked out of a batch received none from it. None where nothing needs it:
+      in batch norm with a momentum and without `debias`.
 
   Examples:
     >>> import jax.numpy as jnp, normkit as nk
@@ -38,7 +39,7 @@ class BatchNormState(NamedTuple):
 
   mean: Array
   var: Array
-  count: Array  # type: ignore[assignment]
+  count: Array | None = None  # type: ignore[assignment]
 
 
 def init_state(x: Array | jax.ShapeDtypeStruct, axis: Axes) -> BatchNormState:
@@ -87,27 +88,29 @@ def update(
     new_var = new_var * (number / jnp.maximum(number - 1, 1))
   if skip_nonfinite:
     held = held & jnp.isfinite(new_mean) & jnp.isfinite(new_var)
-  old_count = as_count(state.count)
-  count = old_count + 1
+  old_count = None if state.count is None else as_count(state.count)
 
   def average(old: Array, new: Array) -> Array:
     wide = old.astype(_types.promote(old.dtype, new.dtype))
-    new, moved, updates = (
-      _shards.reshard_like(a, wide) for a in (new, held, count)
-    )
-    keep, share = shares(updates.astype(new_var.dtype), momentum, debias)
+    new, moved = (_shards.reshard_like(a, wide) for a in (new, held))
+    updates = None
+    if old_count is not None:
+      updates = _shards.reshard_like(old_count + 1, wide).astype(new_var.dtype)
+    keep, share = shares(updates, momentum, debias)
     kept = jnp.where(keep > 0, keep * wide, 0)  # whatever old is, at keep = 0
     return jnp.where(moved, kept + share * new, wide).astype(old.dtype)
 
+  count = old_count
+  if count is not None:
+    count = count + _shards.reshard_like(held, count).astype(count.dtype)
   return BatchNormState(
-    average(state.mean, new_mean),
-    average(state.var, new_var),
-    old_count + _shards.reshard_like(held, count).astype(count.dtype),
+    average(state.mean, new_mean), average(state.var, new_var), count
   )
 
 
-def as_count(count: Array) -> Array:
+def as_count(count: Array | None) -> Array:
   """A count as an integer, whatever came in: the mean over devices is none."""
+  assert count is not None  # see `check_state`
   count = jnp.asarray(count)
   if jnp.issubdtype(count.dtype, jnp.integer):
     return count
@@ -115,9 +118,15 @@ def as_count(count: Array) -> Array:
 
 
 def shares(
-  count: Array, momentum: Scalar | None, debias: bool
+  count: Array | None, momentum: Scalar | None, debias: bool
 ) -> tuple[Array | float, Array | float]:
-  """The shares of the old average and of the newest of `count` updates."""
+  """The shares of the old average and of the newest of `count` updates.
+
+  Where nothing is counted they are those of a momentum.
+  """
+  if count is None:
+    assert momentum is not None
+    return momentum, 1 - momentum
   if momentum is None:
     return (count - 1) / count, 1 / count
   if isinstance(momentum, Array):
@@ -157,8 +166,13 @@ def check_average(momentum: Any, debias: bool) -> Scalar | None:
   return value
 
 
-def check_state(state: Any, x: Array, features: tuple[int, ...]) -> None:
-  """Raises unless the state holds one number for each feature of x."""
+def check_state(
+  state: Any, x: Array, features: tuple[int, ...], is_counted: bool = True
+) -> None:
+  """Raises unless the state holds one number for each feature of x.
+
+  `is_counted` says that the updates are used, and their count must be there.
+  """
   if not isinstance(state, BatchNormState):
     raise ValueError(
       f'state must be BatchNormState(mean, var, count), got '
@@ -166,6 +180,13 @@ def check_state(state: Any, x: Array, features: tuple[int, ...]) -> None:
     )
   shape = tuple(x.shape[a] for a in features)
   for name, value in zip(BatchNormState._fields, state, strict=True):
+    if value is None and not is_counted:
+      continue
+    if value is None:
+      raise ValueError(
+        f'state.{name} is None. A count is needed by debias, momentum=None, '
+        f'renorm and streaming; give jnp.zeros({shape}, int) to begin with.'
+      )
     if np.shape(value) != shape:
       raise ValueError(
         f'state.{name} has shape {np.shape(value)}, but the feature axes '

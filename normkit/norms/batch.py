@@ -68,7 +68,8 @@ def batch_norm(
 
   Args:
     x: array of any shape, float16, bfloat16, float32, float64 or complex.
-    state: the running statistics, of the shape of the feature axes.
+    state: the running statistics, of the shape of the feature axes; its count
+      may be None unless `debias` or `momentum=None` needs it.
     scale: of the shape of the feature axes, or of x's rank and broadcasting
       against it. None: one.
     bias: shaped as `scale` is. None: zero.
@@ -138,7 +139,7 @@ def batch_norm(
   _types.refuse_kernel(implementation, 'XLA reads x no more often')
   momentum = check_average(momentum, debias)
   _types.check_virtual_batch_size(virtual_batch_size)
-  check_state(state, x, features)
+  check_state(state, x, features, is_counted=debias or momentum is None)
   if not _types.check_flag(train, 'train'):
     stats = running(state, x, features)
     return by_running(x, args, stats), state

@@ -103,7 +103,7 @@ def evonorm_b0(
   )
   last = x.ndim - 1
   momentum = check_average(momentum, debias=False)
-  check_state(state, x, (last,))
+  check_state(state, x, (last,), is_counted=momentum is None)
   is_training = _types.check_flag(train, 'train')
   reduced = tuple(range(last))
   if is_training and check_batch:

@@ -27,6 +27,7 @@ from normkit.norm import NormParams
 from normkit.norms._running import (
   BatchNormState,
   RunningOptions,
+  as_count,
   check_average,
   check_several,
   check_state,
@@ -126,11 +127,12 @@ def batch_renorm(
     return by_running(x, args, old), state
   if check_batch:
     check_several(x.shape, reduced, axis_name, axis_index_groups, None)
+  count = as_count(state.count)
   limits = [
     lax.expand_dims(limit.astype(args.statistics_dtype), reduced)
     for limit in (
-      _limit(r_max, state.count, 'r_max', 1, _paper_r_max),
-      _limit(d_max, state.count, 'd_max', 0, _paper_d_max),
+      _limit(r_max, count, 'r_max', 1, _paper_r_max),
+      _limit(d_max, count, 'd_max', 0, _paper_d_max),
     )
   ]
 

@@ -27,6 +27,7 @@ from normkit.norm import NormParams
 from normkit.norms._running import (
   BatchNormState,
   RunningOptions,
+  as_count,
   check_average,
   check_holds_mean,
   check_state,
@@ -124,7 +125,7 @@ def streaming_norm(
     return by_running(x, args, old), state
   check_holds_mean(state, x)
   _types.check_not_empty(x.shape, reduced)
-  count = state.count + 1
+  count = as_count(state.count) + 1
   real = _types.real_dtype(args.statistics_dtype)
   weights = [
     jnp.broadcast_to(w, count.shape).reshape(old.var.shape)

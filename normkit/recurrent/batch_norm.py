@@ -16,7 +16,7 @@ from normkit._types import (
   Scalar,
 )
 from normkit.norms import batch
-from normkit.norms._running import BatchNormState
+from normkit.norms._running import BatchNormState, as_count
 from normkit.recurrent.cells import (
   CellParams,
   Function,
@@ -239,7 +239,8 @@ def init_batch_norm_lstm(features: int, max_length: int) -> BatchNormLSTMState:
 
 def _row(stats: BatchNormState, time: Array, train: bool) -> Array:
   """Which time step's statistics a time step uses."""
-  last: Any = stats.count.shape[0] - 1
+  count = as_count(stats.count)
+  last: Any = count.shape[0] - 1
   if not train:
-    last = jnp.maximum(jnp.sum(stats.count[:, 0] > 0) - 1, 0)
+    last = jnp.maximum(jnp.sum(count[:, 0] > 0) - 1, 0)
   return jnp.minimum(time, last)
