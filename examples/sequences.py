@@ -211,7 +211,7 @@ def initialize(model: nn.Module, seeds: int, *inputs: Any) -> Any:
   """The variables of each seed, (seeds, ...)."""
   # Of JAX's generators this one compiles fastest.
   keys = jax.random.split(jax.random.key(0, impl='rbg'), seeds)
-  init = functools.partial(model.init, train=False)
+  init = functools.partial(training.initial, model)
   return jax.jit(jax.vmap(lambda key: init(key, *inputs)))(keys)
 
 
