@@ -287,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, task in tasks.items():
       bar = progress.add_task(name, total=len(task.variants) * seeds)
       watch = functools.partial(progress.advance, bar)
-      dataset = task.load(args.data)
+      dataset = data.part(task.load(args.data), args.small)
       runs[name] = train(task, dataset, seeds, watch)
       if name == 'MnistNet':
         mnist, images = runs[name], dataset.test_images

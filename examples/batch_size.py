@@ -71,6 +71,7 @@ ACTIVATED = nk.FilterResponseNorm, nk.EvoNormS0, nk.EvoNormB0
 
 class Network(nn.Module):
   norms: Place
+  widths: tuple[int, ...] = (16, 32)  # of the convolutions
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -79,8 +80,9 @@ class Network(nn.Module):
       x = normalize(x, norm, train)
       return x if isinstance(norm, ACTIVATED) else nn.relu(x)
 
-    x = halve(layer(patches(x), 16, self.norms.convolutions))
-    x = layer(patches(x), 32, self.norms.convolutions)
+    for number, width in enumerate(self.widths):
+      x = halve(x) if number else x
+      x = layer(patches(x), width, self.norms.convolutions)
     x = layer(x.reshape(len(x), -1), 64, self.norms.hidden)
     return nn.Dense(10)(x)
 
@@ -237,13 +239,12 @@ def skewed(digits: Digits, steps: int, size: int, classes: int) -> np.ndarray:
 
 # %%
 def test_errors(
-  norms: Place, digits: Digits, batches: np.ndarray, rate: float
+  network: Network, digits: Digits, batches: np.ndarray, rate: float
 ) -> np.ndarray:
   """The test error of each fold in percent, after batches (folds, steps, n)."""
-  network = Network(norms)
   # Not compiled: random numbers are half of what there would be to compile.
   folds = [
-    network.init(jax.random.key(seed), digits.images[:1], train=False)
+    training.initial(network, jax.random.key(seed), digits.images[:1])
     for seed in range(len(batches))
   ]
   variables = jax.tree.map(lambda *leaves: jnp.stack(leaves), *folds)
@@ -306,10 +307,11 @@ class Setting(NamedTuple):
   folds: int = FOLDS
   shape: tuple[int, ...] = (64, 32, 32, 64)
   rounds: int = 40
+  widths: tuple[int, ...] = (16, 32)
 
 
 SMALL = Setting(
-  ('batch', 'renorm'), (2, 64), 128, 2, (1, 10), 4, 2, (8, 8, 8, 16), 3
+  ('batch', 'renorm'), (2, 64), 128, 2, (1, 10), 4, 2, (8, 8, 8, 16), 3, (8,)
 )
 Errors = dict[str, np.ndarray]  # for each norm (sizes, folds), in percent
 
@@ -331,7 +333,8 @@ def by_size(digits: Digits, setting: Setting) -> Errors:
     for name in setting.norms:
       place = norms[name]
       if place not in found:
-        found[place] = test_errors(place, digits, batches, rate(size))
+        network = Network(place, setting.widths)
+        found[place] = test_errors(network, digits, batches, rate(size))
       errors.setdefault(name, []).append(found[place])
   return {name: np.stack(scores) for name, scores in errors.items()}
 
@@ -357,7 +360,8 @@ def by_classes(digits: Digits, setting: Setting) -> Errors:
   for classes in track(setting.classes, 'classes in a batch'):
     batches = skewed(digits, setting.skewed_steps, SKEWED, classes)
     for name, found in errors.items():
-      found.append(test_errors(norms[name], digits, batches, 0.002))
+      network = Network(norms[name], setting.widths)
+      found.append(test_errors(network, digits, batches, 0.002))
   return {name: np.stack(found) for name, found in errors.items()}
 
 

@@ -54,6 +54,24 @@ def digits() -> Dataset:
   return Dataset('digits', train_images, train_labels, test_images, test_labels)
 
 
+def part(dataset: Dataset, small: bool) -> Dataset:
+  """Of a small run, some of the images, evenly spread; of others, all."""
+  if not small:
+    return dataset
+
+  def some(array: np.ndarray, most: int) -> np.ndarray:
+    return array[:: -(-len(array) // most)]
+
+  train, test = 512, 128
+  return Dataset(
+    dataset.name,
+    some(dataset.train_images, train),
+    some(dataset.train_labels, train),
+    some(dataset.test_images, test),
+    some(dataset.test_labels, test),
+  )
+
+
 def as_images(dataset: Dataset, shape: tuple[int, int, int]) -> Dataset:
   """The same in images of another shape: no more detail than before.
 

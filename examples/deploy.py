@@ -40,7 +40,7 @@ from normkit.tools.fold import Folded, fold
 from normkit.tools.recalibrate import recalibrate
 import options
 import summary
-from train_eval import Network
+from train_eval import FEWER, Network
 import training
 
 # %% [markdown]
@@ -363,11 +363,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv, 'From training to a file that runs alone.', 'the photographs'
   )
   seeds = 2 if args.small else 3
-  model = Network() if args.small else SmallResNet()
+  model = Network(layers=FEWER) if args.small else SmallResNet()
   settings = {'steps': 100, 'images': 1024, 'rounds': 200}
   if args.small:
     settings = {'steps': 4, 'images': 64, 'rounds': 5}
-  dataset = args.data or data.photographs()
+  dataset = data.part(args.data or data.photographs(), args.small)
   console = Console(markup=False, emoji=False, width=100)
   results = []
   for seed in range(seeds):

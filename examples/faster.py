@@ -96,9 +96,13 @@ def fit_inception(
   """Trains an Inception with each rate and each seed."""
   every = max(steps // 12, 3)
 
+  starts = [
+    training.init(model, OPTIMIZER, dataset.train_images, seed)
+    for seed in range(seeds)
+  ]
+
   def run(rate: float, seed: int) -> tuple[list[Any], list[float]]:
-    first = training.init(model, OPTIMIZER, dataset.train_images, seed)
-    first = with_rate(first, rate)
+    first = with_rate(starts[seed], rate)
     order = training.batches(len(dataset.train_labels), BATCH_SIZE, seed)
     order = itertools.islice(order, steps)
     losses, accuracies = [], []
@@ -274,24 +278,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     'digits and photographs',
   )
   dataset = args.data or data.digits()
-  layers, seeds, steps = (2, 2, 20) if args.small else (8, 5, 300)
+  dataset = data.part(dataset, args.small)
+  layers, seeds, steps = (1, 2, 10) if args.small else (8, 5, 300)
   console = Console(markup=False, emoji=False, width=100)
   nets = {name: DeepNet((norm,) * layers) for name, norm in NORMS.items()}
   if args.small:
     del nets['layer'], nets['group']
 
+  every = 4 if args.small else 1
+  tried, sizes = RATES[::every], SCALES[::every]
   rates = {}
   for name in track(nets, 'learning rates', console=console):
-    settings = [Setting(rate) for rate in RATES]
+    settings = [Setting(rate) for rate in tried]
     rates[name] = fit(nets[name], dataset, settings, seeds, steps)
-  tuned = {name: best(RATES, runs) for name, runs in rates.items()}
-  console.print(settings_table(RATES, rates, LAST, 'learning rate'))
+  tuned = {name: best(tried, runs) for name, runs in rates.items()}
+  console.print(settings_table(tried, rates, LAST, 'learning rate'))
 
   scales = {}
   for name in track(nets, 'initial weights', console=console):
-    settings = [Setting(tuned[name], scale) for scale in SCALES]
+    settings = [Setting(tuned[name], scale) for scale in sizes]
     scales[name] = fit(nets[name], dataset, settings, seeds, steps)
-  console.print(settings_table(SCALES, scales, LAST, 'scale'))
+  console.print(settings_table(sizes, scales, LAST, 'scale'))
 
   curves = {}
   for name, factors in track(TIMES.items(), 'curves', console=console):
@@ -307,6 +314,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.print(claim, soft_wrap=True)
 
   patches = args.data or data.photographs()
+  patches = data.part(patches, args.small)
   seeds_of, steps_of = (2, 3) if args.small else (3, 180)
   size = {'widths': (8,)} if args.small else {}
   rate, inception = inception_curves(patches, seeds_of, steps_of, **size)
@@ -330,10 +338,10 @@ def main(argv: Sequence[str] | None = None) -> None:
       10,
     ),
     faster_rates=draw_settings(
-      RATES, rates, 'learning rate', f'Learning rates, {over}'
+      tried, rates, 'learning rate', f'Learning rates, {over}'
     ),
     faster_scales=draw_settings(
-      SCALES,
+      sizes,
       scales,
       "scale of the initial weights, He's = 1",
       f'Initial weights, each norm at its best rate, {over}',

@@ -25,6 +25,8 @@ LOOKS = {
   'other': ('#000000', '*', ':'),
 }
 
+DPI = 150
+
 
 def make(
   title: str, rows: int = 1, columns: int = 1
@@ -99,5 +101,5 @@ def save(out: pathlib.Path, **drawn: Figure) -> None:
   out.mkdir(parents=True, exist_ok=True)
   for name, figure in drawn.items():
     path = out / f'{name}.png'
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=DPI)
     print(f'Wrote {path}.')

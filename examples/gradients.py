@@ -648,7 +648,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     'digits and photographs',
   )
   digits = args.data or data.digits()
-  blocks, layers, seeds, steps = (1, 2, 2, 8) if args.small else (3, 8, 5, 300)
+  blocks, layers, seeds, steps = (1, 1, 2, 8) if args.small else (3, 8, 5, 300)
+  size = {'widths': (16,)} if args.small else {}
   levels = LEVELS[:1] if args.small else LEVELS
   rates, units = ([COMMON], 64) if args.small else (RATES, 100)
   console = Console(markup=False, emoji=False, width=120)
@@ -657,7 +658,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
   patches, starts = halved(args.data or data.photographs()), {}
   for name, norm in norms.items():
-    net = SmallResNet(norm, blocks)
+    net = SmallResNet(norm, blocks, **size)
     starts[name] = [at_start(net, patches, seed) for seed in range(seeds)]
   found = {name: of_start(runs) for name, runs in starts.items()}
   report('At the start', found, console)
@@ -665,8 +666,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
   found, quantiles = {}, {}
   for name, norm in norms.items():
-    net = DeepNet((norm,) * 3, units, nn.sigmoid)
-    when, quantiles[name] = follow(net, digits, 0.1, seeds, steps, 3)
+    net = DeepNet((norm,) * min(layers, 3), units, nn.sigmoid)
+    layer = len(net.norms)
+    when, quantiles[name] = follow(net, digits, 0.1, seeds, steps, layer)
     accuracies = last(fit(net, digits, [Setting(0.1)], seeds, steps))[0]
     moves = np.median(drift(quantiles[name]), -1)
     found[name] = {'drift': moves, 'last accuracy, %': accuracies}
@@ -682,7 +684,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = [Setting(rate) for rate in rates]
     runs[name] = fit(net, digits, settings, seeds, steps)
     rate = best(rates, runs[name])
-    when, quantiles[name] = follow(net, digits, rate, seeds, steps, layers // 2)
+    layer = max(layers // 2, 1)
+    when, quantiles[name] = follow(net, digits, rate, seeds, steps, layer)
   report_noise(rates, runs, quantiles, console)
   noise_figure = draw_noise(rates, runs, when, quantiles, over)
 

@@ -273,7 +273,7 @@ def dependences(
   return [
     [
       depend(in_training, v, dataset, size, images=images, draws=draws)
-      for size in SIZES[: 2 if small else None]
+      for size in SIZES[: 1 if small else None]
     ]
     for v in trained['batch norm']
   ]
@@ -600,7 +600,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   small, seeds = args.small, 3
   console = Console(markup=False, emoji=False, width=100)
   size = 8 if small else 28
-  dataset = data.as_images(args.data or data.digits(), (size, size, 1))
+  dataset = data.part(args.data or data.digits(), small)
+  dataset = data.as_images(dataset, (size, size, 1))
   mean = dataset.train_images.mean(0)
   images = dataset.test_images[: 20 if small else 100]
   labels = dataset.test_labels[: len(images)]

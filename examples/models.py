@@ -115,8 +115,9 @@ class SmallInception(nn.Module):
 class SmallResNet(nn.Module):
   """The residual network for CIFAR-10, 6 n + 2 layers: (n, 32, 32, 3).
 
-  Three stages of `blocks` blocks, where n is `blocks`. A stage halves the image
-  and doubles the channels; the shortcut has no parameters (option A).
+  Three stages of `blocks` blocks, where n is `blocks`, or one for each of the
+  `widths`. A stage halves the image and doubles the channels; the shortcut has
+  no parameters (option A).
 
   References:
     He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition"
@@ -126,11 +127,12 @@ class SmallResNet(nn.Module):
   norm: nk.Norm | None = TORCH
   blocks: int = 1
   classes: int = 10
+  widths: tuple[int, ...] = (16, 32, 64)
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     x = nn.relu(ConvNorm(16, 3, 1, self.norm, name='stem')(x, train=train))
-    for stage, width in enumerate((16, 32, 64), 1):
+    for stage, width in enumerate(self.widths, 1):
       for number in range(1, self.blocks + 1):
         stride = 2 if stage > 1 and number == 1 else 1
         name = f'stage{stage}_block{number}'

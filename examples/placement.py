@@ -236,8 +236,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   args = options.parse(
     argv, 'Norm and activation, clipping, conventions.', 'the digits'
   )
-  dataset = args.data or data.digits()
-  layers, seeds, steps = (2, 2, 10) if args.small else (8, 5, 300)
+  dataset = data.part(args.data or data.digits(), args.small)
+  layers, seeds, steps = (1, 2, 5) if args.small else (8, 5, 300)
   rates = [float(r) for r in np.geomspace(0.001, 10, 3 if args.small else 9)]
   settings = [Setting(rate) for rate in rates]
   console = Console(markup=False, emoji=False, width=100)

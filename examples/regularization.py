@@ -201,7 +201,7 @@ def start(
   images: np.ndarray,
   key: jax.Array,
 ) -> training.State:
-  variables = model.init(key, images, train=False)
+  variables = training.initial(model, key, images)
   params = variables['params']
   stats = variables.get('batch_stats', {})
   return training.State(params, stats, optimizer.init(params))
@@ -352,7 +352,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   args = options.parse(
     argv, 'Noise, generalization and dropout beside batch norm.', 'the digits'
   )
-  dataset = args.data or data.digits()
+  dataset = data.part(args.data or data.digits(), args.small)
   sizes, draws = (SIZES[::3], 20) if args.small else (SIZES, 500)
   seeds, steps = (2, 3) if args.small else (5, 600)
   console = Console(markup=False, emoji=False, width=100)

@@ -54,17 +54,32 @@ NORMS: dict[str, nk.Norm | None] = {
 OPTIMIZER = optax.adam(0.003)  # of all networks
 
 
+class Layers(NamedTuple):
+  """The convolutions of each network, by their widths.
+
+  Attributes:
+    classifier: those with a norm.
+    encoder: with their strides.
+    decoder: with their stretches.
+  """
+
+  classifier: tuple[int, ...] = (16, 32)
+  encoder: tuple[tuple[int, int], ...] = ((16, 1), (32, 2), (48, 2))
+  decoder: tuple[tuple[int, int], ...] = ((32, 2), (16, 2), (16, 1))
+
+
 class Plan(NamedTuple):
-  """How much is run: seeds, and steps of each network."""
+  """How much is run: seeds, steps of each network, and its layers."""
 
   seeds: int
   classifier: int
   encoder: int
   decoder: int
+  layers: Layers = Layers()
 
 
 FULL = Plan(seeds=3, classifier=150, encoder=200, decoder=200)
-SMALL = Plan(seeds=2, classifier=3, encoder=3, decoder=3)
+SMALL = Plan(2, 3, 3, 3, Layers((16,), ((8, 4),), ((8, 4),)))
 
 # %% [markdown]
 # ## A convolution that passes contrast on
@@ -104,11 +119,13 @@ class Classifier(nn.Module):
   """
 
   norm: nk.Norm | None
+  layers: Layers = Layers()
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-    for width, norm in ((16, self.norm), (32, self.norm), (64, None)):
-      x = Conv(width, norm, 2)(x, train=train)
+    for width in self.layers.classifier:
+      x = Conv(width, self.norm, 2)(x, train=train)
+    x = Conv(64, None, 2)(x, train=train)
     return nn.Dense(10)(x.mean((1, 2)))
 
 
@@ -134,10 +151,9 @@ class Seen(NamedTuple):
 
 
 def classify(
-  norm: nk.Norm | None, dataset: data.Dataset, steps: int, seed: int
+  model: Classifier, dataset: data.Dataset, steps: int, seed: int
 ) -> Seen:
   """Trains a classifier at contrast 1, and tests it at all of them."""
-  model = Classifier(norm)
   run = training.fit(model, dataset, OPTIMIZER, steps=steps, seed=seed, tests=1)
   accuracies, features = [], []
   for contrast in CONTRASTS:
@@ -204,10 +220,12 @@ def patches(names: Sequence[str], size: int, seed: int) -> Iterator[np.ndarray]:
 class Encoder(nn.Module):
   """Features of an image at its full, half and quarter size."""
 
+  layers: Layers = Layers()
+
   @nn.compact
   def __call__(self, x: jax.Array) -> list[jax.Array]:
     features = []
-    for width, stride in ((16, 1), (32, 2), (48, 2)):
+    for width, stride in self.layers.encoder:
       x = Conv(width, None, stride)(x, train=False)
       features.append(x)
     return features
@@ -217,10 +235,11 @@ class Decoder(nn.Module):
   """An image of its features, with a norm behind each convolution, or none."""
 
   norm: nk.Norm | None
+  layers: Layers = Layers()
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-    for width, stretch in ((32, 2), (16, 2), (16, 1)):
+    for width, stretch in self.layers.decoder:
       x = x.repeat(stretch, 1).repeat(stretch, 2)
       x = Conv(width, self.norm)(x, train=train)
     return nn.sigmoid(nn.Conv(3, (3, 3), padding='REFLECT')(x))
@@ -252,12 +271,13 @@ def transfer(
   train: bool,
 ) -> tuple[jax.Array, Loss, Any]:
   """The content in that style, its losses, and the decoder's new statistics."""
-  old, wanted = (Encoder().apply(encoder, x) for x in (content, style))
+  encode = functools.partial(Encoder(decoder.layers).apply, encoder)
+  old, wanted = map(encode, (content, style))
   target = nk.adaptive_instance_norm(old[-1], wanted[-1])
   image, updated = decoder.apply(
     variables, target, train=train, mutable=['batch_stats']
   )
-  new = Encoder().apply(encoder, image)
+  new = encode(image)
   lost = ((new[-1] - target) ** 2).mean() / target.var()
   left = [
     distance(a, c) / distance(b, c)
@@ -293,29 +313,34 @@ BATCH = 8
 class Autoencoder(nn.Module):
   """An encoder, and a decoder without norm."""
 
+  layers: Layers = Layers()
+
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-    features = Encoder(name='encoder')(x)
-    return Decoder(None, name='decoder')(features[-1], train=train)
+    features = Encoder(self.layers, name='encoder')(x)
+    decoder = Decoder(None, self.layers, name='decoder')
+    return decoder(features[-1], train=train)
 
 
-@jax.jit
-def encoder_step(state: training.State, x: jax.Array) -> training.State:
+@functools.partial(jax.jit, static_argnums=0)
+def encoder_step(
+  model: Autoencoder, state: training.State, x: jax.Array
+) -> training.State:
   """One step of the autoencoder."""
 
   def error(params: Any) -> tuple[jax.Array, Any]:
-    y = Autoencoder().apply({'params': params}, x, train=True)
+    y = model.apply({'params': params}, x, train=True)
     return ((y - x) ** 2).mean(), {}
 
   return training.update(OPTIMIZER, state, error)[0]
 
 
-def fit_encoder(steps: int, seed: int) -> Any:
+def fit_encoder(model: Autoencoder, steps: int, seed: int) -> Any:
   """The variables of the encoder of an autoencoder."""
   batches = patches(training_names(), BATCH, seed)
-  state = training.init(Autoencoder(), OPTIMIZER, next(batches), seed)
+  state = training.init(model, OPTIMIZER, next(batches), seed)
   for _ in range(steps):
-    state = encoder_step(state, next(batches))
+    state = encoder_step(model, state, next(batches))
   return {'params': state.params['encoder']}
 
 
@@ -342,7 +367,8 @@ def decoder_step(
 def fit_decoder(decoder: Decoder, encoder: Any, steps: int, seed: int) -> Any:
   """The variables of a decoder of AdaIN's features."""
   batches = patches(training_names(), BATCH, seed)
-  features = np.zeros((1, PATCH // 4, PATCH // 4, 48), np.float32)
+  width, _ = decoder.layers.encoder[-1]
+  features = np.zeros((1, PATCH // 4, PATCH // 4, width), np.float32)
   state = training.init(decoder, OPTIMIZER, features, seed)
   for _ in range(steps):
     state = decoder_step(decoder, state, encoder, next(batches), next(batches))
@@ -396,14 +422,15 @@ def run_all(
   classified: Classified = {name: [] for name in NORMS}
   for name, norm in NORMS.items():
     for seed in range(plan.seeds):
-      classified[name].append(classify(norm, dataset, plan.classifier, seed))
+      model = Classifier(norm, plan.layers)
+      classified[name].append(classify(model, dataset, plan.classifier, seed))
       progress.advance(bar)
   bar = progress.add_task('decoders', total=plan.seeds * len(NORMS))
   decoded: Decoded = {name: [] for name in NORMS}
   for seed in range(plan.seeds):
-    encoder = fit_encoder(plan.encoder, seed)
+    encoder = fit_encoder(Autoencoder(plan.layers), plan.encoder, seed)
     for name, norm in NORMS.items():
-      decoder = Decoder(norm)
+      decoder = Decoder(norm, plan.layers)
       variables = fit_decoder(decoder, encoder, plan.decoder, seed)
       decoded[name].append(test_decoder(decoder, variables, encoder))
       progress.advance(bar)
@@ -563,7 +590,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     'Instance norm and AdaIN: contrast and style.',
     'the patches that are classified',
   )
-  dataset = data.as_images(args.data or data.photographs(), (32, 32, 3))
+  dataset = args.data or data.photographs()
+  dataset = data.as_images(data.part(dataset, args.small), (32, 32, 3))
   console = Console(markup=False, emoji=False, width=100)
   with Progress(console=console) as progress:
     plan = SMALL if args.small else FULL

@@ -79,7 +79,7 @@ def start(
 ) -> training.State:
   """The states before the first step, (settings, seeds)."""
   keys = jax.vmap(jax.random.key)(jnp.arange(seeds))
-  variables = jax.vmap(lambda key: model.init(key, images, train=False))(keys)
+  variables = jax.vmap(lambda key: training.initial(model, key, images))(keys)
 
   def one(setting: Setting, variables: Any) -> training.State:
     params = scale_weights(variables['params'], setting.scale)

@@ -50,16 +50,20 @@ import training
 
 
 # %%
+Layers = tuple[tuple[int, int], ...]
+LAYERS = (16, 2), (32, 1), (32, 2), (64, 1)  # widths and strides
+FEWER = (8, 4), (8, 2)  # to see it run
+
+
 class Network(nn.Module):
-  """Four convolutions: (n, 32, 32, 3) to the logits of ten classes."""
+  """Some convolutions: (n, 32, 32, 3) to the logits of ten classes."""
 
   norm: nk.Norm = TORCH
+  layers: Layers = LAYERS
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-    for number, (width, stride) in enumerate(
-      ((16, 2), (32, 1), (32, 2), (64, 1)), 1
-    ):
+    for number, (width, stride) in enumerate(self.layers, 1):
       layer = ConvNorm(width, 3, stride, self.norm, name=f'conv{number}')
       x = nn.relu(layer(x, train=train))
     return nn.Dense(10, name='dense')(x.mean((1, 2)))
@@ -90,6 +94,7 @@ class Setting(NamedTuple):
     order: gives the batches of labels, by size and seed.
     batch_size: images of a batch.
     longer: how many times as many steps.
+    layers: the convolutions of the network.
   """
 
   norm: nk.BatchNorm = TORCH
@@ -97,10 +102,11 @@ class Setting(NamedTuple):
   order: Callable[..., Iterator[np.ndarray]] = shuffled
   batch_size: int = 64
   longer: int = 1
+  layers: Layers = LAYERS
 
   @property
   def model(self) -> Network:
-    return Network(self.norm)
+    return Network(self.norm, self.layers)
 
   def batches(self, labels: np.ndarray, number: int, seed: int) -> np.ndarray:
     """Indices of so many batches like those of training."""
@@ -307,25 +313,27 @@ def run(
   seeds: int,
   steps: int,
   tests: int,
+  layers: Layers,
   console: Console,
 ) -> tuple[Results, Curves]:
   """Examines some causes with each seed, after training what they need."""
   results: Results = {cause: [] for cause in causes}
   curves: Curves = {CAUSES[cause][0]: [] for cause in causes}
+  settings = {n: s._replace(layers=layers) for n, s in SETTINGS.items()}
   with console.status('training') as status:
     for seed in range(seeds):
       trained = {}
       for name in curves:
         status.update(f'seed {seed}: training, {name}')
         trained[name], points = train(
-          SETTINGS[name], dataset, steps, seed, tests
+          settings[name], dataset, steps, seed, tests
         )
         curves[name].append(points)
       for cause in causes:
         name, way = CAUSES[cause]
         status.update(f'seed {seed}: examining, {cause}')
         results[cause].append(
-          examine(SETTINGS[name], trained[name][way], dataset, steps, seed)
+          examine(settings[name], trained[name][way], dataset, steps, seed)
         )
   return results, curves
 
@@ -452,10 +460,11 @@ def draw_inspections(results: Results, title: str) -> Figure:
         [np.sqrt(np.mean(getattr(layer, name) ** 2)) for layer in seen.layers]
         for seen in (result.inspection for result in results[cause])
       ]
-      figures.draw(axes, np.arange(1, 5), off, cause, i)
+      number = len(off[0])
+      figures.draw(axes, np.arange(1, number + 1), off, cause, i)
     axes.axhline(0.5, color='black', linewidth=0.8, label='a warning above')
     axes.set(xlabel='norm, from the input', ylabel=label, yscale='log')
-    axes.set_xticks(range(1, 5))
+    axes.set_xticks(range(1, number + 1))
   figures.legend(figure, 'cause')
   return figure
 
@@ -475,6 +484,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     seeds=seeds,
     steps=steps,
     tests=tests,
+    layers=FEWER if args.small else LAYERS,
     console=console,
   )
   console.print(result_table(results))

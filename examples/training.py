@@ -108,14 +108,14 @@ def init(
   return State(params, variables.get('batch_stats', {}), optimizer.init(params))
 
 
-def initial(model: nn.Module, key: jax.Array, images: np.ndarray) -> Any:
-  """The initial variables, for images of that shape.
+def initial(model: nn.Module, key: jax.Array, *inputs: Any) -> Any:
+  """The initial variables, for images, or other inputs, of that shape.
 
   Of the network nothing is run; a program draws the weights of a shape, in
   whatever network, so that there is little to compile.
   """
-  shape = jax.ShapeDtypeStruct(images.shape, images.dtype)
-  return model.lazy_init(key, shape, train=False)
+  shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs)
+  return model.lazy_init(key, *shapes, train=False)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

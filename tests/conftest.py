@@ -40,8 +40,11 @@ def printed() -> dict[str, str]:
 
 
 @pytest.fixture
-def run_small(printed, tmp_path, capsys) -> Callable[..., str]:
+def run_small(
+  printed, example, tmp_path, capsys, monkeypatch
+) -> Callable[..., str]:
   """Runs an example in a small setting: what it prints; its figures exist."""
+  monkeypatch.setattr(example('figures'), 'DPI', 40)
 
   def run(module: ModuleType, *figures: str, data: str = '') -> str:
     out = tmp_path / 'out'

@@ -30,7 +30,7 @@ def test_small_run_writes_figures_and_finite_numbers(faster, run_small):
   names = 'curves', 'inception', 'rates', 'scales'
   printed = run_small(faster, *(f'faster_{name}' for name in names))
   pairs = re.findall(r'(\S+) ± (\S+)', printed)
-  assert len(pairs) == 9 * 2 + 9 * 2 + 5 + 5
+  assert len(pairs) == 3 * 2 + 3 * 2 + 5 + 5
   assert all(
     0 <= float(mean) <= 100 and math.isfinite(float(std)) for mean, std in pairs
   )

@@ -86,6 +86,7 @@ def site(tmp_path_factory):
   return {path: Parser(path) for path in out.rglob('*.html')}
 
 
+@pytest.mark.second_tier
 def test_links_of_site(site):
   missing = []
   for path, page in site.items():
@@ -105,6 +106,7 @@ def test_links_of_site(site):
   assert not missing
 
 
+@pytest.mark.second_tier
 @pytest.mark.parametrize('module', MODULES)
 def test_reference_lists_every_public_name(site, module):
   package = importlib.import_module(module)
@@ -121,6 +123,7 @@ def test_reference_lists_every_public_name(site, module):
     assert f'{"normkit" if at_root else module}.{name}' in listed
 
 
+@pytest.mark.second_tier
 def test_gallery_shows_every_example(site):
   titled = [
     path.stem
