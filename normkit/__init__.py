@@ -15,6 +15,7 @@ from normkit.norm import EmptyState, Norm, NormParams
 from normkit.norms._evonorm import EvoNormParams
 from normkit.norms._running import BatchNormState
 from normkit.norms.batch import BatchNorm, batch_norm
+from normkit.norms.derf import Derf, DerfParams, derf
 from normkit.norms.dyt import DyT, DyTParams, dyt
 from normkit.norms.evonorm_b0 import EvoNormB0, evonorm_b0
 from normkit.norms.evonorm_s0 import EvoNormS0, evonorm_s0
@@ -47,6 +48,8 @@ __all__ = [
   'BatchNorm',
   'BatchNormState',
   'BatchRenorm',
+  'Derf',
+  'DerfParams',
   'DyT',
   'DyTParams',
   'EmptyState',
@@ -72,6 +75,7 @@ __all__ = [
   'batch_norm',
   'batch_renorm',
   'decay_mask',
+  'derf',
   'dyt',
   'evonorm_b0',
   'evonorm_s0',

@@ -150,6 +150,7 @@ _FIELD_CHECKS: dict[str, Callable[[Any], Any]] = {
   'epsilon': _types.check_epsilon,
   'implementation': _types.check_implementation,
   'alpha': lambda alpha: _types.check_real(alpha, 'alpha'),
+  'shift': lambda shift: _types.check_real(shift, 'shift'),
   'scale_offset': lambda offset: _types.check_real(offset, 'scale_offset'),
   'momentum': _types.check_momentum,
   'axis_index_groups': _types.check_index_groups,

@@ -171,6 +171,7 @@ CASES = (
   ),
   Case('scale_norm', nk.ScaleNorm(), (4, 6), family.scale_norm()),
   Case('dyt', nk.DyT(), (4, 6), family.dyt()),
+  Case('derf', nk.Derf(), (4, 6), family.derf()),
   Case(
     'iterative_whitening',
     nk.IterativeWhitening(group_size=2, epsilon=1e-3),

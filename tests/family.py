@@ -6,6 +6,7 @@ Gradients are central differences of the reference itself, in float64.
 from collections.abc import Callable
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import numpy as np
@@ -127,6 +128,17 @@ def dyt():
   def formula(params, state, x, train, where):
     alpha, scale, bias = params
     return affine(np.tanh(alpha * x), scale, bias), state
+
+  return Family(formula, is_masked=False)
+
+
+def derf():
+  """Chen and others 2025, equation 10."""
+
+  def formula(params, state, x, train, where):
+    alpha, shift, scale, bias = params
+    y = np.vectorize(math.erf)(alpha * x + shift)
+    return affine(y, scale, bias), state
 
   return Family(formula, is_masked=False)
 

@@ -128,6 +128,7 @@ def test_a_stray_sentence_is_found():
 PAIRS = {
   'batch_norm': nk.BatchNorm,
   'batch_renorm': nk.BatchRenorm,
+  'derf': nk.Derf,
   'dyt': nk.DyT,
   'evonorm_b0': nk.EvoNormB0,
   'evonorm_s0': nk.EvoNormS0,
@@ -146,6 +147,7 @@ OF_PARAMETERS = {
   'group_size',
   'param_dtype',
   'scale_offset',
+  'shift',
   'use_bias',
   'use_scale',
   'use_threshold',

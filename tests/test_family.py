@@ -200,6 +200,7 @@ CONDITIONED = {
     x, STATE4, *given, train=True
   )[0],
   'dyt': lambda x, *given: nk.dyt(x, 0.5, *given),
+  'derf': lambda x, *given: nk.derf(x, 0.5, 0.1, *given),
 }
 STATE4 = nk.BatchNormState(jnp.zeros(4), jnp.ones(4), jnp.full(4, 30_000))
 
@@ -319,7 +320,7 @@ def test_l2_norm_of_queries():
 
 @pytest.mark.parametrize(
   'transform',
-  [nk.FilterResponseNorm(), nk.EvoNormS0(num_groups=2), nk.DyT()],
+  [nk.FilterResponseNorm(), nk.EvoNormS0(num_groups=2), nk.DyT(), nk.Derf()],
 )
 def test_parameters_of_another(transform):
   x = jnp.ones((2, 3, 4))
@@ -337,6 +338,7 @@ SHARDED = {
   'response': nk.FilterResponseNorm(),
   'scale': nk.ScaleNorm(),
   'dyt': nk.DyT(),
+  'derf': nk.Derf(),
 }
 
 
@@ -365,7 +367,7 @@ def test_explicit_meshes(name, axis):
 
 
 @pytest.mark.parametrize(
-  'name', [n for n in SHARDED if n not in ('dyt', 'response')]
+  'name', [n for n in SHARDED if n not in ('derf', 'dyt', 'response')]
 )
 def test_no_kernels(name):
   x = jnp.ones((4, 5, 8))

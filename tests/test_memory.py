@@ -23,6 +23,7 @@ NORMS = {
   'evonorm_b0': (nk.EvoNormB0(), IMAGES),
   'scale': (nk.ScaleNorm(), ROWS),
   'dyt': (nk.DyT(), ROWS),
+  'derf': (nk.Derf(), ROWS),
   'whitening': (nk.IterativeWhitening(group_size=16), IMAGES),
 }
 
