@@ -19,6 +19,10 @@ from normkit.norms.derf import Derf, DerfParams, derf
 from normkit.norms.dyt import DyT, DyTParams, dyt
 from normkit.norms.evonorm_b0 import EvoNormB0, evonorm_b0
 from normkit.norms.evonorm_s0 import EvoNormS0, evonorm_s0
+from normkit.norms.global_response import (
+  GlobalResponseNorm,
+  global_response_norm,
+)
 from normkit.norms.group import GroupNorm, group_norm
 from normkit.norms.instance import (
   InstanceNorm,
@@ -58,6 +62,7 @@ __all__ = [
   'EvoNormS0',
   'FilterResponseNorm',
   'FilterResponseParams',
+  'GlobalResponseNorm',
   'GroupNorm',
   'InstanceNorm',
   'IterativeWhitening',
@@ -80,6 +85,7 @@ __all__ = [
   'evonorm_b0',
   'evonorm_s0',
   'filter_response_norm',
+  'global_response_norm',
   'group_norm',
   'instance_norm',
   'iterative_whitening',

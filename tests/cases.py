@@ -169,6 +169,20 @@ CASES = (
     (4, 5, 3),
     family.evonorm_b0(momentum=0.9),
   ),
+  Case(
+    'global_response_norm',
+    nk.GlobalResponseNorm(),
+    (2, 3, 2, 4),
+    family.global_response(),
+  ),
+  Case(
+    'global_response_norm_channels_first',
+    nk.GlobalResponseNorm(
+      axis=1, epsilon=1e-3, scale_offset=1.0, use_bias=False
+    ),
+    (2, 3, 5),
+    Offset(family.global_response(1e-3, channels=(1,)), 1.0),
+  ),
   Case('scale_norm', nk.ScaleNorm(), (4, 6), family.scale_norm()),
   Case('dyt', nk.DyT(), (4, 6), family.dyt()),
   Case('derf', nk.Derf(), (4, 6), family.derf()),

@@ -26,6 +26,10 @@ SENTENCES = {
   'axis_name': [
     f'names of mapped axes over which {what} pooled.'
     for what in ('statistics are', 'sums are', 'batches are', 'Var_B is')
+  ]
+  + [
+    'names of mapped axes over which sums are pooled, of the places, not of '
+    'the channels.'
   ],
   'dtype': [
     f'dtype of {what}; None keeps {whose}.'
@@ -133,6 +137,7 @@ PAIRS = {
   'evonorm_b0': nk.EvoNormB0,
   'evonorm_s0': nk.EvoNormS0,
   'filter_response_norm': nk.FilterResponseNorm,
+  'global_response_norm': nk.GlobalResponseNorm,
   'group_norm': nk.GroupNorm,
   'instance_norm': nk.InstanceNorm,
   'iterative_whitening': nk.IterativeWhitening,

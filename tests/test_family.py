@@ -199,6 +199,7 @@ CONDITIONED = {
   'streaming': lambda x, *given: nk.streaming_norm(
     x, STATE4, *given, train=True
   )[0],
+  'global_response': lambda x, *given: nk.global_response_norm(x, *given) - x,
   'dyt': lambda x, *given: nk.dyt(x, 0.5, *given),
   'derf': lambda x, *given: nk.derf(x, 0.5, 0.1, *given),
 }
@@ -336,6 +337,7 @@ SHARDED = {
   'evonorm_s0': nk.EvoNormS0(num_groups=4),
   'evonorm_b0': nk.EvoNormB0(),
   'response': nk.FilterResponseNorm(),
+  'global_response': nk.GlobalResponseNorm(),
   'scale': nk.ScaleNorm(),
   'dyt': nk.DyT(),
   'derf': nk.Derf(),

@@ -21,6 +21,7 @@ NORMS = {
   'response': (nk.FilterResponseNorm(use_threshold=False), IMAGES),
   'evonorm_s0': (nk.EvoNormS0(), IMAGES),
   'evonorm_b0': (nk.EvoNormB0(), IMAGES),
+  'global_response': (nk.GlobalResponseNorm(), IMAGES),
   'scale': (nk.ScaleNorm(), ROWS),
   'dyt': (nk.DyT(), ROWS),
   'derf': (nk.Derf(), ROWS),
