@@ -14,6 +14,11 @@ from normkit.moments import Moments, moments
 from normkit.norm import EmptyState, Norm, NormParams
 from normkit.norms._evonorm import EvoNormParams
 from normkit.norms._running import BatchNormState
+from normkit.norms.adaptive import (
+  adaptive_layer_norm,
+  adaptive_residual,
+  adaptive_rms_norm,
+)
 from normkit.norms.batch import BatchNorm, batch_norm
 from normkit.norms.derf import Derf, DerfParams, derf
 from normkit.norms.dyt import DyT, DyTParams, dyt
@@ -75,6 +80,9 @@ __all__ = [
   'StreamingNorm',
   'WhiteningState',
   'adaptive_instance_norm',
+  'adaptive_layer_norm',
+  'adaptive_residual',
+  'adaptive_rms_norm',
   'add_layer_norm',
   'add_rms_norm',
   'batch_norm',

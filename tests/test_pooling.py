@@ -242,6 +242,10 @@ class TestPooling:
       (nk.FilterResponseNorm(axis_name='d'), family.filter_response()),
       (nk.EvoNormS0(num_groups=3, axis_name='d'), family.evonorm_s0(3)),
       (
+        nk.GlobalResponseNorm(axis_name='d', use_scale=False),
+        family.global_response(),
+      ),
+      (
         nk.ScaleNorm(axis=(1, 2), axis_name='d', use_scale=False),
         family.scale_norm(axis=(1, 2)),
       ),
