@@ -158,6 +158,9 @@ _FIELD_CHECKS: dict[str, Callable[[Any], Any]] = {
   'axis': lambda axis: (
     _types.as_axes(axis) if isinstance(axis, tuple) else axis
   ),
+  'feature_axis': lambda axis: (
+    _types.as_axes(axis, 'feature_axis') if isinstance(axis, tuple) else axis
+  ),
   'param_dtype': lambda dtype: _types.check_dtype(dtype, 'param_dtype'),
   'dtype': lambda dtype: None if dtype is None else _types.check_dtype(dtype),
 }

@@ -84,12 +84,36 @@ CASES = (
     (2, 3, 2, 4),
     reference.layer_norm(axis=(-1, 1), epsilon=1e-3),
   ),
+  Case(
+    'layer_norm_channels_first',
+    nk.LayerNorm(axis=1),
+    (2, 5, 3, 2),
+    reference.layer_norm(axis=1),
+  ),
+  Case(
+    'layer_norm_each_head',
+    nk.LayerNorm(feature_axis=(-2, -1)),
+    (3, 2, 4),
+    reference.layer_norm(feature_axis=(-2, -1)),
+  ),
   Case('rms_norm', nk.RMSNorm(), (4, 6), reference.rms_norm()),
   Case(
     'rms_norm_first_axis',
     nk.RMSNorm(axis=0, epsilon=1e-3, use_scale=False),
     (6, 2, 3),
     reference.rms_norm(axis=0, epsilon=1e-3),
+  ),
+  Case(
+    'rms_norm_all_heads',
+    nk.RMSNorm(axis=(-2, -1)),
+    (3, 2, 4),
+    reference.rms_norm(axis=(-2, -1)),
+  ),
+  Case(
+    'rms_norm_each_head',
+    nk.RMSNorm(feature_axis=(-2, -1)),
+    (3, 2, 4),
+    reference.rms_norm(feature_axis=(-2, -1)),
   ),
   Case(
     'group_norm',

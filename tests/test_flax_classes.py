@@ -23,7 +23,13 @@ WRAPPERS = 'WeightNorm', 'SpectralNorm'
 every_norm = pytest.mark.parametrize('name', NORMS)
 every_class = pytest.mark.parametrize('name', (*NORMS, *WRAPPERS))
 # What a transform calls otherwise than Flax, or Flax has no place for.
-ELSEWHERE = {'axis', 'batch_axis', 'check_batch', 'scale_offset'}
+ELSEWHERE = {
+  'axis',
+  'batch_axis',
+  'check_batch',
+  'feature_axis',
+  'scale_offset',
+}
 
 
 def linen_module(package, name):
