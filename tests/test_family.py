@@ -223,9 +223,11 @@ class TestDerf:
         nk.Derf(**{name: '1'})
     with pytest.raises(TypeError, match='Derf is for real ones'):
       nk.derf(x.astype(jnp.complex64), 1.0)
-    assert decay_mask({'norm': nk.Derf().init(x)[0]})['norm'] == nk.DerfParams(
-      *[False] * 4
-    )
+
+  def test_no_parameter_decays(self):
+    params, _ = nk.Derf(axis=(0, 1)).init(jnp.ones((2, 3)))
+    assert decay_mask(params) == nk.DerfParams(*[False] * 4)
+    assert not any(decay_mask(params._asdict()).values())
 
 
 class TestIterativeWhitening:
