@@ -14,11 +14,21 @@ from normkit.moments import Moments, moments
 from normkit.norm import EmptyState, Norm, NormParams
 from normkit.norms._evonorm import EvoNormParams
 from normkit.norms._running import BatchNormState
+from normkit.norms.adaptive import (
+  adaptive_layer_norm,
+  adaptive_residual,
+  adaptive_rms_norm,
+)
 from normkit.norms.batch import BatchNorm, batch_norm
+from normkit.norms.derf import Derf, DerfParams, derf
 from normkit.norms.dyt import DyT, DyTParams, dyt
 from normkit.norms.evonorm_b0 import EvoNormB0, evonorm_b0
 from normkit.norms.evonorm_s0 import EvoNormS0, evonorm_s0
 from normkit.norms.gated import GatedRMSNorm, gated_rms_norm
+from normkit.norms.global_response import (
+  GlobalResponseNorm,
+  global_response_norm,
+)
 from normkit.norms.group import GroupNorm, group_norm
 from normkit.norms.instance import (
   InstanceNorm,
@@ -49,6 +59,8 @@ __all__ = [
   'BatchNorm',
   'BatchNormState',
   'BatchRenorm',
+  'Derf',
+  'DerfParams',
   'DyT',
   'DyTParams',
   'EmptyState',
@@ -58,6 +70,7 @@ __all__ = [
   'FilterResponseNorm',
   'FilterResponseParams',
   'GatedRMSNorm',
+  'GlobalResponseNorm',
   'GroupNorm',
   'InstanceNorm',
   'IterativeWhitening',
@@ -70,17 +83,22 @@ __all__ = [
   'StreamingNorm',
   'WhiteningState',
   'adaptive_instance_norm',
+  'adaptive_layer_norm',
+  'adaptive_residual',
+  'adaptive_rms_norm',
   'add_layer_norm',
   'add_rms_norm',
   'batch_norm',
   'batch_renorm',
   'decay_mask',
+  'derf',
   'dyt',
   'evonorm_b0',
   'evonorm_s0',
   'filter_response_norm',
   'for_platform',
   'gated_rms_norm',
+  'global_response_norm',
   'group_norm',
   'instance_norm',
   'iterative_whitening',

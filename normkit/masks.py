@@ -9,6 +9,7 @@ import numpy as np
 
 from normkit.norm import NormParams
 from normkit.norms._evonorm import EvoNormParams
+from normkit.norms.derf import DerfParams
 from normkit.norms.dyt import DyTParams
 from normkit.norms.response import FilterResponseParams
 
@@ -17,9 +18,15 @@ Decays: TypeAlias = Callable[[str, Any], bool | None]
 
 _SCALES = frozenset({'scale', 'scales', 'gain', 'gains'})
 _BIASES = frozenset({'bias', 'offset'})
-_NORMS = NormParams, DyTParams, EvoNormParams, FilterResponseParams
+_NORMS = (
+  NormParams,
+  DerfParams,
+  DyTParams,
+  EvoNormParams,
+  FilterResponseParams,
+)
 # What a norm has beside its scale and bias.
-_OTHERS = frozenset({'alpha', 'v', 'threshold'})
+_OTHERS = frozenset({'alpha', 'shift', 'v', 'threshold'})
 
 
 def decay_mask(params: Tree, where: Decays | None = None) -> Tree:

@@ -153,12 +153,16 @@ _FIELD_CHECKS: dict[str, Callable[[Any], Any]] = {
   'implementation': _types.check_implementation,
   'alpha': lambda alpha: _types.check_real(alpha, 'alpha'),
   'round_before_scale': lambda f: _types.check_flag(f, 'round_before_scale'),
+  'shift': lambda shift: _types.check_real(shift, 'shift'),
   'scale_offset': lambda offset: _types.check_real(offset, 'scale_offset'),
   'momentum': _types.check_momentum,
   'axis_index_groups': _types.check_index_groups,
   'virtual_batch_size': _types.check_virtual_batch_size,
   'axis': lambda axis: (
     _types.as_axes(axis) if isinstance(axis, tuple) else axis
+  ),
+  'feature_axis': lambda axis: (
+    _types.as_axes(axis, 'feature_axis') if isinstance(axis, tuple) else axis
   ),
   'param_dtype': lambda dtype: _types.check_dtype(dtype, 'param_dtype'),
   'dtype': lambda dtype: None if dtype is None else _types.check_dtype(dtype),

@@ -91,12 +91,36 @@ CASES = (
     (2, 3, 2, 4),
     reference.layer_norm(axis=(-1, 1), epsilon=1e-3),
   ),
+  Case(
+    'layer_norm_channels_first',
+    nk.LayerNorm(axis=1),
+    (2, 5, 3, 2),
+    reference.layer_norm(axis=1),
+  ),
+  Case(
+    'layer_norm_each_head',
+    nk.LayerNorm(feature_axis=(-2, -1)),
+    (3, 2, 4),
+    reference.layer_norm(feature_axis=(-2, -1)),
+  ),
   Case('rms_norm', nk.RMSNorm(), (4, 6), reference.rms_norm()),
   Case(
     'rms_norm_first_axis',
     nk.RMSNorm(axis=0, epsilon=1e-3, use_scale=False),
     (6, 2, 3),
     reference.rms_norm(axis=0, epsilon=1e-3),
+  ),
+  Case(
+    'rms_norm_all_heads',
+    nk.RMSNorm(axis=(-2, -1)),
+    (3, 2, 4),
+    reference.rms_norm(axis=(-2, -1)),
+  ),
+  Case(
+    'rms_norm_each_head',
+    nk.RMSNorm(feature_axis=(-2, -1)),
+    (3, 2, 4),
+    reference.rms_norm(feature_axis=(-2, -1)),
   ),
   Case(
     'group_norm',
@@ -176,6 +200,20 @@ CASES = (
     (4, 5, 3),
     family.evonorm_b0(momentum=0.9),
   ),
+  Case(
+    'global_response_norm',
+    nk.GlobalResponseNorm(),
+    (2, 3, 2, 4),
+    family.global_response(),
+  ),
+  Case(
+    'global_response_norm_channels_first',
+    nk.GlobalResponseNorm(
+      axis=1, epsilon=1e-3, scale_offset=1.0, use_bias=False
+    ),
+    (2, 3, 5),
+    Offset(family.global_response(1e-3, channels=(1,)), 1.0),
+  ),
   Case('scale_norm', nk.ScaleNorm(), (4, 6), family.scale_norm()),
   Case(
     'gated_rms_norm',
@@ -196,6 +234,7 @@ CASES = (
     family.gated_rms_norm(has_gate=False),
   ),
   Case('dyt', nk.DyT(), (4, 6), family.dyt()),
+  Case('derf', nk.Derf(), (4, 6), family.derf()),
   Case(
     'iterative_whitening',
     nk.IterativeWhitening(group_size=2, epsilon=1e-3),

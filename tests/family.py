@@ -6,6 +6,7 @@ Gradients are central differences of the reference itself, in float64.
 from collections.abc import Callable
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import numpy as np
@@ -121,12 +122,43 @@ def filter_response(epsilon=1e-6, is_real=True):
   return Family(formula, is_real=is_real)
 
 
+def global_response(epsilon=1e-6, channels=(-1,)):
+  """Woo and others 2023, algorithm 1, channels without elements left out."""
+
+  def formula(params, state, x, train, where):
+    valid = np.broadcast_to(True if where is None else where, x.shape)
+    axes = tuple(a % x.ndim for a in channels)
+    places = tuple(a for a in range(1, x.ndim) if a not in axes)
+    known = np.where(valid, x, 0)
+    length = np.sqrt(np.sum(np.abs(known) ** 2, places, keepdims=True))
+    held = valid.any(places, keepdims=True)
+    number = np.maximum(held.sum(axes, keepdims=True), 1)
+    mean = length.sum(axes, keepdims=True) / number
+    response = length / (mean + epsilon)
+    shape = [n if a in axes else 1 for a, n in enumerate(x.shape)]
+    params = (None if p is None else p.reshape(shape) for p in params)
+    return x + affine(x * response, *params), state
+
+  return Family(formula, is_real=False, is_masked=False)
+
+
 def dyt():
   """Zhu and others 2025, equation 4."""
 
   def formula(params, state, x, train, where):
     alpha, scale, bias = params
     return affine(np.tanh(alpha * x), scale, bias), state
+
+  return Family(formula, is_masked=False)
+
+
+def derf():
+  """Chen and others 2025, equation 10."""
+
+  def formula(params, state, x, train, where):
+    alpha, shift, scale, bias = params
+    y = np.vectorize(math.erf)(alpha * x + shift)
+    return affine(y, scale, bias), state
 
   return Family(formula, is_masked=False)
 

@@ -163,21 +163,22 @@ def batch_norm(axis=-1, epsilon=1e-5, virtual_batch_size=None, **average):
   return BatchReference(sets, features, epsilon, **average)
 
 
-def layer_norm(axis=-1, epsilon=1e-6, center=True):
+def layer_norm(axis=-1, epsilon=1e-6, center=True, feature_axis=None):
   """Ba, Kiros and Hinton 2016: a set for each index of the axes left."""
 
   def features(ndim):
-    return positive(axis, ndim)
+    return positive(axis if feature_axis is None else feature_axis, ndim)
 
   def sets(shape):
-    return numbered(shape, others(features(len(shape)), len(shape)))
+    ndim = len(shape)
+    return numbered(shape, others(positive(axis, ndim), ndim))
 
   return Reference(sets, features, epsilon, center)
 
 
-def rms_norm(axis=-1, epsilon=1e-6):
+def rms_norm(axis=-1, epsilon=1e-6, feature_axis=None):
   """Zhang and Sennrich 2019: the sets of layer norm, not centred."""
-  return layer_norm(axis, epsilon, center=False)
+  return layer_norm(axis, epsilon, False, feature_axis)
 
 
 def group_norm(num_groups, axis=-1, batch_axis=0, epsilon=1e-6):

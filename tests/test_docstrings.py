@@ -26,6 +26,10 @@ SENTENCES = {
   'axis_name': [
     f'names of mapped axes over which {what} pooled.'
     for what in ('statistics are', 'sums are', 'batches are', 'Var_B is')
+  ]
+  + [
+    'names of mapped axes over which sums are pooled, of the places, not of '
+    'the channels.'
   ],
   'dtype': [
     f'dtype of {what}; None keeps {whose}.'
@@ -140,11 +144,13 @@ def test_a_stray_sentence_is_found():
 PAIRS = {
   'batch_norm': nk.BatchNorm,
   'batch_renorm': nk.BatchRenorm,
+  'derf': nk.Derf,
   'dyt': nk.DyT,
   'evonorm_b0': nk.EvoNormB0,
   'evonorm_s0': nk.EvoNormS0,
   'filter_response_norm': nk.FilterResponseNorm,
   'gated_rms_norm': nk.GatedRMSNorm,
+  'global_response_norm': nk.GlobalResponseNorm,
   'group_norm': nk.GroupNorm,
   'instance_norm': nk.InstanceNorm,
   'iterative_whitening': nk.IterativeWhitening,
@@ -159,6 +165,7 @@ OF_PARAMETERS = {
   'group_size',
   'param_dtype',
   'scale_offset',
+  'shift',
   'use_bias',
   'use_scale',
   'use_threshold',

@@ -1,6 +1,7 @@
 """What the wider family promises beyond the conformance suite."""
 
 import dataclasses
+import math
 
 from cases import SelfGated, draw
 import chex
@@ -14,6 +15,7 @@ import pytest
 from tiers import thinned
 
 import normkit as nk
+from normkit.masks import decay_mask
 
 STATE = nk.BatchNormState(
   jnp.array([0.5, -2.0, 1.0]), jnp.array([40.0, 0.3, 1.0]), jnp.full(3, 7)
@@ -138,6 +140,96 @@ class TestStreamingNorm:
     np.testing.assert_array_equal(found, 0)
 
 
+class TestGlobalResponseNorm:
+  @pytest.mark.parametrize('shape', [(2, 7, 4), (2, 3, 4, 4), (2, 3, 2, 2, 4)])
+  def test_any_number_of_places(self, shape):
+    x, scale, bias = draw(shape), draw(4, seed=1), draw(4, seed=2)
+    y = nk.global_response_norm(x, scale, bias)
+    params = nk.NormParams(scale, bias)
+    want, _ = family.global_response()(params, None, x, True)
+    np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
+    alone = nk.global_response_norm(x[0], scale, bias, batch_axis=())
+    np.testing.assert_allclose(alone, y[0], rtol=1e-6, atol=1e-6)
+
+  def test_starts_as_the_identity(self):
+    x = draw((2, 5, 4), jnp.bfloat16)
+    for norm in nk.GlobalResponseNorm(), nk.GlobalResponseNorm(scale_offset=2):
+      y, _ = norm.apply(*norm.init(x), x, train=True)
+      chex.assert_trees_all_equal(y, x)
+
+  def test_bfloat16_is_rounded_once(self):
+    x = draw((2, 50, 16), jnp.bfloat16)
+    params = nk.NormParams(*(draw(16, jnp.bfloat16, i) for i in (1, 2)))
+    y = jax.jit(nk.global_response_norm)(x, *params)
+    want, _ = family.global_response()(params, None, x, True)
+    error = np.abs(np.asarray(y, float) - want)
+    np.testing.assert_array_less(error, 2.0**-8 * np.abs(want) + 1e-5)
+
+  @pytest.mark.parametrize('epsilon', [0.0, 1e-6])
+  def test_channels_of_zeros(self, epsilon):
+    """As behind a ReLU: the root's derivative there is zero, not infinite."""
+
+    def run(x, scale):
+      return nk.global_response_norm(x, scale, epsilon=epsilon).sum()
+
+    one = draw((2, 5, 4)).at[..., 0].set(0.0).at[1].set(0.0)
+    grads = jax.grad(run, (0, 1))(one, draw(4, seed=1))
+    chex.assert_tree_all_finite(grads)
+    np.testing.assert_array_equal(grads[0][1], 1)
+
+  def test_padding_is_as_if_left_out(self):
+    x, scale = draw((2, 9, 4)), draw(4, seed=1)
+    where = jnp.arange(9)[:, None] < 5
+    junk = jnp.where(where, x, jnp.nan)
+    y = nk.global_response_norm(junk, scale, where=where)
+    want = nk.global_response_norm(x[:, :5], scale)
+    np.testing.assert_allclose(y[:, :5], want, rtol=1e-6)
+
+  @pytest.mark.parametrize(
+    ('shape', 'options'),
+    [((2, 4), {}), ((2, 3, 4), {'axis': (1, 2)}), ((2, 3), {'axis': ()})],
+  )
+  def test_no_places_or_channels(self, shape, options):
+    with pytest.raises(ValueError, match='examples or channels alone'):
+      nk.global_response_norm(jnp.ones(shape), **options)
+
+  def test_errors(self):
+    x = jnp.ones((2, 3, 4))
+    with pytest.raises(ValueError, match='batch_axis=0 and axis share'):
+      nk.global_response_norm(x, axis=0)
+    with pytest.raises(ValueError, match='scale of shape'):
+      nk.global_response_norm(x, jnp.ones(3))
+    with pytest.raises(ValueError, match='no elements along'):
+      nk.global_response_norm(x[:, :0])
+
+
+class TestDerf:
+  def test_shift_and_alpha(self):
+    """One number, or one an example; with neither it is erf."""
+    x = draw((3, 4))
+    want = np.vectorize(math.erf)(np.asarray(x, float))
+    np.testing.assert_allclose(nk.derf(x, 1.0), want, atol=1e-6)
+    moved = nk.derf(x - 1, jnp.ones((3, 1)), jnp.ones((3, 1)))
+    np.testing.assert_allclose(moved, want, atol=1e-6)
+    params, _ = nk.Derf(alpha=0.8, shift=-0.5).init(x)
+    assert (params.alpha, params.shift) == (jnp.float32(0.8), -0.5)
+
+  def test_errors(self):
+    x = jnp.ones((2, 3))
+    for name in 'alpha', 'shift':
+      with pytest.raises(ValueError, match=rf'{name} of shape \(3,\)'):
+        nk.derf(x, **{'alpha': 1.0, name: jnp.ones(3)})
+      with pytest.raises(TypeError, match=f'{name} must be a Python number'):
+        nk.Derf(**{name: '1'})
+    with pytest.raises(TypeError, match='Derf is for real ones'):
+      nk.derf(x.astype(jnp.complex64), 1.0)
+
+  def test_no_parameter_decays(self):
+    params, _ = nk.Derf(axis=(0, 1)).init(jnp.ones((2, 3)))
+    assert decay_mask(params) == nk.DerfParams(*[False] * 4)
+    assert not any(decay_mask(params._asdict()).values())
+
+
 class TestIterativeWhitening:
   def correlated(self, count, channels=4):
     mix = np.random.default_rng(3).normal(size=(channels, channels))
@@ -199,7 +291,9 @@ CONDITIONED = {
   'streaming': lambda x, *given: nk.streaming_norm(
     x, STATE4, *given, train=True
   )[0],
+  'global_response': lambda x, *given: nk.global_response_norm(x, *given) - x,
   'dyt': lambda x, *given: nk.dyt(x, 0.5, *given),
+  'derf': lambda x, *given: nk.derf(x, 0.5, 0.1, *given),
 }
 STATE4 = nk.BatchNormState(jnp.zeros(4), jnp.ones(4), jnp.full(4, 30_000))
 
@@ -319,7 +413,7 @@ def test_l2_norm_of_queries():
 
 @pytest.mark.parametrize(
   'transform',
-  [nk.FilterResponseNorm(), nk.EvoNormS0(num_groups=2), nk.DyT()],
+  [nk.FilterResponseNorm(), nk.EvoNormS0(num_groups=2), nk.DyT(), nk.Derf()],
 )
 def test_parameters_of_another(transform):
   x = jnp.ones((2, 3, 4))
@@ -335,11 +429,13 @@ SHARDED = {
   'evonorm_s0': nk.EvoNormS0(num_groups=4),
   'evonorm_b0': nk.EvoNormB0(),
   'response': nk.FilterResponseNorm(),
+  'global_response': nk.GlobalResponseNorm(),
   'scale': nk.ScaleNorm(),
   'dyt': nk.DyT(),
   'gated': SelfGated(group_size=4),
   'gate_first': SelfGated(norm_before_gate=False),
   'rounded': nk.RMSNorm(round_before_scale=True),
+  'derf': nk.Derf(),
 }
 
 
@@ -368,7 +464,7 @@ def test_explicit_meshes(name, axis):
 
 
 @pytest.mark.parametrize(
-  'name', [n for n in SHARDED if n not in ('dyt', 'response')]
+  'name', [n for n in SHARDED if n not in ('derf', 'dyt', 'response')]
 )
 def test_no_kernels(name):
   x = jnp.ones((4, 5, 8))

@@ -23,7 +23,7 @@ WRAPPERS = 'WeightNorm', 'SpectralNorm'
 every_norm = pytest.mark.parametrize('name', NORMS)
 every_class = pytest.mark.parametrize('name', (*NORMS, *WRAPPERS))
 # What a transform calls otherwise than Flax, or Flax has no place for.
-ELSEWHERE = {'axis', 'batch_axis', 'check_batch'}
+ELSEWHERE = {'axis', 'batch_axis', 'check_batch', 'feature_axis'}
 # Of convolutional networks no checkpoint is known with a scale around zero.
 WITHOUT_OFFSET = 'BatchNorm', 'GroupNorm', 'InstanceNorm'
 

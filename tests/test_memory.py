@@ -21,10 +21,12 @@ NORMS = {
   'response': (nk.FilterResponseNorm(use_threshold=False), IMAGES),
   'evonorm_s0': (nk.EvoNormS0(), IMAGES),
   'evonorm_b0': (nk.EvoNormB0(), IMAGES),
+  'global_response': (nk.GlobalResponseNorm(), IMAGES),
   'scale': (nk.ScaleNorm(), ROWS),
   'gated': (cases.SelfGated(), ROWS),
   'rounded': (nk.RMSNorm(round_before_scale=True), ROWS),
   'dyt': (nk.DyT(), ROWS),
+  'derf': (nk.Derf(), ROWS),
   'whitening': (nk.IterativeWhitening(group_size=16), IMAGES),
 }
 

@@ -524,7 +524,7 @@ def with_options(use, options):
 
 def options_of(use):
   """The options that may be arrays, with some values."""
-  if use.name == 'dyt':
+  if use.name in ('derf', 'dyt'):
     return {}
   options = {'epsilon': 0.5, 'momentum': 0.25}
   if use.name.endswith('BatchNorm'):

@@ -54,6 +54,7 @@ LAYERS = (
   ('recurrent.cells',),
   ('norms', 'weights'),
   ('weights._shared', 'norms._running', 'norms._evonorm', 'norms._covariance'),
+  ('norms._pointwise',),
   ('norm', 'general', 'policies'),
   ('rows', 'arguments'),
   ('plain',),

@@ -246,6 +246,10 @@ class TestPooling:
         reference.rms_norm(axis=(1, 2)),
       ),
       (
+        nk.GlobalResponseNorm(axis_name='d', use_scale=False),
+        family.global_response(),
+      ),
+      (
         nk.ScaleNorm(axis=(1, 2), axis_name='d', use_scale=False),
         family.scale_norm(axis=(1, 2)),
       ),

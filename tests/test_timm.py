@@ -4,6 +4,7 @@ test_conformance.py holds the same norms to float64 references everywhere.
 """
 
 from cases import draw
+import jax
 from jax import lax
 import jax.numpy as jnp
 import numpy as np
@@ -47,6 +48,81 @@ def test_training_and_evaluation(make, norm):
     layer.running_var.copy_(torch.tensor(np.asarray(state.var)))
   z, _ = norm.apply(params, state, x, train=False)
   np.testing.assert_allclose(z, to_jax(layer.eval()(to_torch(x))), atol=5e-6)
+
+
+def filled(layer, seed=0):
+  """The layer with parameters unlike those that it starts with."""
+  torch.manual_seed(seed)
+  with torch.no_grad():
+    for parameter in layer.parameters():
+      parameter.normal_()
+  return layer
+
+
+def numpy(tensor):
+  return tensor.detach().numpy()
+
+
+CHANNELS_FIRST = {
+  'global_response_norm': (
+    lambda: layers.grn.GlobalResponseNorm(8, channels_last=False),
+    lambda x, *params: nk.global_response_norm(x, *params, axis=1),
+  ),
+  'layer_norm_2d': (
+    lambda: layers.LayerNorm2d(8),
+    lambda x, *params: nk.layer_norm(x, *params, axis=1),
+  ),
+}
+
+
+@pytest.mark.parametrize(
+  ('make', 'norm'), CHANNELS_FIRST.values(), ids=CHANNELS_FIRST
+)
+def test_channels_first(make, norm):
+  """Values and gradients, of x and of both parameters."""
+  layer = filled(make())
+  x, dy = draw((4, 8, 5, 6)), draw((4, 8, 5, 6), seed=1)
+  given = torch.tensor(np.asarray(x), requires_grad=True)
+  want = layer(given)
+  want.backward(torch.tensor(np.asarray(dy)))
+  params = jnp.asarray(numpy(layer.weight)), jnp.asarray(numpy(layer.bias))
+  y, pull = jax.vjp(norm, x, *params)
+  np.testing.assert_allclose(y, numpy(want), rtol=1e-5, atol=2e-5)
+  tensors = given.grad, layer.weight.grad, layer.bias.grad
+  for found, tensor in zip(pull(dy), tensors, strict=True):
+    np.testing.assert_allclose(found, tensor.numpy(), rtol=1e-4, atol=1e-4)
+
+
+@jax.numpy_rank_promotion('allow')
+def test_block_of_convnext_v2():
+  """Its norms as one writes them here, its products from its weights."""
+  convnext = pytest.importorskip('timm.models.convnext', reason=WHY)
+  block = filled(convnext.ConvNeXtBlock(8, use_grn=True, ls_init_value=None))
+  x = draw((2, 6, 5, 8))
+  weights = {n: jnp.asarray(numpy(p)) for n, p in block.named_parameters()}
+  highest = lax.Precision.HIGHEST
+
+  def dense(x, name):
+    product = jnp.matmul(x, weights[f'{name}.weight'].T, precision=highest)
+    return product + weights[f'{name}.bias']
+
+  y = lax.conv_general_dilated(
+    x,
+    weights['conv_dw.weight'],
+    (1, 1),
+    [(3, 3), (3, 3)],
+    dimension_numbers=('NHWC', 'OIHW', 'NHWC'),
+    feature_group_count=8,
+    precision=highest,
+  )
+  y = y + weights['conv_dw.bias']
+  y = nk.layer_norm(y, weights['norm.weight'], weights['norm.bias'])
+  y = jax.nn.gelu(dense(y, 'mlp.fc1'), approximate=False)
+  grn = weights['mlp.grn.weight'], weights['mlp.grn.bias']
+  y = x + dense(nk.global_response_norm(y, *grn), 'mlp.fc2')
+  want = to_jax(block.eval()(to_torch(x)))
+  size = np.abs(want).max()
+  np.testing.assert_allclose(y / size, want / size, atol=2e-6)
 
 
 @pytest.mark.parametrize('scaled', [False, True])

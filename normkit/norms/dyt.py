@@ -1,15 +1,15 @@
 """Dynamic tanh (Zhu and others 2025), a norm without statistics."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from normkit import _types, arguments, norm
+from normkit import _types, norm
 from normkit._types import Array, ArrayLike, Axes, DType
-from normkit.lean import lean
 from normkit.norm import EmptyState
+from normkit.norms._pointwise import bounded
 
 
 @_types.serializable
@@ -76,25 +76,18 @@ def dyt(
     >>> nk.dyt(jnp.array([0., 100.]), 0.5).tolist()
     [0.0, 1.0]
   """
-  x = arguments.check_real(x, 'dynamic tanh is for real ones')
-  features = _types.check_axes(axis, x.ndim)
-  scale = arguments.check_feature(scale, x.shape, features, 'scale')
-  bias = arguments.check_feature(bias, x.shape, features, 'bias')
-  factor = arguments.check_feature(alpha, x.shape, (), 'alpha')
-  assert factor is not None
-  dtype = _types.check_output_dtype(dtype, x.dtype)
-  arguments.check_held(dtype, alpha=factor, scale=scale, bias=bias)
-  mask = _types.check_where(where, x.shape)
-  wide = _types.statistics_dtype(x.dtype)
-
-  def run(x: Array, *given: Any) -> Array:
-    *parameters, mask = given
-    factor, scale, bias = (_types.widen(p, wide) for p in parameters)
-    x = arguments.known(x, mask, wide)
-    return arguments.scaled(jnp.tanh(factor * x), scale, bias, dtype)
-
-  y: Array = lean(run, wide, x, factor, scale, bias, mask)
-  return y
+  return bounded(
+    jnp.tanh,
+    x,
+    alpha,
+    None,
+    scale,
+    bias,
+    axis,
+    where,
+    dtype,
+    'dynamic tanh',
+  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

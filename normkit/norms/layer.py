@@ -26,6 +26,7 @@ def layer_norm(
   *,
   axis: Axes = -1,
   scale_offset: float = 0.0,
+  feature_axis: Axes | None = None,
   epsilon: Scalar = 1e-6,
   where: ArrayLike | None = None,
   axis_name: AxisName | None = None,
@@ -47,6 +48,8 @@ def layer_norm(
     axis: the normalized axes, an integer or several.
     scale_offset: added to `scale`, in float32 or wider; 1 for weights around
       zero, as in Nemotron.
+    feature_axis: the axes that a `scale` of lower rank belongs to; None takes
+      `axis`. (-2, -1) for a scale (heads, features), one a head.
     epsilon: added to the variance, not negative; a number or a scalar array.
     where: boolean mask that broadcasts to x; elements where it is False change
       neither the statistics nor any other output. A row with no element left
@@ -70,6 +73,12 @@ def layer_norm(
     >>> import jax.numpy as jnp, normkit as nk
     >>> nk.layer_norm(jnp.array([[1., 3.]]), epsilon=0.).tolist()
     [[-1.0, 1.0]]
+
+    Of images with their channels first, as `LayerNorm2d` of ConvNeXt is:
+
+    >>> images, weight, bias = jnp.ones((2, 3, 8, 8)), jnp.ones(3), jnp.ones(3)
+    >>> nk.layer_norm(images, weight, bias, axis=1).shape
+    (2, 3, 8, 8)
   """
   return general.normalize(
     x,
@@ -77,6 +86,7 @@ def layer_norm(
     bias,
     axis=axis,
     scale_offset=scale_offset,
+    feature_axis=feature_axis,
     epsilon=epsilon,
     where=where,
     axis_name=axis_name,
@@ -153,10 +163,12 @@ def add_layer_norm(
 class LayerNorm(norm.CenteredOptions):
   """Layer normalization as a transform; see `layer_norm`.
 
-  Parameters have the shape of the normalized axes; there is no state.
+  Parameters have the shape of the normalized axes, or of `feature_axis`; there
+  is no state.
 
   Attributes:
     axis: the normalized axes, an integer or several.
+    feature_axis: the axes whose shape the parameters have; None takes `axis`.
     epsilon: added to the variance; a number or a scalar array.
     use_scale: whether there is a scale.
     scale_offset: added to the parameter to make the scale; with 1 it starts at
@@ -180,12 +192,14 @@ class LayerNorm(norm.CenteredOptions):
   """
 
   axis: Axes = -1
+  feature_axis: Axes | None = None
 
   def init(
     self, x: Array | jax.ShapeDtypeStruct
   ) -> tuple[NormParams, EmptyState]:
     """Returns `(params, state)` for inputs like x, an array or its shape."""
-    return norm.init_params(x, self.axis, self), EmptyState()
+    axis = self.axis if self.feature_axis is None else self.feature_axis
+    return norm.init_params(x, axis, self), EmptyState()
 
   def apply(
     self,

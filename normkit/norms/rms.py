@@ -26,6 +26,7 @@ def rms_norm(
   axis: Axes = -1,
   scale_offset: float = 0.0,
   round_before_scale: bool = False,
+  feature_axis: Axes | None = None,
   epsilon: Scalar = 1e-6,
   where: ArrayLike | None = None,
   axis_name: AxisName | None = None,
@@ -49,6 +50,8 @@ def rms_norm(
     round_before_scale: round the normalized values to x's dtype before `scale`
       multiplies them, and their product to the wider dtype of both, as in
       Llama.
+    feature_axis: the axes that a `scale` of lower rank belongs to; None takes
+      `axis`. (-2, -1) for a scale (heads, features), one a head.
     epsilon: added to the mean square, not negative; a number or a scalar array.
     where: boolean mask that broadcasts to x; elements where it is False change
       neither the statistics nor any other output. A row with no element left
@@ -73,11 +76,21 @@ def rms_norm(
     >>> import jax.numpy as jnp, normkit as nk
     >>> nk.rms_norm(jnp.array([[2., 2.]]), epsilon=0.).tolist()
     [[1.0, 1.0]]
+
+    Queries (batch, tokens, heads, features), each head by itself with a scale
+    of its own, and all heads together, as in OLMo 2 and 3:
+
+    >>> q, scale = jnp.ones((2, 5, 4, 8)), jnp.ones((4, 8))
+    >>> nk.rms_norm(q, scale, feature_axis=(-2, -1)).shape
+    (2, 5, 4, 8)
+    >>> nk.rms_norm(q, scale, axis=(-2, -1)).shape
+    (2, 5, 4, 8)
   """
   return general.normalize(
     x,
     scale,
     axis=axis,
+    feature_axis=feature_axis,
     center=False,
     scale_offset=scale_offset,
     round_before_scale=round_before_scale,
@@ -156,10 +169,12 @@ def add_rms_norm(
 class RMSNorm(norm.Options):
   """RMS normalization as a transform; see `rms_norm`.
 
-  The scale has the shape of the normalized axes; there is no bias and no state.
+  The scale has the shape of the normalized axes, or of `feature_axis`; there is
+  no bias and no state.
 
   Attributes:
     axis: the normalized axes, an integer or several.
+    feature_axis: the axes whose shape the parameters have; None takes `axis`.
     epsilon: added to the mean square; a number or a scalar array.
     use_scale: whether there is a scale.
     scale_offset: added to the parameter to make the scale; with 1 it starts at
@@ -185,12 +200,14 @@ class RMSNorm(norm.Options):
 
   axis: Axes = -1
   round_before_scale: bool = False
+  feature_axis: Axes | None = None
 
   def init(
     self, x: Array | jax.ShapeDtypeStruct
   ) -> tuple[NormParams, EmptyState]:
     """Returns `(params, state)` for inputs like x, an array or its shape."""
-    return norm.init_params(x, self.axis, self), EmptyState()
+    axis = self.axis if self.feature_axis is None else self.feature_axis
+    return norm.init_params(x, axis, self), EmptyState()
 
   def apply(
     self,
