@@ -7,6 +7,8 @@ and everywhere to the same steps in NumPy.
 from collections.abc import Callable
 import dataclasses
 import importlib
+import pathlib
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +18,7 @@ import pytest
 
 import normkit as nk
 
+DOCS = pathlib.Path(__file__).parents[1] / 'docs'
 WHY = 'the published code: pip install torch transformers'
 SIZE, GROUP = 64, 16
 F32, BF16, F16 = jnp.float32, jnp.bfloat16, jnp.float16
@@ -111,7 +114,17 @@ MODELS = {
   'mistral': Model('MistralRMSNorm', {}, _LLAMA, llama, _HALF),
   'qwen2': Model('Qwen2RMSNorm', {}, _LLAMA, llama, _HALF),
   'qwen3': Model('Qwen3RMSNorm', {}, _LLAMA, llama, _HALF),
+  'phi3': Model('Phi3RMSNorm', {}, _LLAMA, llama, _HALF),
+  'deepseek_v3': Model('DeepseekV3RMSNorm', {}, _LLAMA, llama, _HALF),
+  'smollm3': Model('SmolLM3RMSNorm', {}, _LLAMA, llama, _HALF),
+  'granite': Model('GraniteRMSNorm', {}, _LLAMA, llama, _HALF),
+  'glm4': Model('Glm4RMSNorm', {}, _LLAMA, llama, _HALF),
+  'jamba': Model('JambaRMSNorm', {}, _LLAMA, llama, _HALF),
+  't5': Model('T5LayerNorm', {}, _LLAMA, llama, _HALF),
   'olmo2': Model('Olmo2RMSNorm', {}, nk.RMSNorm(), olmo),
+  'olmo3': Model('Olmo3RMSNorm', {}, nk.RMSNorm(), olmo, _HALF),
+  'gemma3n': Model('Gemma3nRMSNorm', {}, nk.RMSNorm(), olmo, _HALF),
+  'gemma4': Model('Gemma4RMSNorm', {}, nk.RMSNorm(), olmo, _HALF),
   'gpt_oss': Model('GptOssRMSNorm', {}, nk.RMSNorm(), olmo, _HALF),
   'gemma2': Model('Gemma2RMSNorm', {}, _GEMMA, gemma),
   'gemma3': Model('Gemma3RMSNorm', {}, _GEMMA, gemma, _HALF),
@@ -267,3 +280,24 @@ def test_published(name, dtype):
       size = np.abs(wide(grad)).max()
       error = np.abs(wide(actual) - wide(grad)).max()
       assert error <= tolerance * size
+
+
+# The page.
+
+
+def calls_of_page():
+  """What each row of the page says of the models that it names in brackets."""
+  page = (DOCS / 'models.md').read_text()
+  rows = re.findall(
+    r'^\| .* \| `(nk\..*?)` \|.*\| ((?:`\w+`(?:, )?)+) \|$', page, re.M
+  )
+  names = {'nk': nk, 'jax': jax}
+  for call, models in rows:
+    for name in re.findall(r'`(\w+)`', models):
+      yield name, eval(call, names)
+
+
+def test_the_page_says_what_was_compared():
+  """Each model here once, with the options that the tests hold it to."""
+  found = dict(calls_of_page())
+  assert found == {name: model.transform for name, model in MODELS.items()}
