@@ -20,7 +20,7 @@ from mkdocs.structure.files import File, Files
 ROOT = pathlib.Path(__file__).parents[2]
 DOCS = ROOT / 'docs'
 GUIDES = {
-  'Guides': ['choosing', 'flax', 'weights', 'parallel'],
+  'Guides': ['choosing', 'models', 'flax', 'others', 'weights', 'parallel'],
   'Tools': [
     'recalibrate',
     'adapt',
