@@ -6,9 +6,9 @@
 #    et al., "Recurrent Batch Normalization", 2017). Sentences are padded to one
 #    length. What becomes of batch norm where the padding enters its statistics?
 # 2. A small transformer guesses the next character. Its norms come before each
-#    sublayer or after the sum, it is deep or shallow, and learns at a range of
-#    rates (Xiong et al., "On Layer Normalization in the Transformer
-#    Architecture", 2020), with no, batch, layer and RMS norm.
+#    sublayer, after it, on both sides, or after the sum, it is deep or shallow,
+#    and learns at a range of rates (Xiong et al., "On Layer Normalization in
+#    the Transformer Architecture", 2020), with no, batch, layer and RMS norm.
 #
 # The text is real: the documentation strings in the source files of packages
 # that this example needs anyway. Another release of them is another text. It is
@@ -63,7 +63,7 @@ class Setting(NamedTuple):
   depths: tuple[int, ...] = (1, 6)
   lstms: tuple[str, ...] = ('none', 'layer', 'batch', 'batch, no mask')
   norms: tuple[str, ...] = ('layer', 'rms', 'batch', 'none')
-  places: tuple[str, ...] = ('pre', 'post', 'post, warm-up')
+  places: tuple[str, ...] = ('pre', 'after', 'both', 'post', 'post, warm-up')
 
 
 SMALL = Setting(
@@ -77,7 +77,7 @@ SMALL = Setting(
   depths=(2,),
   lstms=('batch', 'batch, no mask'),
   norms=('layer',),
-  places=('post',),
+  places=('both',),
 )
 
 # %% [markdown]
@@ -324,6 +324,11 @@ def padding_shift(model: nn.Module, variables: Any, data: Sentences) -> Any:
 # needs small steps at first, a warm-up, and pre-norm doesn't: at the start,
 # post-norm's gradients are large near the output.
 #
+# Two more keep the sum free, as pre-norm does: norms after each sublayer, `x +
+# norm(sublayer(x))`, as in OLMo 2 (2024); and on both sides, `x +
+# norm(sublayer(norm(x)))`, the sandwich of Gemma 2 (2024), which Kim et al.,
+# "Peri-LN" (2025), find to hold the sum's growth in check.
+#
 # Batch norm takes its statistics over all positions, so in training the model
 # gets a hint of characters to come. In the test it has running statistics.
 
@@ -335,6 +340,7 @@ NORMS = {
   'none': None,
 }
 PLACES = 'pre', 'post'
+NORMS_A_BLOCK = {'pre': 2, 'post': 2, 'after': 2, 'both': 4, 'none': 0}
 LENGTH, BATCH, FEATURES = 32, 8, 32
 
 
@@ -342,22 +348,26 @@ class Block(nn.Module):
   """Attention to what came before, and a layer for each position."""
 
   norm: nk.Norm | None
-  post: bool
+  place: str
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, None]:
     mask = nn.make_causal_mask(jnp.ones(x.shape[:2]))
     attention = nn.MultiHeadDotProductAttention(num_heads=4, name='attention')
     wide, narrow = nn.Dense(4 * FEATURES), nn.Dense(FEATURES, name='narrow')
+
+    def normed(x: jax.Array, *places: str) -> jax.Array:
+      here = self.place in places
+      return normalize(x, self.norm, train) if here else x
+
     sublayers = (
       lambda x: attention(x, mask=mask),
       lambda x: narrow(nn.relu(wide(x))),
     )
     for sublayer in sublayers:
-      if self.post:
-        x = normalize(x + sublayer(x), self.norm, train)
-      else:
-        x = x + sublayer(normalize(x, self.norm, train))
+      y = normed(x, 'pre', 'both')
+      x = x + normed(sublayer(y), 'after', 'both')
+      x = normed(x, 'post')
     return x, None
 
 
@@ -365,7 +375,7 @@ class Transformer(nn.Module):
   """The logits of the next character, at each position."""
 
   norm: nk.Norm | None
-  post: bool
+  place: str
   depth: int
 
   @nn.compact
@@ -379,8 +389,10 @@ class Transformer(nn.Module):
       in_axes=nn.broadcast,
       length=self.depth,
     )
-    x, _ = blocks(self.norm, self.post, name='blocks')(x, train)
-    return nn.Dense(SYMBOLS)(x if self.post else normalize(x, self.norm, train))
+    x, _ = blocks(self.norm, self.place, name='blocks')(x, train)
+    if self.place != 'post':
+      x = normalize(x, self.norm, train)
+    return nn.Dense(SYMBOLS)(x)
 
 
 def guess(
@@ -445,6 +457,20 @@ def first_gradients(
   grads = jax.jit(jax.vmap(jax.grad(loss)))(variables)
   kernels = grads['params']['blocks']['narrow']['kernel']
   return np.linalg.norm(kernels, axis=(-2, -1))
+
+
+def temporaries(model: Transformer, text: np.ndarray) -> float:
+  """What a gradient of one batch holds beside its results, in MiB."""
+  x = windows(text, np.arange(BATCH))
+  variables = initialize(model, 1, x[:1, :-1])
+
+  def loss(params):
+    logits = model.apply({'params': params}, x[:, :-1], train=False)
+    return training.mean_loss(logits, x[:, 1:])
+
+  one = jax.tree.map(lambda a: a[0], variables['params'])
+  program = jax.jit(jax.grad(loss)).lower(one).compile()
+  return program.memory_analysis().temp_size_in_bytes / 2**20
 
 
 def bits(losses: np.ndarray) -> np.ndarray:
@@ -533,12 +559,16 @@ def findings(
   return lines
 
 
-def gradient_table(gradients: dict[str, np.ndarray]) -> Table:
-  title = 'Layer norm: gradients before the first step, mean ± std'
-  table = summary.table(title, ['place'], ['first block', 'last block'])
+def place_table(
+  gradients: dict[str, np.ndarray], costs: dict[str, float]
+) -> Table:
+  title = 'Layer norm: gradients before the first step, mean ± std; costs'
+  columns = 'first block', 'last block', 'norms a block', 'temporaries, MiB'
+  table = summary.table(title, ['place'], columns)
   for place, norms in gradients.items():
     ends = norms[:, 0], norms[:, -1]
-    table.add_row(place, *(summary.spread(end, 2) for end in ends))
+    cost = str(NORMS_A_BLOCK[place]), f'{costs[place]:.2f}'
+    table.add_row(place, *(summary.spread(end, 2) for end in ends), *cost)
   return table
 
 
@@ -576,7 +606,13 @@ def draw_lstm(
   return figure
 
 
-PLACE_LOOKS = {'pre': 'layer', 'post': 'renorm', 'post, warm-up': 'instance'}
+PLACE_LOOKS = {
+  'pre': 'layer',
+  'after': 'batch',
+  'both': 'group',
+  'post': 'renorm',
+  'post, warm-up': 'instance',
+}
 NORM_LOOKS = {'layer': 'layer', 'rms': 'group', 'batch': 'batch'}
 
 
@@ -634,21 +670,22 @@ def main(argv: Sequence[str] | None = None) -> None:
   texts = [docstrings(package, setting.files) for package in PACKAGES]
   train_set, test_set = classify_data(texts, setting.sentences)
   text = characters(texts)
-  lstm, runs, gradients = {}, {}, {}
+  lstm, runs, gradients, costs = {}, {}, {}, {}
   with Progress(console=console) as progress:
     for name in progress.track(setting.lstms, description='LSTM'):
       lstm[name] = classify(name, train_set, test_set, setting)
     for case in progress.track(cases(setting), description='transformer'):
-      post = case.place.startswith('post')
-      model = Transformer(NORMS[case.norm], post, case.depth)
-      runs[case] = guess(model, text, setting, 'warm-up' in case.place)
-      if case[:2] == (setting.depths[-1], 'layer') and case.place in PLACES:
-        gradients[case.place] = first_gradients(model, text, setting.seeds)
+      place, _, warm_up = case.place.partition(', ')
+      model = Transformer(NORMS[case.norm], place, case.depth)
+      runs[case] = guess(model, text, setting, bool(warm_up))
+      if case[:2] == (setting.depths[-1], 'layer') and not warm_up:
+        gradients[place] = first_gradients(model, text, setting.seeds)
+        costs[place] = temporaries(model, text)
   frequencies = entropy(text)
   console.print(
     lstm_table(lstm),
     transformer_table(runs, setting.rates),
-    gradient_table(gradients),
+    place_table(gradients, costs),
   )
   print('\n'.join(findings(lstm, runs, frequencies)))
   figures.save(

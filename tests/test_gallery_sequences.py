@@ -143,8 +143,8 @@ def test_runs_small(sequences, run_small):
   moved = [float(points) for *_, points in rows]
   assert moved[0] == 0 and moved[1] > 0
   (losses,) = re.findall(
-    rf'layer +\S post +\S +{number} ± \S+ \S +{number} ±', out
+    rf'layer +\S both +\S +{number} ± \S+ \S +{number} ±', out
   )
   assert all(np.isfinite(float(loss)) for loss in losses)
-  (best,) = re.findall(rf'post: best {number} bits', out)
+  (best,) = re.findall(rf'both: best {number} bits', out)
   assert 0 < float(best) <= 6.59  # of 96 characters
