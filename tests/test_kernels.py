@@ -203,6 +203,21 @@ def assert_norm(norm, of, shape, dtype):
     assert_right(actual, value, DTYPES[dtype])
 
 
+def test_last_block_and_last_piece(name):
+  """One row beyond a TPU's block; of a row more than a GPU's program holds."""
+  x, residual, dy = (draw((9, 50_000), seed=i) for i in range(3))
+  scale, bias = draw(50_000, seed=3), draw(50_000, seed=4)
+  add = functools.partial(nk.add_layer_norm, implementation=name)
+  (y, total), pull = jax.vjp(add, x, residual, scale, bias)
+  reference = Rows(x + residual, scale, bias, True)
+  assert_right(total, x + residual, 1e-7)
+  assert_right(y, reference.y, 1e-5)
+  dx, dscale, dbias = reference.gradients(dy)
+  found = pull((dy, jnp.zeros_like(dy)))
+  for actual, value in zip(found, (dx, dx, dscale, dbias), strict=True):
+    assert_right(actual, value, 1e-5)
+
+
 @pytest.mark.parametrize('case', KERNEL_CASES)
 class TestConformance:
   """The suite of all norms, by kernels."""
@@ -716,6 +731,46 @@ def test_sharded_rows_stay(target):
     assert 'all-gather' not in text
   with pytest.raises(NotImplementedError, match='gather'):
     sharded_text(target, AxisType.Auto, name)
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'manual', 'takes'),
+  [
+    ((1, 1), '', True),
+    ((4, 1), '', False),
+    ((1, 2), '', False),
+    ((4, 2), 'de', True),
+    ((4, 2), 'd', False),
+    ((4, 2), 'e', False),
+    ((4, 1), 'd', True),
+  ],
+)
+def test_programs_of_several_devices(sizes, manual, takes):
+  """XLA partitions what is not manual, and cannot partition a kernel."""
+  mesh = jax.make_mesh(sizes, ('d', 'e'), axis_types=(AxisType.Auto,) * 2)
+  rows = NamedSharding(mesh, P(('d', 'e')))
+  x = jax.ShapeDtypeStruct((64, 256), jnp.bfloat16, sharding=rows)
+
+  def lowered(implementation):
+    norm = functools.partial(nk.layer_norm, implementation=implementation)
+
+    def step(x):
+      return jax.vjp(norm, x)[1](x)[0]
+
+    if manual:
+      spec = P(tuple(manual))
+      step = jax.shard_map(
+        step, mesh=mesh, in_specs=spec, out_specs=spec, axis_names=set(manual)
+      )
+    made = jax.jit(step).trace(x).lower(lowering_platforms=('cuda',))
+    return 'triton' in made.as_text()
+
+  assert lowered(None) == takes
+  if takes:
+    assert lowered('triton')
+  else:
+    with pytest.raises(NotImplementedError, match='would gather'):
+      lowered('triton')
 
 
 OBSTACLES = {
