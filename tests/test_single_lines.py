@@ -34,18 +34,25 @@ def test_a_variance_is_never_negative():
   assert (centred.about(pivot, x, count, (1,))[2] >= 0).all()
 
 
+@pytest.mark.parametrize('scaled', [False, True])
 @pytest.mark.parametrize('form', ['_by_steps', '_by_roots', '_by_factors'])
-def test_both_parts_of_the_mean_count(form):
+def test_both_parts_of_the_mean_count(form, scaled):
   """In every form of the affine map, of which a platform runs but some."""
   x = draw((4, 6))
   mean = jnp.mean(x, 1, keepdims=True)
   stats = centred.Centred(
     mean - 0.25, jnp.full((4, 1), 0.25), jnp.ones((4, 1)), jnp.full((4, 1), 6.0)
   )
-  args = affine.Arguments(None, None, 0.0, None, jnp.float32, jnp.float32)
+  params = (
+    (draw((1, 6), seed=1), draw((1, 6), seed=2)) if scaled else (None,) * 2
+  )
+  args = affine.Arguments(*params, 0.0, None, jnp.float32, jnp.float32)
   y = getattr(affine, form)(x, stats, args, True)
   exact = np.asarray(x, np.float64)
-  np.testing.assert_allclose(y, exact - exact.mean(1, keepdims=True), atol=1e-5)
+  exact = exact - exact.mean(1, keepdims=True)
+  if scaled:
+    exact = exact * np.asarray(params[0]) + np.asarray(params[1])
+  np.testing.assert_allclose(y, exact, atol=1e-5)
 
 
 def test_what_is_not_masked_stays_visible():
