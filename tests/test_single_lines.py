@@ -5,6 +5,7 @@ changed.
 """
 
 import functools
+import math
 
 from cases import draw
 from flax import linen as nn, nnx
@@ -53,6 +54,47 @@ def test_both_parts_of_the_mean_count(form, scaled):
   if scaled:
     exact = exact * np.asarray(params[0]) + np.asarray(params[1])
   np.testing.assert_allclose(y, exact, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('shape', 'axes', 'size'),
+  [
+    ((64, 64, 8), (0, 1), 128),
+    ((64, 5, 64), (0, 2), 128),
+    ((5, 4096), (1,), 128),
+    ((64, 3), (0,), 16),
+    ((8, 3), (0,), 8),
+  ],
+)
+def test_a_sample_is_small(shape, axes, size):
+  """One element of a set in 32, and 16 at least: all would be read again."""
+  sample = centred._sample(jnp.zeros(shape), axes)
+  assert math.prod(sample.shape[a] for a in axes) == size
+  assert sample.size == size * math.prod(shape) // math.prod(
+    shape[a] for a in axes
+  )
+
+
+def test_one_form_is_no_choice_of_platforms():
+  """Converters of programs, to ONNX for example, do not know such choices."""
+  norms = (lambda x: nk.batch_norm(x, STATE, train=True)), nk.layer_norm
+  programs = [str(jax.make_jaxpr(norm)(draw((8, 3)))) for norm in norms]
+  found = ['platform_index' in text for text in programs]
+  assert found == [False, True]  # of rows a CPU and a GPU have forms
+
+
+def test_rows_of_gpus_stay_on_chip_until_a_derivative_needs_them():
+  """Their own mean costs no read of them before, and after that of a sample."""
+
+  def var(x):
+    return nk.moments(x, -1).var
+
+  x = jax.ShapeDtypeStruct((8, 4096), jnp.float32)
+  programs = (
+    jax.jit(run).trace(x).lower(lowering_platforms=('cuda',)).as_text()
+    for run in (var, lambda x: jax.jvp(var, (x,), (x,))[1])
+  )
+  assert ['stablehlo.slice' in text for text in programs] == [False, True]
 
 
 def test_what_is_not_masked_stays_visible():
