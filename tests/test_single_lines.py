@@ -122,6 +122,22 @@ def test_old_statistics_are_constants(norm):
     np.testing.assert_array_equal(gradient, 0)
 
 
+@pytest.mark.parametrize(
+  'norm',
+  [
+    nk.streaming_norm,
+    nk.batch_renorm,
+    lambda x, state, **options: nk.evonorm_b0(x, state, jnp.ones(3), **options),
+  ],
+  ids=['streaming', 'renorm', 'evonorm_b0'],
+)
+def test_running_statistics_show_a_batch_that_is_not_finite(norm):
+  """Only batch norm has an option to skip it."""
+  x = draw((8, 3)).at[0, 1].set(jnp.inf)
+  _, state = norm(x, STATE, train=True)
+  np.testing.assert_array_equal(jnp.isfinite(state.var), [True, False, True])
+
+
 def test_a_virtual_batch_of_one_is_refused():
   """Each of its elements would become zero."""
   with pytest.raises(ValueError, match='one element a feature'):
