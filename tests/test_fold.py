@@ -482,7 +482,8 @@ def test_kernels_that_overflow_stay():
     )
 
 
-def test_outputs_that_overflow_are_refused():
+@pytest.mark.parametrize('gains', [(6e4, 6e4), (6e4, 1.0)])
+def test_outputs_that_overflow_are_refused(gains):
   """The kernel fits, what it gives does not: infinity by infinity."""
 
   def call(v, x):
@@ -491,10 +492,26 @@ def test_outputs_that_overflow_are_refused():
 
   v = {
     'kernel': jnp.ones((3, 2), jnp.float16),
-    'gain': jnp.full((1, 2), 6e4),
+    'gain': jnp.array([gains]),
   }
   with pytest.raises(ValueError, match='differ by inf'):
     fold(call, v, jnp.ones((4, 3), jnp.float16))
+
+
+def test_channels_that_are_zero():
+  """All of them: there is no largest output to measure the error by."""
+  v = {'kernel': image(3, 2), 'gain': jnp.zeros((1, 2))}
+  folded = fold(dense, v, image(4, 3))
+  assert folded.report.rows == (('gain', 'kernel', ''),)
+  assert folded.report.error == 0
+  assert not folded.apply(folded.params, image(4, 3)).any()
+
+
+@pytest.mark.parametrize('value', [np.inf, np.nan])
+def test_outputs_of_which_one_is_not_finite(value):
+  v = {'kernel': jnp.eye(2), 'gain': jnp.array([[2.0, value]])}
+  with pytest.raises(ValueError, match='not all finite'):
+    fold(dense, v, image(4, 2))
 
 
 def test_each_output_has_its_own_tolerance():

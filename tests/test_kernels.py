@@ -32,7 +32,7 @@ from benchmarks.bytes import measure
 from benchmarks.kernels import CASES as BLOCKS, NAMES, block, moved
 import normkit as nk
 from normkit import testing
-from normkit.kernels import dispatch
+from normkit.kernels import cases, dispatch
 
 KERNEL_CASES = [
   pytest.param(case, id=case.name)
@@ -203,6 +203,22 @@ def assert_norm(norm, of, shape, dtype):
     assert_right(actual, value, DTYPES[dtype])
 
 
+@pytest.mark.parametrize('shape', [(9, 50_000), (5, 3, 33_000)], ids=str)
+def test_last_block_and_last_piece(name, shape):
+  """A row or two beyond a TPU's block, or pieces beyond what a GPU holds."""
+  x, residual, dy = (draw(shape, seed=i) for i in range(3))
+  scale, bias = draw(shape[-1], seed=3), draw(shape[-1], seed=4)
+  add = functools.partial(nk.add_layer_norm, implementation=name)
+  (y, total), pull = jax.vjp(add, x, residual, scale, bias)
+  reference = Rows(x + residual, scale, bias, True)
+  assert_right(total, x + residual, 1e-7)
+  assert_right(y, reference.y, 1e-5)
+  dx, dscale, dbias = reference.gradients(dy)
+  found = pull((dy, jnp.zeros_like(dy)))
+  for actual, value in zip(found, (dx, dx, dscale, dbias), strict=True):
+    assert_right(actual, value, 1e-5)
+
+
 @pytest.mark.parametrize('case', KERNEL_CASES)
 class TestConformance:
   """The suite of all norms, by kernels."""
@@ -276,6 +292,57 @@ def test_groups_chosen_in_training(name):
   wide = jax.ShapeDtypeStruct(x.shape, jnp.float32)
   text = str(jax.make_jaxpr(functools.partial(gradients, norm))(wide, wide))
   assert 'normkit_choice' not in text
+
+
+@pytest.mark.parametrize('groups', [None, 12])
+def test_tangents_by_statistics_of_kernels(name, groups):
+  """Forward mode is XLA's, by what a kernel of the forward has found.
+
+  Each channel is a group: interpreted, lanes that a mask keeps from storing
+  store what was there, and might do so after another that has their place.
+  """
+  x, dx = (draw((2, 5, 6, 12), 'bfloat16', seed=i) for i in range(2))
+  scale = draw(12, seed=2)
+  norm = norm_of(True, None) if groups is None else group_norm_of(groups, None)
+  _, dy = jax.jvp(lambda x: norm(x, scale, 0 * scale), (x,), (dx,))
+  # The derivative by x is symmetric, but for the scale.
+  desired = Rows(x, 1.0, 0.0, True, groups).gradients(dx)[0]
+  assert_right(dy, desired * np.asarray(scale), DTYPES['bfloat16'])
+
+
+def test_derivatives_of_what_is_chosen():
+  """Of a linear function by itself, so that its transpose stays its own."""
+  transposed = []
+
+  def transpose(factor, values):
+    transposed.append(values)
+    return factor * values
+
+  x, factor = draw(3), draw(3, seed=1)
+  run = functools.partial(dispatch.choose_linear, jnp.multiply, transpose)
+
+  def tangent(moved):
+    return jax.jvp(lambda x: run(factor, x), (x,), (moved,))[1].sum()
+
+  chex.assert_trees_all_close(jax.grad(tangent)(x), factor)
+  assert transposed
+  found = jax.jvp(lambda x: dispatch.choose(jnp.sin, {}, x), (x,), (factor,))
+  chex.assert_trees_all_close(found[1], np.cos(x) * factor, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('places', 'fits'),
+  [
+    ((128, 64, 64), True),
+    ((128, 128, 64), False),
+    ((512, 1, 128), True),
+    ((1024, 1, 128), False),
+  ],
+)
+def test_tiles_of_a_tpu_are_filled_up(places, fits):
+  """To 128 lanes and 16 places: 2^20 elements then, all that may be held."""
+  why = cases.refusal('mosaic_tpu', (2, *places), jnp.float32, 8)
+  assert (why is None) == fits
 
 
 def test_far_from_zero(name):
@@ -716,6 +783,46 @@ def test_sharded_rows_stay(target):
     assert 'all-gather' not in text
   with pytest.raises(NotImplementedError, match='gather'):
     sharded_text(target, AxisType.Auto, name)
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'manual', 'takes'),
+  [
+    ((1, 1), '', True),
+    ((4, 1), '', False),
+    ((1, 2), '', False),
+    ((4, 2), 'de', True),
+    ((4, 2), 'd', False),
+    ((4, 2), 'e', False),
+    ((4, 1), 'd', True),
+  ],
+)
+def test_programs_of_several_devices(sizes, manual, takes):
+  """XLA partitions what is not manual, and cannot partition a kernel."""
+  mesh = jax.make_mesh(sizes, ('d', 'e'), axis_types=(AxisType.Auto,) * 2)
+  rows = NamedSharding(mesh, P(('d', 'e')))
+  x = jax.ShapeDtypeStruct((64, 256), jnp.bfloat16, sharding=rows)
+
+  def lowered(implementation):
+    norm = functools.partial(nk.layer_norm, implementation=implementation)
+
+    def step(x):
+      return jax.vjp(norm, x)[1](x)[0]
+
+    if manual:
+      spec = P(tuple(manual))
+      step = jax.shard_map(
+        step, mesh=mesh, in_specs=spec, out_specs=spec, axis_names=set(manual)
+      )
+    made = jax.jit(step).trace(x).lower(lowering_platforms=('cuda',))
+    return 'triton' in made.as_text()
+
+  assert lowered(None) == takes
+  if takes:
+    assert lowered('triton')
+  else:
+    with pytest.raises(NotImplementedError, match='would gather'):
+      lowered('triton')
 
 
 OBSTACLES = {

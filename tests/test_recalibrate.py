@@ -772,6 +772,15 @@ def test_refuses_what_is_not_finite(model, layerwise):
   chex.assert_trees_all_equal(variables, before)
 
 
+@pytest.mark.parametrize('value', [1e30, np.nan, -np.inf])
+def test_refuses_one_number_that_is_not_finite(value):
+  """Or, of 1e30, whose square is not: the mean is finite."""
+  parts = batches(3)
+  parts[1][0, 2] = value
+  with pytest.raises(ValueError, match='mean or variance is not finite'):
+    run(nn.BatchNorm(False), parts)
+
+
 def test_refuses_what_can_be_read_once(model):
   call, variables, parts = model
   with pytest.raises(ValueError, match='can be read once'):

@@ -5,6 +5,7 @@ changed.
 """
 
 import functools
+import math
 
 from cases import draw
 from flax import linen as nn, nnx
@@ -34,18 +35,66 @@ def test_a_variance_is_never_negative():
   assert (centred.about(pivot, x, count, (1,))[2] >= 0).all()
 
 
+@pytest.mark.parametrize('scaled', [False, True])
 @pytest.mark.parametrize('form', ['_by_steps', '_by_roots', '_by_factors'])
-def test_both_parts_of_the_mean_count(form):
+def test_both_parts_of_the_mean_count(form, scaled):
   """In every form of the affine map, of which a platform runs but some."""
   x = draw((4, 6))
   mean = jnp.mean(x, 1, keepdims=True)
   stats = centred.Centred(
     mean - 0.25, jnp.full((4, 1), 0.25), jnp.ones((4, 1)), jnp.full((4, 1), 6.0)
   )
-  args = affine.Arguments(None, None, 0.0, None, jnp.float32, jnp.float32)
+  params = (
+    (draw((1, 6), seed=1), draw((1, 6), seed=2)) if scaled else (None,) * 2
+  )
+  args = affine.Arguments(*params, 0.0, None, jnp.float32, jnp.float32)
   y = getattr(affine, form)(x, stats, args, True)
   exact = np.asarray(x, np.float64)
-  np.testing.assert_allclose(y, exact - exact.mean(1, keepdims=True), atol=1e-5)
+  exact = exact - exact.mean(1, keepdims=True)
+  if scaled:
+    exact = exact * np.asarray(params[0]) + np.asarray(params[1])
+  np.testing.assert_allclose(y, exact, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('shape', 'axes', 'size'),
+  [
+    ((64, 64, 8), (0, 1), 128),
+    ((64, 5, 64), (0, 2), 128),
+    ((5, 4096), (1,), 128),
+    ((64, 3), (0,), 16),
+    ((8, 3), (0,), 8),
+  ],
+)
+def test_a_sample_is_small(shape, axes, size):
+  """One element of a set in 32, and 16 at least: all would be read again."""
+  sample = centred._sample(jnp.zeros(shape), axes)
+  assert math.prod(sample.shape[a] for a in axes) == size
+  assert sample.size == size * math.prod(shape) // math.prod(
+    shape[a] for a in axes
+  )
+
+
+def test_one_form_is_no_choice_of_platforms():
+  """Converters of programs, to ONNX for example, do not know such choices."""
+  norms = (lambda x: nk.batch_norm(x, STATE, train=True)), nk.layer_norm
+  programs = [str(jax.make_jaxpr(norm)(draw((8, 3)))) for norm in norms]
+  found = ['platform_index' in text for text in programs]
+  assert found == [False, True]  # of rows a CPU and a GPU have forms
+
+
+def test_rows_of_gpus_stay_on_chip_until_a_derivative_needs_them():
+  """Their own mean costs no read of them before, and after that of a sample."""
+
+  def var(x):
+    return nk.moments(x, -1).var
+
+  x = jax.ShapeDtypeStruct((8, 4096), jnp.float32)
+  programs = (
+    jax.jit(run).trace(x).lower(lowering_platforms=('cuda',)).as_text()
+    for run in (var, lambda x: jax.jvp(var, (x,), (x,))[1])
+  )
+  assert ['stablehlo.slice' in text for text in programs] == [False, True]
 
 
 def test_what_is_not_masked_stays_visible():
@@ -71,6 +120,22 @@ def test_old_statistics_are_constants(norm):
 
   for gradient in jax.grad(loss, (0, 1))(STATE.mean, STATE.var):
     np.testing.assert_array_equal(gradient, 0)
+
+
+@pytest.mark.parametrize(
+  'norm',
+  [
+    nk.streaming_norm,
+    nk.batch_renorm,
+    lambda x, state, **options: nk.evonorm_b0(x, state, jnp.ones(3), **options),
+  ],
+  ids=['streaming', 'renorm', 'evonorm_b0'],
+)
+def test_running_statistics_show_a_batch_that_is_not_finite(norm):
+  """Only batch norm has an option to skip it."""
+  x = draw((8, 3)).at[0, 1].set(jnp.inf)
+  _, state = norm(x, STATE, train=True)
+  np.testing.assert_array_equal(jnp.isfinite(state.var), [True, False, True])
 
 
 def test_a_virtual_batch_of_one_is_refused():
