@@ -32,7 +32,7 @@ from benchmarks.bytes import measure
 from benchmarks.kernels import CASES as BLOCKS, NAMES, block, moved
 import normkit as nk
 from normkit import testing
-from normkit.kernels import cases, dispatch
+from normkit.kernels import cases, dispatch, mosaic_tpu
 
 KERNEL_CASES = [
   pytest.param(case, id=case.name)
@@ -345,6 +345,12 @@ def test_tiles_of_a_tpu_are_filled_up(places, fits):
   assert (why is None) == fits
 
 
+def test_what_a_tpu_holds_fits():
+  """An example's x, dy and dx in float32, two of each, in what it has."""
+  held = 2 * 3 * 4 * cases.MOSAIC_GROUP
+  assert held < mosaic_tpu.MEMORY < 128 * 2**20
+
+
 def test_far_from_zero(name):
   """The mean in two parts: nothing is lost to its size."""
   x = 1e5 + draw((3, 1000))
@@ -473,6 +479,29 @@ def test_devices(name, use, kind):
       found = run(*given)
   for actual, value in zip(found, desired, strict=True):
     assert_right(actual, value, DTYPES[dtype])
+
+
+@pytest.mark.parametrize(
+  ('rows', 'scales'), [(P('d'), P('e')), (P('d', 'e'), P())], ids=str
+)
+def test_sharded_features(name, rows, scales):
+  """Of x or of the scale alone: no kernel sees a part of a row."""
+  x, dy, scale = draw((8, 40)), draw((8, 40), seed=1), draw(40, seed=2)
+  reference = Rows(x, scale, 0.0, False)
+  mesh = jax.make_mesh((2, 2), ('d', 'e'), axis_types=(AxisType.Explicit,) * 2)
+  with jax.set_mesh(mesh):
+    specs = rows, P('d', 'e'), scales
+    x, dy, scale = (
+      jax.device_put(a, NamedSharding(mesh, spec))
+      for a, spec in zip((x, dy, scale), specs, strict=True)
+    )
+    y, pull = jax.vjp(nk.rms_norm, x, scale)
+    found = y, *pull(dy)
+    with pytest.raises(NotImplementedError, match='are sharded'):
+      nk.rms_norm(x, scale, implementation=name)
+  desired = reference.y, *reference.gradients(dy)[:2]
+  for actual, value in zip(found, desired, strict=True):
+    assert_right(actual, value, 1e-5)
 
 
 @pytest.mark.parametrize('named', [True, second_tier(False)])
