@@ -1,8 +1,8 @@
-"""Bytes of blocks with a norm in them, by XLA, by kernel, and as chosen.
+"""Bytes of blocks with a norm in them, by XLA and by kernel.
 
 Programs compiled for H200 and TPU, forward and in training, in passes over the
 norm's input, weights included. A kernel moves less by itself and is a wall to
-the fusion of its neighbours; what is chosen must not move more than XLA.
+the fusion of its neighbours.
 """
 
 import argparse
@@ -144,11 +144,11 @@ def run(args: argparse.Namespace) -> int:
   rows = []
   for target, norm, dtype, kind in track(cases, 'blocks'):
     row = [f'{target} {norm} {dtype}: {kind}']
-    for implementation in 'xla', NAMES[target], None:
+    for implementation in 'xla', NAMES[target]:
       found = moved(target, *block(kind, norm, implementation, dtype))
       row.append(' / '.join(f'{passes:.2f}' for passes in found))
     rows.append(row)
-  header = ['forward / training, in n', 'XLA', 'kernel', 'chosen']
+  header = ['forward / training, in n', 'XLA', 'kernel']
   report.publish('kernels', 'blocks', header, rows, args.update)
   if args.json:
     args.json.write_text(json.dumps(rows, indent=1))

@@ -50,10 +50,13 @@ from normkit.norms.whitening import (
   WhiteningState,
   iterative_whitening,
 )
-from normkit.platforms import for_platform
+from normkit.platforms import for_platform, implementation
 from normkit.policies import products_saveable
 
-__version__ = metadata.version('normkit')
+try:
+  __version__ = metadata.version('normkit')
+except metadata.PackageNotFoundError:  # a checkout or an archive
+  __version__ = '0+not.installed'
 
 __all__ = [
   'BatchNorm',
@@ -100,6 +103,7 @@ __all__ = [
   'gated_rms_norm',
   'global_response_norm',
   'group_norm',
+  'implementation',
   'instance_norm',
   'iterative_whitening',
   'l2_norm',

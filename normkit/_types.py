@@ -397,15 +397,16 @@ def note_path(path: str) -> Iterator[None]:
 
 
 def check_implementation(
-  implementation: Implementation | None,
+  implementation: Any, name: str = 'implementation'
 ) -> Implementation | None:
   """Returns an implementation's name; raises unless there is one."""
   names = get_args(Implementation)
   if implementation is not None and implementation not in names:
     raise ValueError(
-      f'implementation must be None or one of {names}, got {implementation!r}.'
+      f'{name} must be None or one of {names}, got {implementation!r}.'
     )
-  return implementation
+  found: Implementation | None = implementation
+  return found
 
 
 def refuse_kernel(implementation: Implementation | None, why: str) -> None:

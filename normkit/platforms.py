@@ -1,16 +1,69 @@
-"""Forms that depend on the platform that a program is compiled for."""
+"""Which form of a norm is traced: for which platform, by which kernel."""
 
 from collections.abc import Callable, Iterator
 import contextlib
 import contextvars
+import os
 from typing import Any
 
 from jax import lax
 
+from normkit import _types
+from normkit._types import Implementation
+
+VARIABLE = 'NORMKIT_IMPLEMENTATION'
 PLATFORMS = 'cpu', 'cuda', 'rocm', 'tpu'
 _named: contextvars.ContextVar[str | None] = contextvars.ContextVar(
   'platform', default=None
 )
+_preferred: contextvars.ContextVar[Implementation | None] = (
+  contextvars.ContextVar('implementation', default=None)
+)
+
+
+@contextlib.contextmanager
+def implementation(name: Implementation) -> Iterator[None]:
+  """Prefers a kernel for every norm that is traced inside, as it is.
+
+  For models that one did not write: whatever has no `implementation` of its own
+  runs by this kernel, forward and backward, where the kernel takes the case and
+  the program is for its platform; the rest by XLA. The argument of a call wins.
+  The environment variable `NORMKIT_IMPLEMENTATION` is the same for a process,
+  and this is stronger.
+
+  Wrap what traces, not what runs: your `jax.jit` keeps what it has traced, and
+  does not look here before it uses that again.
+
+  Args:
+    name: 'triton', 'mosaic_tpu' or 'xla'.
+
+  Raises:
+    ValueError: if the implementation is none of these.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, normkit as nk
+    >>> x = jnp.ones((4, 6))
+    >>> with nk.implementation('triton'):
+    ...   y = jax.jit(nk.layer_norm)(x)  # on a CPU it is XLA's
+    >>> y.shape
+    (4, 6)
+  """
+  if name is None:
+    raise ValueError('name: None prefers nothing; give the name of a kernel.')
+  _types.check_implementation(name)
+  token = _preferred.set(name)
+  try:
+    yield
+  finally:
+    _preferred.reset(token)
+
+
+def preferred() -> Implementation | None:
+  """What is preferred where a call names nothing."""
+  name = _preferred.get()
+  if name is None and (given := os.environ.get(VARIABLE)):
+    name = _types.check_implementation(given, VARIABLE)
+  return name
 
 
 @contextlib.contextmanager
@@ -49,13 +102,21 @@ def for_platform(name: str) -> Iterator[None]:
 
 
 def named() -> str | None:
-  """The platform that was named; a key of whatever keeps what was traced."""
+  """The platform that was named."""
   return _named.get()
 
 
-def implied(implementation: str | None) -> str | None:
-  """The implementation; XLA's where only a platform was named."""
-  return implementation or ('xla' if named() else None)
+def implied(name: Implementation | None) -> Implementation | None:
+  """The implementation; XLA's where it is preferred, or a platform named."""
+  if name is not None:
+    return name
+  other = preferred()
+  return 'xla' if other == 'xla' or (named() and other is None) else None
+
+
+def context() -> tuple[str | None, Implementation | None]:
+  """What a form depends on beside its arguments: a key of what was traced."""
+  return named(), preferred()
 
 
 def dependent(

@@ -89,7 +89,8 @@ def normalize_rows(
   else:
     parameters = {'scale': args.scale, 'bias': args.bias}
     given |= {n: a for n, a in parameters.items() if a is not None}
-    found = _types.ruled(_differentiable, given, spec, 'xla', platforms.named())
+    options = spec, 'xla', platforms.context()
+    found = _types.ruled(_differentiable, given, *options)
   return found['y'].reshape(x.shape), found.get('total', x).reshape(x.shape)
 
 
@@ -113,7 +114,10 @@ def normalize_groups(
     _types.refuse_kernel(implementation, why)
     return None
   shape = (math.prod(x.shape[:first]), *x.shape[first:])
-  if implementation is None and not cases.chosen(shape, x.dtype, groups):
+  preferred = platforms.preferred()
+  if implementation is None and not cases.chosen(
+    shape, x.dtype, groups, preferred
+  ):
     return None
   assert isinstance(args.epsilon, float)
   spec = Spec(args.epsilon, center, args.dtype, groups=groups)
@@ -152,7 +156,7 @@ def _partitioned(
   """Rows that an explicit mesh shards stay where they are."""
   x = given['x']
   check(implementation, x, spec.groups)
-  options = {'spec': spec, 'platform': platforms.named()}
+  options = {'spec': spec, 'context': platforms.context()}
   options['implementation'] = platforms.implied(implementation)
   run = functools.partial(_types.ruled, _differentiable, **options)
   kind = jax.typeof(x).sharding
@@ -177,19 +181,19 @@ def check(
 
 
 @functools.partial(
-  jax.jit, static_argnames=('spec', 'implementation', 'platform')
+  jax.jit, static_argnames=('spec', 'implementation', 'context')
 )
 def _differentiable(
   given: Arrays,
   spec: Spec,
   implementation: Implementation | None,
-  platform: str | None,
+  context: Any,
 ) -> Arrays:
   """The norm and its derivatives: 'y' and, with a residual, 'total'.
 
-  The platform is named so that `jit` keeps what was traced for each apart.
+  `context` keeps apart what `jit` has traced; see `platforms.context`.
   """
-  del platform
+  del context
 
   @jax.custom_jvp
   def run(given: Arrays) -> Arrays:
@@ -223,13 +227,31 @@ def _forward(
 ) -> Arrays:
   """The results alone."""
   by_xla = functools.partial(plain.norm, spec)
-  if implementation in (None, 'xla'):
+  name = implementation or platforms.preferred()
+  if name not in _names(given['x'], spec, implementation):
     return by_xla(given)
-  kernel = functools.partial(_kernel, implementation, spec, RESULTS, False)
+  kernel = functools.partial(_kernel, name, spec, RESULTS, False)
   found: Arrays = _load('dispatch').choose(
-    by_xla, {implementation: kernel}, given, required=implementation
+    by_xla, {name: kernel}, given, required=implementation
   )
   return found
+
+
+def _names(
+  x: Array, spec: Spec, implementation: Implementation | None
+) -> tuple[Implementation, ...]:
+  """The kernels that may run: the one that is named, or those chosen."""
+  if implementation is not None:
+    return () if implementation == 'xla' else (implementation,)
+  preferred = platforms.preferred()
+  return cases.chosen(x.shape, x.dtype, spec.groups, preferred)
+
+
+def _with_backward(
+  names: tuple[Implementation, ...], x: Array, spec: Spec
+) -> tuple[Implementation, ...]:
+  case = x.shape, x.dtype, spec.groups
+  return tuple(name for name in names if cases.has_backward(name, *case))
 
 
 def _training_forward(
@@ -240,14 +262,10 @@ def _training_forward(
   They come apart from the results, so that a policy of `jax.checkpoint` may
   keep them alone; of the two calls of a kernel XLA makes one.
   """
-  case = given['x'].shape, given['x'].dtype, spec.groups
-  names = cases.chosen(*case)
-  if implementation == 'xla':
-    names, implementation = (), None
-  if implementation is not None:
-    if cases.has_backward(implementation, *case):
-      return _forward(given, spec, implementation)
-    names = (implementation,)
+  names = _names(given['x'], spec, implementation)
+  required = None if implementation == 'xla' else implementation
+  if required and _with_backward(names, given['x'], spec):
+    return _forward(given, spec, required)
 
   def by(wanted: tuple[str, ...]) -> dict[Implementation, Any]:
     return {n: functools.partial(_kernel, n, spec, wanted, True) for n in names}
@@ -256,7 +274,7 @@ def _training_forward(
     functools.partial(plain.statistics_of_rows, spec),
     by(statistics(spec)),
     given,
-    required=implementation,
+    required=required,
   )
   stats = named(stats)
   results: Arrays = _load('dispatch').choose(
@@ -264,7 +282,7 @@ def _training_forward(
     by(RESULTS),
     given,
     stats,
-    required=implementation,
+    required=required,
   )
   return {**results, **stats}
 
@@ -295,12 +313,9 @@ def _tangents(
     functools.partial(plain.tangents, spec=spec, results=tuple(results)),
     prevent_cse=False,
   )
-  case = saved['x'].shape, saved['x'].dtype, spec.groups
-  names, required = cases.chosen(*case), None
-  if implementation == 'xla':
-    names = ()
-  elif implementation and cases.has_backward(implementation, *case):
-    names, required = (implementation,), implementation
+  names = _names(saved['x'], spec, implementation)
+  names = _with_backward(names, saved['x'], spec)
+  required = implementation if names else None
   wanted = 'dx', *(f'd{n}' for n in moved if n not in SUMMANDS)
   kept = tuple(moved)  # no tracers: the functions below outlive the trace
 

@@ -9,7 +9,7 @@ import functools
 import importlib
 import subprocess
 
-from cases import CASES, draw, precision
+from cases import CASES, draw, draw_mask, precision
 import chex
 import jax
 from jax import export, lax, test_util
@@ -57,8 +57,12 @@ def platform(request):
 
 @pytest.fixture
 def name(platform, monkeypatch):
-  """An implementation, whose kernels run interpreted on the CPU."""
+  """An implementation, whose kernels run interpreted on the CPU.
+
+  As if a device had shown that Triton's win, or none would be chosen.
+  """
   monkeypatch.setattr(dispatch, 'interpreted', platform)
+  monkeypatch.setattr(cases, 'RECORDED', ('triton',))
   return platform
 
 
@@ -250,8 +254,8 @@ class TestConformance:
     assert_gradients(case, inputs(case))
 
 
-def test_chosen_in_training(name, monkeypatch):
-  """Without a name: XLA's form, and kernels where a derivative is taken."""
+def called(name, monkeypatch):
+  """The kernels of an implementation that are called from here on."""
   module = importlib.import_module(f'normkit.kernels.{name}')
   jax.clear_caches()
   calls = []
@@ -263,6 +267,12 @@ def test_chosen_in_training(name, monkeypatch):
   for kind in 'forward', 'backward':
     run = functools.partial(spy, kind, getattr(module, kind))
     monkeypatch.setattr(module, kind, run)
+  return calls
+
+
+def test_chosen_in_training(name, monkeypatch):
+  """Without a name: XLA's form, and kernels where a derivative is taken."""
+  calls = called(name, monkeypatch)
   x, scale = draw((4, 8)), jnp.ones(8)
   jax.jit(nk.rms_norm)(x, scale)
   assert not calls
@@ -272,6 +282,69 @@ def test_chosen_in_training(name, monkeypatch):
   desired = Rows(x, scale, 0.0, False).gradients(np.ones(x.shape))
   assert_right(dx, desired[0], 1e-5)
   assert_right(dscale, desired[1], 1e-5)
+
+
+def test_nothing_is_chosen_without_a_record(name, monkeypatch):
+  """No kernel that no device has shown to win, in training neither."""
+  monkeypatch.undo()
+  assert cases.RECORDED == ()
+  monkeypatch.setattr(dispatch, 'interpreted', name)
+  calls = called(name, monkeypatch)
+  x, image = draw((4, 8)), draw((2, 5, 6, 12), 'bfloat16')
+  for norm, given in (nk.rms_norm, x), (group_norm_of(4, None), image):
+    parameters = [jnp.ones(12)] * 2 if given is image else []
+    jax.jit(jax.grad(lambda x: norm(x, *parameters).sum()))(given)  # noqa: B023
+  jax.jit(jax.grad(lambda x: nk.add_rms_norm(x, x)[0].sum()))(x)
+  assert not calls
+
+
+def test_preferred(name, monkeypatch):
+  """For whatever names nothing itself; the rest is XLA's."""
+  monkeypatch.setattr(cases, 'RECORDED', ())
+  calls = called(name, monkeypatch)
+  x, where = draw((4, 8)), draw_mask((4, 8))
+  with nk.implementation(name):
+    y = jax.jit(lambda x: nk.layer_norm(x))(x)
+    assert calls == ['forward']
+    calls.clear()
+    dx = jax.jit(jax.grad(lambda x: (nk.layer_norm(x) * x).sum()))(x)
+    assert set(calls) == {'forward', 'backward'}
+    calls.clear()
+    jax.jit(lambda x: nk.layer_norm(x, implementation='xla'))(x)
+    jax.jit(lambda x: nk.layer_norm(x, where=where))(x)
+    nk.batch_norm(x, nk.BatchNorm().init(x)[1], train=True)
+    assert not calls
+    with nk.implementation('xla'):
+      jax.jit(lambda x: nk.layer_norm(x))(x)
+    assert not calls
+  exact = Rows(x, 1.0, 0.0, True)
+  assert_right(y, exact.y, 1e-5)
+  assert_right(dx, exact.y + exact.gradients(x)[0], 1e-5)
+  jax.jit(lambda x: nk.layer_norm(x))(x)
+  assert not calls  # outside again
+
+
+def test_preferred_by_the_environment(name, monkeypatch):
+  calls = called(name, monkeypatch)
+  x = draw((4, 8))
+  monkeypatch.setenv('NORMKIT_IMPLEMENTATION', name)
+  jax.jit(lambda x: nk.rms_norm(x))(x)
+  assert calls == ['forward']
+  with nk.implementation('xla'):
+    jax.jit(lambda x: nk.rms_norm(x))(x)
+  assert calls == ['forward']
+  monkeypatch.setenv('NORMKIT_IMPLEMENTATION', 'cudnn')
+  with pytest.raises(
+    ValueError, match=r"NORMKIT_IMPLEMENTATION must be.*'cudnn'"
+  ):
+    nk.rms_norm(x)
+  with (
+    pytest.raises(ValueError, match=r"implementation must be.*'cudnn'"),
+    nk.implementation('cudnn'),
+  ):
+    pass
+  with pytest.raises(ValueError, match='name: None'), nk.implementation(None):
+    pass
 
 
 def test_groups_chosen_in_training(name):
@@ -294,13 +367,9 @@ def test_groups_chosen_in_training(name):
   assert 'normkit_choice' not in text
 
 
-@pytest.mark.parametrize('groups', [None, 12])
+@pytest.mark.parametrize('groups', [None, 12, 3])
 def test_tangents_by_statistics_of_kernels(name, groups):
-  """Forward mode is XLA's, by what a kernel of the forward has found.
-
-  Each channel is a group: interpreted, lanes that a mask keeps from storing
-  store what was there, and might do so after another that has their place.
-  """
+  """Forward mode is XLA's, by what a kernel of the forward has found."""
   x, dx = (draw((2, 5, 6, 12), 'bfloat16', seed=i) for i in range(2))
   scale = draw(12, seed=2)
   norm = norm_of(True, None) if groups is None else group_norm_of(groups, None)
@@ -677,12 +746,14 @@ def test_passes_of_groups(target, shape, groups, dtype):
 @pytest.mark.parametrize(('norm', 'kind'), BLOCKS)
 @pytest.mark.optimized
 @pytest.mark.parametrize('target', DEVICES[:1])
-def test_chosen_moves_no_more(target, norm, kind, dtype):
+def test_chosen_moves_no_more(target, norm, kind, dtype, monkeypatch):
   """In a block, forward and in training: a kernel is a wall to XLA's fusion.
 
   On TPUs, whose programs take a quarter of a minute each, nothing is chosen:
   test_chosen_in_training holds that, `python -m benchmarks kernels` the bytes.
   """
+  monkeypatch.setattr(cases, 'RECORDED', ('triton',))
+  jax.clear_caches()
   by_xla, chosen = (
     moved(target, *block(kind, norm, implementation, dtype))
     for implementation in ('xla', None)

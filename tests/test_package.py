@@ -182,3 +182,18 @@ def test_public_names_have_examples(module):
 
 def test_version():
   assert nk.__version__.count('.') == 2
+
+
+def test_a_checkout_that_is_not_installed():
+  code = """
+from importlib import metadata
+
+def version(name):
+  raise metadata.PackageNotFoundError(name)
+
+metadata.version = version
+import normkit
+assert normkit.__version__ == '0+not.installed'
+normkit.LayerNorm()
+"""
+  subprocess.run([sys.executable, '-c', code], check=True, cwd=ROOT.parent)

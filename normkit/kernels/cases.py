@@ -13,8 +13,9 @@ XLA / by kernel (bfloat16, layer or group norm; `python -m benchmarks kernels`)
 | group norm, relu: in training | 10.3 / 9.2 | 6.2 / 14.5 |
 | conv, group norm, relu, conv: in training | 23.4 / 22.3 | 13.6 / 22.3 |
 
-So `None` takes the kernels in training on NVIDIA GPUs, and XLA's form, which
-joins what stands around it, forward and on TPUs.
+So the kernels would be chosen in training on NVIDIA GPUs, and XLA's form, which
+joins what stands around it, forward and on TPUs. But bytes are not time, and no
+kernel has run on a device yet: `None` takes those that are `RECORDED`.
 
 A norm is one of rows, over the last axis, or one of groups of channels, over
 all axes of x (batch, ..., channels) but the first: `groups` counts them, and is
@@ -27,6 +28,8 @@ import jax.numpy as jnp
 
 from normkit._types import DType, Implementation, is_known
 
+# Kernels of which a device's record in this package shows that they win.
+RECORDED: tuple[Implementation, ...] = ()
 LONGEST = 65_536
 TRITON_WIDTH = 8192  # of which a row is held in registers
 # Elements of groups held there, by channels: 28 x 28 x 16 and 48 x 48 x 8. More
@@ -112,10 +115,17 @@ def has_backward(
 
 
 def chosen(
-  shape: tuple[int, ...], dtype: DType, groups: int | None = None
+  shape: tuple[int, ...],
+  dtype: DType,
+  groups: int | None = None,
+  preferred: Implementation | None = None,
 ) -> tuple[Implementation, ...]:
   """The kernels that take XLA's place in training, each on its platform."""
-  if not has_backward('triton', shape, dtype, groups):
+  if preferred is not None:
+    is_taken = refusal(preferred, shape, dtype, groups) is None
+    return (preferred,) if is_taken else ()
+  is_taken = has_backward('triton', shape, dtype, groups)
+  if 'triton' not in RECORDED or not is_taken:
     return ()
   # Of few places the sums for scale and bias, one an example, would be much; in
   # float32 XLA fuses a ReLU and moves 2 n less.

@@ -344,7 +344,6 @@ class _Groups:
     example, local = pl.program_id(0), jnp.arange(lanes)
     self.columns = pl.program_id(1) * width + local
     self.is_column = (local < width) & (self.columns < channels)
-    self.first = self.is_column & (lax.rem(self.columns, size) == 0)
     self.set = example * spec.groups + lax.div(self.columns, size)
     groups = cases.power_of_2(width // size)
     self.mean = rows.group_mean(size, groups, size * places)
@@ -376,7 +375,7 @@ def _forward_of_groups(
   for name, value in zip(rows.statistics(spec), stats, strict=True):
     if name in refs:
       each = jnp.broadcast_to(value[0], groups.columns.shape)
-      _store(refs[name], groups.set, groups.first, each)
+      _store(refs[name], groups.set, groups.is_column, each)
 
 
 def _backward_of_groups(
