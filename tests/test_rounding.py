@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import reference
 from test_conformance import inputs, train
+import test_gated
 from test_kernels import (
   Rows,
   group_norm_of,
@@ -63,9 +64,13 @@ def case_name(value):
   return getattr(value, 'name', None)
 
 
+# Of x that is its own gate the gradient is a sum of two that are each rounded.
+ALONE = [c for c in cases.CASES if not isinstance(c.transform, cases.SelfGated)]
+
+
 @pytest.mark.parametrize(
   ('case', 'kind', 'masked'),
-  thinned(cases.CASES, GRADIENTS, [False, True], every=16),
+  thinned(ALONE, GRADIENTS, [False, True], every=16),
   ids=case_name,
 )
 def test_one_rounding(case, kind, masked):
@@ -83,6 +88,20 @@ def test_one_rounding(case, kind, masked):
   # Differences of the reference have an error of their own.
   terms = terms * max(1, case.reference.gradient_error / 2e-7)
   assert_rounded_once(pull(x), desired, terms)
+
+
+@pytest.mark.parametrize(
+  ('kind', 'last'), thinned(GRADIENTS, [True, False], every=2)
+)
+def test_one_rounding_with_a_gate(kind, last):
+  x, dy = given(kind, (6, 40))
+  gate = draw(x.shape, x.dtype, seed=2)
+  norm = functools.partial(nk.gated_rms_norm, norm_before_gate=last)
+  found = jax.jit(lambda *a: jax.vjp(norm, *a)[1](dy))(x, gate)
+  desired = test_gated.gradients(x, gate, np.ones(40), dy, last, None)
+  terms = 10 * float(jnp.abs(dy).max()) / float(x.astype(jnp.float32).std())
+  for actual, exact in zip(found, desired[:2], strict=True):
+    assert_rounded_once(actual, exact, 8 * terms)
 
 
 @pytest.mark.parametrize(

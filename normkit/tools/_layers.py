@@ -36,8 +36,10 @@ Batches: TypeAlias = Iterable[Any] | Callable[[], Iterable[Any]]
 _BATCH_NORMS = (
   linen.BatchNorm,
   normkit.linen.BatchNorm,
+  normkit.linen.BatchRenorm,
   nnx.BatchNorm,
   normkit.nnx.BatchNorm,
+  normkit.nnx.BatchRenorm,
 )
 _NORMS = normkit.linen.Norm, normkit.nnx.Norm
 _CALLS = {inspect.unwrap(kind.__call__) for kind in (*_BATCH_NORMS, *_NORMS)}
