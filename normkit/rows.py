@@ -264,8 +264,9 @@ def _training_forward(
   """
   names = _names(given['x'], spec, implementation)
   required = None if implementation == 'xla' else implementation
-  if required and _with_backward(names, given['x'], spec):
-    return _forward(given, spec, required)
+  name = implementation or platforms.preferred()
+  if name in _with_backward(names, given['x'], spec):
+    return _forward(given, spec, implementation)
 
   def by(wanted: tuple[str, ...]) -> dict[Implementation, Any]:
     return {n: functools.partial(_kernel, n, spec, wanted, True) for n in names}

@@ -13,6 +13,7 @@ import pytest
 import normkit as nk
 import normkit.linen
 import normkit.nnx
+from normkit.tools import freeze, recalibrate
 
 LIMITS = {'r_max': 1.5, 'd_max': 0.3}
 STEPS = [draw((8, 2, 3), seed=i) * (1 + i) + i for i in range(3)]
@@ -203,3 +204,25 @@ def test_joint_batch():
     return jnp.sum((q - jax.lax.stop_gradient(q_next)) ** 2)
 
   assert np.abs(jax.grad(loss)(later)).max() > 0  # through the statistics
+
+
+def test_tools_see_them():
+  """Recalibrated, as batch norm is; the steps stay."""
+  x = draw((32, 3))
+  norm = normkit.linen.BatchRenorm()
+  variables = norm.init(jax.random.key(0), x, use_running_average=True)
+
+  def call(variables, x):
+    return norm.apply(
+      variables, x, use_running_average=False, mutable=['batch_stats']
+    )
+
+  stats = recalibrate.recalibrate(call, variables, [x])['batch_stats']
+  exact = np.asarray(x, np.float64)
+  np.testing.assert_allclose(stats['mean'], exact.mean(0), rtol=1e-5)
+  np.testing.assert_allclose(stats['var'], exact.var(0), rtol=1e-5)
+  assert stats['steps'] == 0
+  module = normkit.nnx.BatchRenorm(3, rngs=nnx.Rngs(0))
+  new = recalibrate.recalibrate(lambda m, x: m(x), module, [x])
+  np.testing.assert_allclose(new.mean[...], exact.mean(0), rtol=1e-5)
+  assert freeze.freeze(module)(x).shape == x.shape
