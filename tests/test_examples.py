@@ -417,6 +417,7 @@ def test_few_or_small_images_are_refused(train_cnn, tmp_path, capsys):
 # What is pooled in each form of parallelism.
 
 
+@pytest.mark.second_tier
 def test_pooling(tmp_path):
   """How many means each form uses, and whose mean is off under a mask."""
   printed = run_script('pooling', '--out', tmp_path)
@@ -438,6 +439,7 @@ def test_pooling(tmp_path):
 # Which norm for which batch.
 
 
+@pytest.mark.second_tier
 def test_batch_size(example, tmp_path, digits_folder, monkeypatch, capsys):
   """Errors of a short run, in the terminal, in files and in a document."""
   names = 'batch-size', 'skewed', 'costs'

@@ -192,6 +192,7 @@ def test_frozen_is_the_backbone_alone(detection, scenes):
   assert all(jax.tree.leaves(moved['head']))
 
 
+@pytest.mark.second_tier
 def test_runs_small(detection, run_small):
   out = run_small(detection, 'detection', 'detection_scenes')
   number = r'([\d.]+)'

@@ -26,6 +26,7 @@ def runs_of(sweep, accuracies):
   )
 
 
+@pytest.mark.second_tier
 def test_small_run_writes_figures_and_finite_numbers(faster, run_small):
   names = 'curves', 'inception', 'rates', 'scales'
   printed = run_small(faster, *(f'faster_{name}' for name in names))

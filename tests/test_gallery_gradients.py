@@ -20,6 +20,7 @@ def gradients(example):
   return example('gradients')
 
 
+@pytest.mark.second_tier
 def test_small_run_writes_figures_and_finite_numbers(gradients, run_small):
   printed = run_small(
     gradients,

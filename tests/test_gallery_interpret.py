@@ -91,6 +91,7 @@ def test_climbing_raises_each_logit_within_the_range(interpret):
   chex.assert_trees_all_close(rest, jnp.full(90, 0.5), atol=1e-6)
 
 
+@pytest.mark.second_tier
 def test_it_runs_small(interpret, run_small):
   told = run_small(
     interpret,

@@ -129,6 +129,7 @@ def test_padding_moves_nothing_without_a_norm(sequences):
   np.testing.assert_array_equal(run.shift.round(1), 0)
 
 
+@pytest.mark.second_tier
 def test_runs_small(sequences, run_small):
   out = run_small(
     sequences, 'sequences_lstm', 'sequences_transformer', 'sequences_gradients'

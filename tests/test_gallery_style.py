@@ -61,6 +61,7 @@ def test_instance_norm_takes_contrast_away(style, images):
   chex.assert_trees_all_close(half, full, atol=1e-4)
 
 
+@pytest.mark.second_tier
 def test_runs_small(style, run_small):
   printed = run_small(
     style,

@@ -16,6 +16,7 @@ from jax.sharding import AxisType, PartitionSpec as P
 import numpy as np
 import pytest
 import reference
+from tiers import thinned
 
 import normkit as nk
 import normkit.linen
@@ -79,7 +80,7 @@ def wanted(of, x, scale, dy):
 
 
 @both
-@pytest.mark.parametrize('form', FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize('form', thinned(FORMS.values(), every=3))
 def test_all_heads_on_several_devices(form, norm, of):
   """As OLMo 2 and 3, tensor-parallel: the statistics are of all heads."""
   found = form(partial(norm, axis=(-2, -1), axis_name='model'), *inputs())

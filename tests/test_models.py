@@ -583,6 +583,7 @@ def test_band_is_a_standard_deviation_each_way(example):
   assert len(axes[0, 0].collections) == 1
 
 
+@pytest.mark.second_tier
 def test_articles_run_small(example, run_small):
   printed = run_small(example('articles'), 'articles', 'articles_last_relu')
   rows = re.findall(r'(MnistNet|Conv1D) +\S (.+?) +\S +([\d.]+) ±', printed)

@@ -168,7 +168,7 @@ def check_symbol(use, train, masked):
     assert_near(exported.call(*given), jax.jit(run)(*given))
 
 
-@rows()
+@rows(first=FIRST[::2])
 def test_a_batch_may_be_a_symbol(use):
   check_symbol(use, train=True, masked=False)
 
@@ -372,7 +372,7 @@ def test_parameters_and_states_are_saved(use):
 # Run without `jit`, under checks, with other promotion.
 
 
-@rows()
+@rows(first=FIRST[::2])
 def test_without_jit(use):
   given = use.variables, draw(use.shape)
   expected = jax.jit(lambda v, x: gradients(use, v, x))(*given)
@@ -388,7 +388,7 @@ CHECKS = (
 )
 
 
-@rows(first=FIRST[::3])
+@rows(first=FIRST[3:4])
 def test_under_checks(use):
   """All of them at once, for one compilation."""
   with contextlib.ExitStack() as stack:
@@ -398,7 +398,7 @@ def test_under_checks(use):
     run(use.variables, draw(use.shape), draw_mask(use.shape))
 
 
-@rows()
+@rows(first=FIRST[::2])
 def test_arrays_of_numpy_mapped_inside_of_jit(use):
   x, where = (np.stack([draw(use.shape, seed=i)] * 2) for i in range(2))
   where = where > 0
