@@ -66,6 +66,15 @@ def name(platform, monkeypatch):
   return platform
 
 
+@pytest.fixture
+def recorded(monkeypatch):
+  """As if a device had shown that Triton's kernels win."""
+  jax.clear_caches()
+  monkeypatch.setattr(cases, 'RECORDED', ('triton',))
+  yield
+  jax.clear_caches()
+
+
 TRACED_FOR = [None]
 
 
@@ -748,14 +757,13 @@ def test_passes_of_groups(target, shape, groups, dtype):
 @pytest.mark.parametrize(('norm', 'kind'), BLOCKS)
 @pytest.mark.optimized
 @pytest.mark.parametrize('target', DEVICES[:1])
-def test_chosen_moves_no_more(target, norm, kind, dtype, monkeypatch):
+@pytest.mark.usefixtures('recorded')
+def test_chosen_moves_no_more(target, norm, kind, dtype):
   """In a block, forward and in training: a kernel is a wall to XLA's fusion.
 
   On TPUs, whose programs take a quarter of a minute each, nothing is chosen:
   test_chosen_in_training holds that, `python -m benchmarks kernels` the bytes.
   """
-  monkeypatch.setattr(cases, 'RECORDED', ('triton',))
-  jax.clear_caches()
   by_xla, chosen = (
     moved(target, *block(kind, norm, implementation, dtype))
     for implementation in ('xla', None)
@@ -874,6 +882,7 @@ def sharded_text(target, axis, implementation):
 
 
 @pytest.mark.parametrize('target', DEVICES[:2])
+@pytest.mark.usefixtures('recorded')
 def test_sharded_rows_stay(target):
   """Explicit meshes run the kernel on each device's rows, others XLA's form."""
   name = NAMES[target]
@@ -899,6 +908,7 @@ def test_sharded_rows_stay(target):
     ((4, 1), 'd', True),
   ],
 )
+@pytest.mark.usefixtures('recorded')
 def test_programs_of_several_devices(sizes, manual, takes):
   """XLA partitions what is not manual, and cannot partition a kernel."""
   mesh = jax.make_mesh(sizes, ('d', 'e'), axis_types=(AxisType.Auto,) * 2)
@@ -936,6 +946,7 @@ OBSTACLES = {
 @pytest.mark.parametrize(
   ('what', 'value', 'match'), OBSTACLES.values(), ids=OBSTACLES
 )
+@pytest.mark.usefixtures('recorded')
 def test_without_triton_xla_runs(monkeypatch, what, value, match):
   x = jax.ShapeDtypeStruct((64, 256), jnp.bfloat16)
 
