@@ -1,7 +1,9 @@
-"""What the norms without statistics share: a bounded function of each value."""
+"""Functions of each value that several norms share."""
 
 from collections.abc import Callable
 from typing import Any
+
+import jax.numpy as jnp
 
 from normkit import _types, arguments
 from normkit._types import Array, ArrayLike, Axes, DType
@@ -46,3 +48,9 @@ def bounded(
 
   y: Array = lean(run, wide, x, *checked.values(), mask)
   return y
+
+
+def root(x: Array) -> Array:
+  """The square root, whose derivative at zero is zero."""
+  positive = x > 0
+  return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)

@@ -24,6 +24,7 @@ from normkit.norms._evonorm import (
   finish,
   prepare,
 )
+from normkit.norms._pointwise import root
 from normkit.norms._running import (
   BatchNormState,
   check_average,
@@ -117,7 +118,7 @@ def evonorm_b0(
       batch = centred(wide, reduced, args.where, given=x.dtype)
       batch = pool(batch, axis_name, axis_index_groups)
     each = centred(wide, tuple(range(1, last)), args.where, given=x.dtype)
-    roots = (_root(v + args.epsilon) for v in (batch.var, each.var))
+    roots = (root(v + args.epsilon) for v in (batch.var, each.var))
     statistics = *roots, batch.count > 0
     return finish(_over_larger, wide, slope, statistics, args), batch
 
@@ -136,12 +137,6 @@ def _over_larger(
   deviation = jnp.maximum(batch, deviation)
   held = held & (deviation > 0)
   return jnp.where(held, x / jnp.where(held, deviation, 1), 0)
-
-
-def _root(var: Array) -> Array:
-  """A square root whose derivative at zero is zero."""
-  positive = var > 0
-  return jnp.where(positive, jnp.sqrt(jnp.where(positive, var, 1)), 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

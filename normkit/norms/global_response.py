@@ -20,6 +20,7 @@ from normkit._types import (
 from normkit.affine import Arguments, widened
 from normkit.centred import Centred, centred
 from normkit.norm import EmptyState, NormParams
+from normkit.norms._pointwise import root
 from normkit.pooling import pool
 
 
@@ -116,18 +117,12 @@ def _responses(
   stats: Centred, channels: tuple[int, ...], epsilon: Scalar
 ) -> Array:
   """The length of each channel over the mean of those that have elements."""
-  lengths = _root(stats.var * stats.count)
+  lengths = root(stats.var * stats.count)
   held = broadcast_like(stats.count, lengths) > 0
   count = jnp.sum(held, channels, keepdims=True, dtype=lengths.dtype)
   mean = jnp.sum(lengths, channels, keepdims=True) / jnp.maximum(count, 1)
   total = mean + epsilon
   return jnp.where(total > 0, lengths / jnp.where(total > 0, total, 1), 0)
-
-
-def _root(squares: Array) -> Array:
-  """The square root, whose derivative at zero is zero."""
-  positive = squares > 0
-  return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1)), 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
