@@ -127,6 +127,7 @@ def as_features(values: Array, x: Array, axes: tuple[int, ...]) -> Array:
 
 
 def check_width(width: int, x: Array, axes: tuple[int, ...]) -> None:
+  """Raises unless these axes of x have so many features together."""
   shape = tuple(np.shape(x)[a] for a in axes)
   if width != math.prod(shape):
     raise ValueError(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from normkit import _types, arguments, norm
+from normkit._docs import documented
 from normkit._types import (
   Array,
   Axes,
@@ -20,36 +21,17 @@ from normkit._types import (
   Implementation,
 )
 from normkit.nnx._shared import as_features, with_offset
-from normkit.norms.gated import gated_rms_norm
+from normkit.norms import gated
 
 
+@documented(nnx.RMSNorm, gated.GatedRMSNorm)
 class GatedRMSNorm(nnx.Module):
   """RMS normalization with a gate; see `normkit.gated_rms_norm`.
 
   Args:
     num_features: the number of features; of several axes, the product.
-    norm_before_gate: normalize x, and multiply by the gate last; False for
-      Mamba 2.
-    activation: a function of an array, elementwise, of the gate in float32 or
-      wider. None: the gate itself.
-    group_size: how many neighbouring features share statistics; None for all.
-    axis: the normalized axes, an integer or several.
-    epsilon: added to the mean square.
-    use_scale: whether there is a scale.
     scale_init: draws the parameter; its default makes a scale of one, and so
       draws 1 - scale_offset.
-    scale_offset: added to the parameter to make the scale; with 1 it starts at
-      zero, as in Gemma.
-    round_before_scale: round the normalized values to x's dtype before the
-      scale multiplies them, as in Mamba 2 and Qwen3-Next.
-    dtype: dtype of the result; None takes the wider of x and the scale, as in
-      Flax.
-    param_dtype: dtype of the parameter.
-    axis_name: names of mapped axes over which statistics are pooled.
-    axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
-    implementation: 'xla', or None to choose.
-    scale_metadata: metadata of the parameter.
-    rngs: what the parameter is drawn with.
 
   Attributes:
     scale: an `nnx.Param`, or None.
@@ -115,9 +97,9 @@ class GatedRMSNorm(nnx.Module):
     axes = _types.check_axes(self.axis, np.ndim(x))
     scale = None if self.scale is None else self.scale[...]
     dtype = dtypes.canonicalize_dtype(x, scale, dtype=self.dtype)
-    options = norm.options_of(self, gated_rms_norm)
+    options = norm.options_of(self, gated.gated_rms_norm)
     options |= {'axis': axes, 'dtype': dtype}
     where = _types.check_mask(mask, np.shape(x), cast=False)
     x = _types.as_inexact(x, dtype)
     scale = None if scale is None else as_features(scale, x, axes)
-    return gated_rms_norm(x, gate, scale, where=where, **options)
+    return gated.gated_rms_norm(x, gate, scale, where=where, **options)
