@@ -340,7 +340,7 @@ NORMS = {
   'none': None,
 }
 PLACES = 'pre', 'post'
-NORMS_A_BLOCK = {'pre': 2, 'post': 2, 'after': 2, 'both': 4, 'none': 0}
+NORMS_A_BLOCK = {'pre': 2, 'post': 2, 'after': 2, 'both': 4}
 LENGTH, BATCH, FEATURES = 32, 8, 32
 
 

@@ -22,6 +22,15 @@ _preferred: contextvars.ContextVar[Implementation | None] = (
 
 
 @contextlib.contextmanager
+def _set(variable: contextvars.ContextVar[Any], value: Any) -> Iterator[None]:
+  token = variable.set(value)
+  try:
+    yield
+  finally:
+    variable.reset(token)
+
+
+@contextlib.contextmanager
 def implementation(name: Implementation) -> Iterator[None]:
   """Prefers a kernel for every norm that is traced inside, as it is.
 
@@ -51,11 +60,8 @@ def implementation(name: Implementation) -> Iterator[None]:
   if name is None:
     raise ValueError('name: None prefers nothing; give the name of a kernel.')
   _types.check_implementation(name)
-  token = _preferred.set(name)
-  try:
+  with _set(_preferred, name):
     yield
-  finally:
-    _preferred.reset(token)
 
 
 def preferred() -> Implementation | None:
@@ -94,11 +100,8 @@ def for_platform(name: str) -> Iterator[None]:
   if name not in PLATFORMS:
     known = ', '.join(map(repr, PLATFORMS))
     raise ValueError(f'name: {name!r} is no platform; give one of {known}.')
-  token = _named.set(name)
-  try:
+  with _set(_named, name):
     yield
-  finally:
-    _named.reset(token)
 
 
 def named() -> str | None:

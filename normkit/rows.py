@@ -114,13 +114,11 @@ def normalize_groups(
     _types.refuse_kernel(implementation, why)
     return None
   shape = (math.prod(x.shape[:first]), *x.shape[first:])
-  preferred = platforms.preferred()
-  if implementation is None and not cases.chosen(
-    shape, x.dtype, groups, preferred
-  ):
-    return None
   assert isinstance(args.epsilon, float)
   spec = Spec(args.epsilon, center, args.dtype, groups=groups)
+  case = jax.ShapeDtypeStruct(shape, x.dtype)
+  if implementation is None and not _names(case, spec, None):
+    return None
   given = {'x': x.reshape(shape), **_parameters(args)}
   return _partitioned(given, spec, implementation)['y'].reshape(x.shape)
 
@@ -238,7 +236,9 @@ def _forward(
 
 
 def _names(
-  x: Array, spec: Spec, implementation: Implementation | None
+  x: Array | jax.ShapeDtypeStruct,
+  spec: Spec,
+  implementation: Implementation | None,
 ) -> tuple[Implementation, ...]:
   """The kernels that may run: the one that is named, or those chosen."""
   if implementation is not None:

@@ -70,9 +70,7 @@ class BatchNorm(DropIn, nn.BatchNorm):
     mask: Array | None = None,
   ) -> Array:
     """Normalizes x; `mask` is True where an element counts."""
-    count = None
-    if self.debias or self.momentum is None:
-      count = 'count', _features(self, x)
+    count = ('count', False) if self.debias or self.momentum is None else None
     return _running_norm(
       self, batch.batch_norm, x, use_running_average, mask, count
     )
@@ -132,14 +130,8 @@ class BatchRenorm(DropIn, nn.BatchNorm):
   ) -> Array:
     """Normalizes x; `mask` is True where an element counts."""
     return _running_norm(
-      self, renorm.batch_renorm, x, use_running_average, mask, ('steps', ())
+      self, renorm.batch_renorm, x, use_running_average, mask, ('steps', True)
     )
-
-
-def _features(module: nn.BatchNorm, x: Array) -> tuple[int, ...]:
-  """The shape of the feature axes."""
-  axes = _types.check_axes(module.axis, x.ndim, repeats=True)
-  return tuple(x.shape[a] for a in axes)
 
 
 def _running_norm(
@@ -148,21 +140,26 @@ def _running_norm(
   x: Array,
   use_running_average: bool | None,
   mask: Array | None,
-  counted: tuple[str, tuple[int, ...]] | None,
+  counted: tuple[str, bool] | None,
 ) -> Array:
-  """A norm of batches; `counted` is the name and shape of a count it keeps."""
+  """A norm of batches; `counted` is the name of a count, if it is to keep one.
+
+  And whether that is one number for all features.
+  """
   eval_mode = nn.merge_param(
     'use_running_average', module.use_running_average, use_running_average
   )
-  shape = _features(module, x)
+  axes = _types.check_axes(module.axis, x.ndim, repeats=True)
+  shape = tuple(x.shape[a] for a in axes)
   wide = module.force_float32_reductions
   stored = jnp.float32 if wide else module.param_dtype
   mean = module.variable('batch_stats', 'mean', jnp.zeros, shape, stored)
   var = module.variable('batch_stats', 'var', jnp.ones, shape, stored)
   count = None
   if counted is not None:
-    name, counts = counted
-    count = module.variable('batch_stats', name, jnp.zeros, counts, jnp.int32)
+    name, is_one = counted
+    size = () if is_one else shape
+    count = module.variable('batch_stats', name, jnp.zeros, size, jnp.int32)
   x, options = _prepare(module, function, x, shape, mask)
   old = _running.BatchNormState(
     *_promoted(mean.value, var.value, _flax_dtype(module, x)),
@@ -173,14 +170,13 @@ def _running_norm(
   if initializing := module.is_initializing():
     alone = 'axis_name', 'axis_index_groups', 'virtual_batch_size'
     options.update({n: None for n in alone if n in options})
-  axes = _types.check_axes(module.axis, x.ndim, repeats=True)
   options.update(axis=axes, check_batch=False)
   y: Array
   y, new = function(x, old, train=not eval_mode, **options)
   if not eval_mode and not initializing:
     mean.value, var.value = new.mean, new.var
     if count is not None:
-      count.value = new.count if counts else new.count.max(initial=0)
+      count.value = new.count.max(initial=0) if is_one else new.count
   return y
 
 
