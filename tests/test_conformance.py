@@ -22,6 +22,8 @@ ROWS = [(case.name, case) for case in CASES]
 NORMS = [(case.name, case) for case in cases.NORMS]
 # Those whose gradients finite differences find: not r and d of renorm.
 DERIVATIVES = [row for row in ROWS if row[1].reference.is_derivative]
+# Of batches, of rows, of groups: without `jit` too in the first tier.
+KINDS = 'batch_norm', 'layer_norm', 'group_norm'
 MASKS = [('', False), ('masked', True)]
 DTYPES = [
   ('bfloat16', jnp.bfloat16, 1e-2),
@@ -183,8 +185,8 @@ VARIANTS = [
   MASKS,
   VARIANTS,
   first=lambda row, masked, variant: (
-    (variant == 'with_jit' and (masked or is_one_each(row)))
-    or (variant == 'without_jit' and masked and is_one_each(row))
+    (variant == 'with_jit' and masked)
+    or (variant in ('with_jit', 'without_jit') and row in KINDS)
   ),
 )
 def test_values(case, masked, variant):
@@ -193,7 +195,7 @@ def test_values(case, masked, variant):
   assert_close(function(*args), expected(case, *args))
 
 
-@rows(ROWS, DTYPES, every=8)
+@rows(ROWS, DTYPES, every=14)
 def test_dtypes(case, dtype, tolerance):
   with precision(dtype):
     if is_refused(case, dtype):
@@ -212,7 +214,7 @@ def test_gradients(case):
   assert_gradients(case, inputs(case))
 
 
-@rows(ROWS, WIDE, every=8)
+@rows(ROWS, WIDE, every=16)
 def test_gradients_masked(case, dtype, tolerance):
   with precision(dtype):
     if is_refused(case, dtype):
@@ -220,7 +222,7 @@ def test_gradients_masked(case, dtype, tolerance):
     assert_gradients(case, inputs(case, dtype, masked=True), tolerance)
 
 
-@rows(NORMS, every=6)
+@rows(NORMS, every=9)
 def test_second_derivatives(case):
   with precision(jnp.float64):
     params, state, x, where = inputs(case, jnp.float64, masked=True)
@@ -229,7 +231,7 @@ def test_second_derivatives(case):
     test_util.check_grads(function, (params, x), order=2, modes=['rev'])
 
 
-@rows(NORMS, every=3)
+@rows(NORMS, every=6)
 def test_bfloat16_under_shard_map(case):
   """On each device by itself, what varies over devices being checked."""
   params, state, _, _ = inputs(case)
@@ -265,7 +267,7 @@ def test_check_norm_masked(case):
   testing.check_norm(case.transform, x, case.reference, where=where)
 
 
-@rows(ROWS, first=is_one_each)
+@rows(ROWS, first=is_one_each, every=2)
 def test_steps_under_scan(case):
   params, first, _, _ = inputs(case)
   xs = jnp.stack([draw(case.shape, seed=i) for i in range(4)])
@@ -306,7 +308,7 @@ def test_weights_of_averages(case):
     assert_close(state.var[feature], np.average(var, weights=weights))
 
 
-@rows(ROWS, first=is_one_each, every=2)
+@rows(ROWS, first=is_one_each, every=4)
 def test_nothing_left(case):
   """All masked: zeros, then the bias; state and gradients untouched."""
   params, state, x, _ = inputs(case)
@@ -320,7 +322,7 @@ def test_nothing_left(case):
   assert_gradients(case, (params, state, x, where))
 
 
-@rows(ROWS, first=is_one_each)
+@rows(ROWS, first=is_one_each, every=2)
 def test_constant(case):
   """No variance: the outputs and gradients are finite, and exact."""
   params, state, x, _ = inputs(case)

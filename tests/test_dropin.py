@@ -32,7 +32,7 @@ from normkit import linen
 KEY = jax.random.key(0)
 # Of each module, some of them equal; `python -m benchmarks dropin` compares
 # more.
-USES = [4, second_tier(8)]
+USES = [2, second_tier(8)]
 
 
 @pytest.mark.parametrize('uses', USES)
@@ -560,7 +560,7 @@ def assert_near(actual, desired):
 
 
 @pytest.mark.parametrize(
-  'function', thinned(SAME, every=3), ids=lambda f: f.__name__
+  'function', thinned(SAME, every=6), ids=lambda f: f.__name__
 )
 def test_same_under(function):
   ours, theirs = function(linen), function(nn)

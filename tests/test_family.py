@@ -300,7 +300,7 @@ STATE4 = nk.BatchNormState(jnp.zeros(4), jnp.ones(4), jnp.full(4, 30_000))
 
 @pytest.mark.parametrize(
   ('name', 'shape'),
-  thinned(CONDITIONED, [(2, 1, 1, 4), (2, 3, 5, 4), (1, 3, 5, 1)], every=3),
+  thinned(CONDITIONED, [(2, 1, 1, 4), (2, 3, 5, 4), (1, 3, 5, 1)], every=6),
   ids=str,
 )
 def test_conditioned(name, shape):
@@ -439,7 +439,7 @@ SHARDED = {
 }
 
 
-@pytest.mark.parametrize(('name', 'axis'), thinned(SHARDED, range(3), every=6))
+@pytest.mark.parametrize(('name', 'axis'), thinned(SHARDED, range(3), every=12))
 def test_explicit_meshes(name, axis):
   """Whichever axis is sharded: the same values, sharded as x is."""
   norm, x = SHARDED[name], draw((8, 4, 8))

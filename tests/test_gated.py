@@ -70,7 +70,7 @@ def run(last, size, where=None, **options):
     [None, 2],
     [False, True],
     [jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64],
-    every=2,
+    every=5,
   ),
 )
 def test_values_and_gradients(last, size, masked, dtype):

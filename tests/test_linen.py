@@ -60,7 +60,7 @@ each_row = pytest.mark.parametrize(
 each_case = pytest.mark.parametrize(
   'case',
   [
-    (pytest.param if case in NORMS else second_tier)(case, id=case.name)
+    (pytest.param if case in NORMS[::3] else second_tier)(case, id=case.name)
     for case in CASES
   ],
 )

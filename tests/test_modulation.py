@@ -181,8 +181,9 @@ def test_what_is_kept(norm, of):
 
 
 class TestResidual:
-  @pytest.mark.parametrize('dtype', DTYPES)
-  @pytest.mark.parametrize('shape', SHAPES.values(), ids=SHAPES)
+  @pytest.mark.parametrize(
+    ('dtype', 'shape'), thinned(DTYPES, SHAPES.values(), every=3)
+  )
   def test_values_and_gradients(self, dtype, shape):
     x, branch, dy = (draw(SHAPE, dtype, seed=i) for i in range(3))
     gate = draw(shape, dtype, seed=3)

@@ -636,7 +636,7 @@ TRANSFORMS = (
 
 
 @pytest.mark.parametrize(
-  ('name', 'transform'), thinned(NAMES, TRANSFORMS, every=4)
+  ('name', 'transform'), thinned(NAMES, TRANSFORMS, every=7)
 )
 def test_transforms(name, transform):
   theirs, ours = small(name, nnx), small(name)

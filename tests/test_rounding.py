@@ -70,7 +70,7 @@ ALONE = [c for c in cases.CASES if not isinstance(c.transform, cases.SelfGated)]
 
 @pytest.mark.parametrize(
   ('case', 'kind', 'masked'),
-  thinned(ALONE, GRADIENTS, [False, True], every=16),
+  thinned(ALONE, GRADIENTS, [False, True], every=25),
   ids=case_name,
 )
 def test_one_rounding(case, kind, masked):
@@ -105,7 +105,7 @@ def test_one_rounding_with_a_gate(kind, last):
 
 
 @pytest.mark.parametrize(
-  ('of', 'kind'), thinned(['layer', 'rms', 'group'], GRADIENTS, every=6)
+  ('of', 'kind'), thinned(['layer', 'rms', 'group'], GRADIENTS, every=12)
 )
 def test_one_rounding_by_kernel(name, of, kind):
   shape = (2, 5, 12) if of == 'group' else (6, 40)
