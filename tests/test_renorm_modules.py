@@ -13,7 +13,7 @@ import pytest
 import normkit as nk
 import normkit.linen
 import normkit.nnx
-from normkit.tools import freeze, recalibrate
+from normkit.tools import freeze, inspect, recalibrate
 
 LIMITS = {'r_max': 1.5, 'd_max': 0.3}
 STEPS = [draw((8, 2, 3), seed=i) * (1 + i) + i for i in range(3)]
@@ -225,4 +225,19 @@ def test_tools_see_them():
   module = normkit.nnx.BatchRenorm(3, rngs=nnx.Rngs(0))
   new = recalibrate.recalibrate(lambda m, x: m(x), module, [x])
   np.testing.assert_allclose(new.mean[...], exact.mean(0), rtol=1e-5)
-  assert freeze.freeze(module)(x).shape == x.shape
+  frozen = freeze.freeze(module)
+  frozen.train()
+  want = exact / np.sqrt(1 + 1e-5)  # by the statistics of the start
+  np.testing.assert_allclose(frozen(x), want, rtol=1e-5)
+  with freeze.frozen():
+    y, updates = call(variables, x)
+  np.testing.assert_allclose(y, want, rtol=1e-5)
+  chex.assert_trees_all_equal(updates['batch_stats'], variables['batch_stats'])
+  for found in (
+    inspect.inspect(call, variables, [x]),
+    inspect.inspect(lambda m, x: m(x), module, [x]),
+  ):
+    (layer,) = found.layers
+    np.testing.assert_allclose(layer.batch_mean, exact.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(layer.batch_var, exact.var(0), rtol=1e-5)
+    assert 'not_updated' in [advice.code for advice in found.advice]
