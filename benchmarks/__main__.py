@@ -7,6 +7,7 @@ from benchmarks import (
   bytes as moved,
   compiling,
   dropin,
+  family,
   folding,
   kernels,
   pictures,
@@ -21,6 +22,7 @@ def main() -> int:
   moved.add_command(commands)
   compiling.add_command(commands)
   dropin.add_command(commands)
+  family.add_command(commands)
   folding.add_command(commands)
   kernels.add_command(commands)
   pictures.add_command(commands)

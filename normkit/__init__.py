@@ -37,6 +37,7 @@ from normkit.norms.instance import (
 )
 from normkit.norms.l2 import ScaleNorm, l2_norm
 from normkit.norms.layer import LayerNorm, add_layer_norm, layer_norm
+from normkit.norms.quantized import quantized_layer_norm, quantized_rms_norm
 from normkit.norms.renorm import BatchRenorm, batch_renorm
 from normkit.norms.response import (
   FilterResponseNorm,
@@ -111,6 +112,8 @@ __all__ = [
   'moments',
   'normalize',
   'products_saveable',
+  'quantized_layer_norm',
+  'quantized_rms_norm',
   'rms_norm',
   'streaming_norm',
 ]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from normkit import _shards, _types, platforms
 from normkit._types import Array, DType, Scalar
 from normkit.centred import Centred
-from normkit.kernels.rows import reciprocal_root
+from normkit.kernels.rows import Rounding, reciprocal_root
 from normkit.lean import lean
 
 
@@ -26,19 +26,7 @@ class Arguments(NamedTuple):
   where: Array | None
   dtype: DType
   statistics_dtype: DType
-  rounding: 'Rounding | None' = None
-
-
-class Rounding(NamedTuple):
-  """What is narrow before the result is, as some models round.
-
-  Attributes:
-    normalized: dtype of the normalized values that the scale multiplies.
-    product: dtype of their product.
-  """
-
-  normalized: DType
-  product: DType
+  rounding: Rounding | None = None
 
 
 def widened(

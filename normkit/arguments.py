@@ -15,7 +15,8 @@ from normkit._types import (
   Implementation,
   Scalar,
 )
-from normkit.affine import Arguments, Rounding
+from normkit.affine import Arguments
+from normkit.kernels.rows import Rounding
 
 
 def check_arguments(

@@ -13,7 +13,7 @@ from normkit._types import (
   Implementation,
   Scalar,
 )
-from normkit.affine import Arguments, activated, affine, widened
+from normkit.affine import Arguments, activated, affine, rounded, widened
 from normkit.arguments import (
   check_activation,
   check_arguments,
@@ -154,9 +154,7 @@ def normalize_any(
     scale_offset,
     round_before_scale,
   )
-  if round_before_scale:
-    _types.refuse_kernel(implementation, 'it rounds before the scale')
-  elif implementation != 'xla':
+  if implementation != 'xla':
     is_pooled = axis_name is not None or axis_index_groups is not None
     y = rows.normalize(
       x, args, axes, features, is_pooled, center, implementation
@@ -180,6 +178,8 @@ def add_normalize(
   bias: ArrayLike | None,
   *,
   center: bool,
+  scale_offset: float,
+  round_before_scale: bool = False,
   epsilon: Scalar,
   activation: Callable[[Array], Array] | None,
   dtype: DType | None,
@@ -197,7 +197,16 @@ def add_normalize(
   check_activation(activation)
   axes = _types.check_axes(-1, x.ndim)
   args = check_arguments(
-    x, scale, bias, axes, epsilon, None, dtype, implementation
+    x,
+    scale,
+    bias,
+    axes,
+    epsilon,
+    None,
+    dtype,
+    implementation,
+    scale_offset,
+    round_before_scale,
   )
   _types.check_not_empty(x.shape, axes)
   if isinstance(args.epsilon, Array):
@@ -221,6 +230,8 @@ def _add_by_xla(
 
   def run(wide: Array, args: Arguments, residual: Array) -> tuple[Array, Array]:
     total = wide + residual.astype(wide.dtype)
+    if args.rounding is not None:
+      total = rounded(total, residual.dtype)
     stats = centred(total, axes, None, center)
     y = activated(total, stats, args, center, activation)
     return y, total.astype(residual.dtype)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from normkit import _types
 from normkit._types import Array, DType
-from normkit.affine import Arguments, activated
+from normkit.affine import Arguments, activated, rounded
 from normkit.centred import Centred, centred, changes
 from normkit.kernels.rows import Spec, statistics
 from normkit.pooling import merge_channels, spread
@@ -53,15 +53,18 @@ def _sum(given: Arrays, spec: Spec) -> Array:
   """The norm's input: x, or its sum with the residual.
 
   Not yet rounded where the result is wider and would show it. Otherwise what is
-  returned is read again: the sum anew would be another pass over x.
+  returned is read again: the sum anew would be another pass over x. A model
+  that rounds before the scale has rounded the sum, whatever its result is.
   """
   x = given['x']
   if 'residual' not in given:
     return x
-  if jnp.finfo(spec.dtype).bits <= jnp.finfo(x.dtype).bits:
+  is_wider = jnp.finfo(spec.dtype).bits > jnp.finfo(x.dtype).bits
+  if not is_wider and spec.rounding is None:
     return x + given['residual']
   wide = _types.statistics_dtype(x.dtype)
-  return x.astype(wide) + given['residual'].astype(wide)
+  total = x.astype(wide) + given['residual'].astype(wide)
+  return total if spec.rounding is None else rounded(total, x.dtype)
 
 
 def _affine(x: Array, stats: Centred, given: Arrays, spec: Spec) -> Array:
@@ -70,7 +73,9 @@ def _affine(x: Array, stats: Centred, given: Arrays, spec: Spec) -> Array:
     _types.widen(_of_rank(given.get(n), x.ndim), _types.real_dtype(wide))
     for n in ('scale', 'bias')
   )
-  args = Arguments(scale, bias, spec.epsilon, None, spec.dtype, wide)
+  args = Arguments(
+    scale, bias, spec.epsilon, None, spec.dtype, wide, spec.rounding
+  )
   return activated(x, stats, args, spec.center, spec.activation)
 
 

@@ -81,7 +81,9 @@ def normalize_rows(
     if residual is None:
       return None
   assert isinstance(args.epsilon, float)
-  spec = Spec(args.epsilon, center, args.dtype, activation)
+  spec = Spec(
+    args.epsilon, center, args.dtype, activation, rounding=args.rounding
+  )
   given = {'x': x} if residual is None else {'x': x, 'residual': residual}
   given = {n: a[None] if x.ndim == 1 else a for n, a in given.items()}
   if why is None:
@@ -134,6 +136,7 @@ def _refusal(
     'statistics are pooled over devices': is_pooled,
     'there is a mask': args.where is not None,
     'epsilon is an array': isinstance(args.epsilon, Array),
+    'it rounds before the scale': args.rounding is not None,
     f'dtype {x.dtype} to {args.dtype}': not {x.dtype, args.dtype} <= FLOATS,
     'scale or bias is not a float of 32 bits for each element of the last '
     'axis': any(p.shape != last or p.dtype not in FLOATS for p in parameters),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiers import thinned
 
-from benchmarks import compiling, speed
+from benchmarks import compiling, family, speed
 
 SHAPE = 4, 6, 6, 64
 LIBRARIES = [
@@ -65,6 +65,17 @@ def test_the_same_work(library, norm):
   )
   change = np.sum(dy * (above - below)) / (2 * step)
   np.testing.assert_allclose(np.sum(dx * dy), change, rtol=1e-4)
+
+
+@pytest.mark.parametrize('name', family.CASES)
+def test_formulas_written_out_are_the_norms(name):
+  case = family.CASES[name]
+  shapes = [[min(s, 8) for s in a.shape] for a in family.arrays_of(case)]
+  random = np.random.default_rng(0)
+  args = [random.normal(size=s).astype(np.float32) for s in shapes]
+  with jax.numpy_rank_promotion('allow'):
+    y, want = (jax.jit(f)(*args) for f in (case.ours, case.written))
+  np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
 
 
 def test_timing_and_its_table(tmp_path):

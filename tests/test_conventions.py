@@ -102,6 +102,10 @@ def test_offset_of_no_number_is_refused():
       make()
   with pytest.raises(NotImplementedError, match='rounds before'):
     nk.rms_norm(x, round_before_scale=True, implementation='triton')
+  with pytest.raises(NotImplementedError, match='rounds before'):
+    nk.add_rms_norm(x, x, round_before_scale=True, implementation='triton')
+  with pytest.raises(TypeError, match='scale_offset must be'):
+    nk.add_layer_norm(x, x, scale_offset='1')
 
 
 def test_the_offset_is_added_in_float32():
@@ -122,6 +126,96 @@ def test_rounded(dtype, size):
   y, dy = jax.jvp(run, (x,), (x,))
   np.testing.assert_array_equal(dy, x)
   assert size < 1e-6 or not np.array_equal(y, x)
+
+
+ADDED = {
+  'rms_offset': (nk.add_rms_norm, {'scale_offset': 1.0}),
+  'rms_rounds': (nk.add_rms_norm, {'round_before_scale': True}),
+  'rms_both': (
+    nk.add_rms_norm,
+    {'scale_offset': 0.5, 'round_before_scale': True},
+  ),
+  'layer_offset': (nk.add_layer_norm, {'scale_offset': 1.0}),
+}
+
+
+def steps_of_sum(x, residual, w, center, offset=0.0, rounds=False):
+  """In NumPy, of bfloat16; the sum as `round_before_scale` has it."""
+  total = np.asarray(x, np.float64) + np.asarray(residual, np.float64)
+  n = np.float64(total.astype(x.dtype)) if rounds else total
+  n = n - (n.mean(-1, keepdims=True) if center else 0)
+  n = np.float32(n / np.sqrt(np.square(n).mean(-1, keepdims=True) + 1e-6))
+  n = n.astype(x.dtype).astype(np.float32) if rounds else n
+  return n * (np.float32(w) + np.float32(offset)), total.astype(x.dtype)
+
+
+@pytest.mark.parametrize('array', [False, True], ids=['number', 'array'])
+@pytest.mark.parametrize('dtype', [None, jnp.float32])
+@pytest.mark.parametrize(('add', 'options'), ADDED.values(), ids=ADDED)
+def test_sums(add, options, dtype, array):
+  """Bit for bit but for a few: the sum is rounded where the rest is."""
+  x, residual = (draw((64, 40), jnp.bfloat16, seed=i) for i in range(2))
+  w = draw((40,), jnp.bfloat16, seed=2)
+  epsilon = jnp.float32(1e-6) if array else 1e-6
+  run = jax.jit(lambda *a: add(*a, dtype=dtype, epsilon=epsilon, **options))
+  y, total = run(x, residual, w)
+  rounds = options.get('round_before_scale', False)
+  want, sums = steps_of_sum(
+    x,
+    residual,
+    w,
+    add is nk.add_layer_norm,
+    options.get('scale_offset', 0.0),
+    rounds,
+  )
+  np.testing.assert_array_equal(total, sums)
+  if not rounds:
+    atol = 1e-5 if dtype else 2**-6  # a narrow result may be of either sum
+    np.testing.assert_allclose(np.float32(y), want, 2**-7, atol * 4)
+    return
+  if 'scale_offset' not in options:  # a product of bfloat16
+    want = want.astype(x.dtype).astype(np.float32)
+  want = want.astype(y.dtype).astype(np.float32)
+  assert np.mean(np.float32(y) != want) < (2e-3 if dtype is None else 0.02)
+  np.testing.assert_allclose(np.float32(y), want, 2**-7)
+
+
+@pytest.mark.parametrize(('add', 'options'), ADDED.values(), ids=ADDED)
+def test_gradients_of_sums(add, options):
+  """Those of the norm of what is kept, and the sum's, rounded once."""
+  x, residual, dtotal = (draw((6, 40), jnp.bfloat16, seed=i) for i in range(3))
+  dy, w = draw((6, 40), seed=3), draw((40,), seed=4)
+
+  @jax.jit
+  def pull(x, residual, w):
+    run = lambda *a: add(*a, dtype=jnp.float32, **options)  # noqa: E731
+    (_, total), back = jax.vjp(run, x, residual, w)
+    return total, *back((dy, dtotal))
+
+  def norm(total, w):
+    rows = nk.layer_norm if add is nk.add_layer_norm else nk.rms_norm
+    return rows(total, w, scale_offset=options.get('scale_offset', 0.0))
+
+  total, dx, dresidual, dw = pull(x, residual, w)
+  chex.assert_trees_all_equal(dx, dresidual)
+  back = jax.jit(lambda *a: jax.vjp(norm, *a)[1](dy))
+  dnorm, dscale = back(total.astype(jnp.float32), w)
+  want = np.asarray(dnorm + dtotal.astype(jnp.float32))
+  # The statistics are those of the sum, or of what is kept of it.
+  np.testing.assert_allclose(np.float32(dx), want, 2**-8, 2**-6)
+  size = np.abs(dscale).max()
+  np.testing.assert_allclose(dw / size, dscale / size, atol=2**-7)
+
+
+def test_sums_keep_the_sum_alone():
+  x = jax.ShapeDtypeStruct((512, 1024), jnp.bfloat16)
+  scale = jax.ShapeDtypeStruct((1024,), jnp.bfloat16)
+  size = x.size * x.dtype.itemsize
+
+  def norm(x, residual, scale):
+    return nk.add_rms_norm(x, residual, scale, round_before_scale=True)
+
+  assert size <= kept(norm, x, x, scale) <= 1.05 * size
 
 
 def test_rounding_keeps_x_alone():

@@ -77,6 +77,8 @@ SENTENCES = {
 OWN = {
   'moments': {'axis_index_groups', 'axis_name', 'dtype'},
   'normalize': {'implementation'},  # of any axes
+  'quantized_rms_norm': {'dtype'},  # of eight bits
+  'quantized_layer_norm': {'dtype'},
   'streaming_norm': {'momentum'},  # of batches
   'WeightStandardization': {'dtype'},
 }

@@ -14,6 +14,7 @@ from test_memory import kept
 from tiers import thinned
 
 import normkit as nk
+from normkit import testing
 import normkit.linen
 import normkit.nnx
 
@@ -281,3 +282,21 @@ def test_errors(words, row):
   x, gate = arrays.pop('x'), arrays.pop('gate')
   with pytest.raises(error, match=words):
     jax.eval_shape(lambda: nk.gated_rms_norm(x, gate, **arrays))
+
+
+class Deaf(nk.GatedRMSNorm):
+  """Wrong: its gate has no gradient."""
+
+  def apply(self, params, state, x, gate=None, **options):
+    gate = None if gate is None else jax.lax.stop_gradient(gate)
+    return super().apply(params, state, x, gate, **options)
+
+
+@pytest.mark.second_tier
+def test_check_norm_gives_a_gate():
+  x = draw((4, 6))
+  reference = family.gated_rms_norm()
+  testing.check_norm(nk.GatedRMSNorm(), x, reference, gate=jnp.positive)
+  testing.check_norm(Deaf(), x)  # it is never given one
+  with pytest.raises(AssertionError, match='Deaf, derivatives'):
+    testing.check_norm(Deaf(), x, gate=jnp.sin)

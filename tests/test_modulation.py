@@ -237,18 +237,68 @@ class TestResidual:
       nk.adaptive_residual(x, x.astype(jnp.complex64), jnp.ones((3, 8)))
 
 
-WHY = 'for comparison: pip install torch diffusers'
+WHY = "for comparison: pip install 'normkit[peers]'"
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_diffusers(dtype):
-  """AdaLayerNormZero of DiT and SD 3; its gate on the residual, written out."""
+def diffusers(name, dtype, *args, **options):
+  """A layer of diffusers with random weights."""
   torch = pytest.importorskip('torch', reason=WHY)
   module = pytest.importorskip(
     'diffusers.models.normalization', reason=WHY, exc_type=ImportError
   )
   torch.manual_seed(0)
-  layer = module.AdaLayerNormZero(8).to(getattr(torch, dtype))
+  layer = getattr(module, name)(*args, **options)
+  with torch.no_grad():
+    for parameter in layer.parameters():
+      parameter.normal_(std=0.3)
+  return torch, layer.to(getattr(torch, dtype))
+
+
+OTHERS = {
+  'lumina': ('LuminaRMSNormZero', (8, 1e-5, True), 4),
+  'continuous': ('AdaLayerNormContinuous', (8, 8, False), 2),
+}
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('name', OTHERS)
+def test_others_of_diffusers(name, dtype):
+  """Lumina 2's norm, with a weight; the last of DiTs, scale before shift."""
+  kind, args, parts = OTHERS[name]
+  torch, layer = diffusers(kind, dtype, *args)
+  x, condition, dy = (
+    draw(s, dtype, seed=i) for i, s in enumerate((SHAPE, (3, 8), SHAPE))
+  )
+
+  def to_torch(a):
+    a = torch.tensor(np.asarray(a, np.float32)).to(getattr(torch, dtype))
+    return a.requires_grad_()
+
+  given, emb = to_torch(x), to_torch(condition)
+  y = layer(given, emb)
+  y = y[0] if name == 'lumina' else y
+  y.backward(to_torch(dy))
+  outputs = layer.linear(layer.silu(emb)).detach().float().numpy()
+  scale, shift, *_ = np.split(outputs, parts, axis=1)
+
+  def run(x):
+    if name == 'continuous':
+      modulation = jnp.asarray(shift, dtype), jnp.asarray(scale, dtype)
+      return nk.adaptive_layer_norm(x, *modulation, epsilon=1e-5)
+    weight = layer.norm.weight.detach().float().numpy()
+    factor = jnp.asarray(weight * (1 + scale)[:, None])
+    return nk.rms_norm(x, factor, epsilon=1e-5)
+
+  found, pull = jax.vjp(run, x)
+  error = 1e-5 if dtype == 'float32' else 2**-5  # theirs rounds each step
+  want = [wide(t.detach().float().numpy()) for t in (y, given.grad)]
+  assert_close((found, *pull(dy)), want, error)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_diffusers(dtype):
+  """AdaLayerNormZero of DiT and SD 3; its gate on the residual, written out."""
+  torch, layer = diffusers('AdaLayerNormZero', dtype, 8)
   x, condition, dy, branch = (
     draw(s, dtype, seed=i) for i, s in enumerate((SHAPE, (3, 8), SHAPE, SHAPE))
   )

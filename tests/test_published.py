@@ -289,15 +289,41 @@ def calls_of_page():
   """What each row of the page says of the models that it names in brackets."""
   page = (DOCS / 'models.md').read_text()
   rows = re.findall(
-    r'^\| .* \| `(nk\..*?)` \|.*\| ((?:`\w+`(?:, )?)+) \|$', page, re.M
+    r'^\| .* \| `(nk\..*?)` \| (.*?) \|.*\| ((?:`\w+`(?:, )?)+) \|$',
+    page,
+    re.M,
   )
   names = {'nk': nk, 'jax': jax}
-  for call, models in rows:
+  for call, epsilons, models in rows:
+    usual, *others = epsilons.split('; ')
+    own = dict(re.fullmatch(r'`(\w+)` (\S+)', o).groups() for o in others)
     for name in re.findall(r'`(\w+)`', models):
-      yield name, eval(call, names)
+      yield name, eval(call, names), float(own.get(name, usual))
 
 
 def test_the_page_says_what_was_compared():
   """Each model here once, with the options that the tests hold it to."""
-  found = dict(calls_of_page())
+  found = {name: call for name, call, _ in calls_of_page()}
   assert found == {name: model.transform for name, model in MODELS.items()}
+
+
+def test_the_page_says_the_epsilon_of_each():
+  """What the configuration class says unless told otherwise."""
+  pytest.importorskip('torch', reason=WHY)
+  pytest.importorskip('transformers', reason=WHY)
+  names = 'rms_norm_eps', 'layer_norm_epsilon', 'norm_eps'
+  wrong = {}
+  for name, _, epsilon in calls_of_page():
+    file = FILES.get(name, name)
+    module = importlib.import_module(
+      f'transformers.models.{file}.configuration_{file}'
+    )
+    configs = {
+      config
+      for key, config in vars(module).items()
+      if key.endswith('Config') and config.__module__ == module.__name__
+    }
+    given = {getattr(c, n) for c in configs for n in names if hasattr(c, n)}
+    if given != {epsilon}:
+      wrong[name] = epsilon, given
+  assert not wrong

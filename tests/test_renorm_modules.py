@@ -1,5 +1,7 @@
 """Batch renorm as modules: as the paper has it, with SBX's variables."""
 
+from importlib import metadata, util
+
 from cases import draw, draw_mask
 import chex
 import family
@@ -13,8 +15,9 @@ import pytest
 import normkit as nk
 import normkit.linen
 import normkit.nnx
-from normkit.tools import freeze, recalibrate
+from normkit.tools import freeze, inspect, recalibrate
 
+KEY = jax.random.key(0)
 LIMITS = {'r_max': 1.5, 'd_max': 0.3}
 STEPS = [draw((8, 2, 3), seed=i) * (1 + i) + i for i in range(3)]
 MASKS = [draw_mask((8, 2, 3), seed=i) for i in range(3)]
@@ -163,6 +166,49 @@ def test_beside_sbx(epsilon, most, least):
   assert (stats['r_max'], stats['d_max']) == (3, 5)  # as they came
 
 
+def sbx():
+  """Its layers, in a file that needs Flax alone; all of SBX needs far more."""
+  why = "SBX's own BatchRenorm: pip install --no-deps sbx-rl"
+  try:
+    files = metadata.files('sbx-rl') or ()
+  except metadata.PackageNotFoundError:
+    pytest.skip(why)
+  (path,) = (f.locate() for f in files if f.match('common/jax_layers.py'))
+  spec = util.spec_from_file_location('jax_layers', path)
+  module = util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+@pytest.mark.parametrize(
+  ('epsilon', 'most', 'least'), [(1e-9, 1e-5, 0), (1e-3, 1, 0.01)]
+)
+def test_sbx_itself(epsilon, most, least):
+  """What it initializes loads; the statistics and evaluation are the same."""
+  theirs = sbx().BatchRenorm(momentum=0.9, epsilon=epsilon, warmup_steps=1)
+  norm, first = like_sbx(epsilon), STEPS[0]
+  variables = theirs.init(KEY, first, use_running_average=False)
+  found, wanted, differences = variables, variables, []
+  for x in (x * jnp.array([[[1.0, 0.02, 3.0]]]) for x in STEPS):
+    ys = []
+    for layer, given in (norm, found), (theirs, wanted):
+      y, updates = layer.apply(
+        given, x, use_running_average=False, mutable=['batch_stats']
+      )
+      ys.append((y, given | updates))
+    (y, found), (desired, wanted) = ys
+    differences.append(np.abs(y - desired).max())
+    for name in 'mean', 'var', 'steps', 'r_max', 'd_max':
+      actual, stat = (v['batch_stats'][name] for v in (found, wanted))
+      np.testing.assert_allclose(actual, stat, rtol=1e-5, atol=1e-6)
+  assert least <= max(differences) <= most
+  y, desired = (
+    layer.apply(wanted, first, use_running_average=True)
+    for layer in (norm, theirs)
+  )
+  np.testing.assert_allclose(y, desired, rtol=1e-5, atol=1e-5)
+
+
 def test_a_file_of_sbx_is_read():
   stats = written_by_sbx()
   read = serialization.msgpack_restore(serialization.msgpack_serialize(stats))
@@ -225,4 +271,19 @@ def test_tools_see_them():
   module = normkit.nnx.BatchRenorm(3, rngs=nnx.Rngs(0))
   new = recalibrate.recalibrate(lambda m, x: m(x), module, [x])
   np.testing.assert_allclose(new.mean[...], exact.mean(0), rtol=1e-5)
-  assert freeze.freeze(module)(x).shape == x.shape
+  frozen = freeze.freeze(module)
+  frozen.train()
+  want = exact / np.sqrt(1 + 1e-5)  # by the statistics of the start
+  np.testing.assert_allclose(frozen(x), want, rtol=1e-5)
+  with freeze.frozen():
+    y, updates = call(variables, x)
+  np.testing.assert_allclose(y, want, rtol=1e-5)
+  chex.assert_trees_all_equal(updates['batch_stats'], variables['batch_stats'])
+  for found in (
+    inspect.inspect(call, variables, [x]),
+    inspect.inspect(lambda m, x: m(x), module, [x]),
+  ):
+    (layer,) = found.layers
+    np.testing.assert_allclose(layer.batch_mean, exact.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(layer.batch_var, exact.var(0), rtol=1e-5)
+    assert 'not_updated' in [advice.code for advice in found.advice]

@@ -1,5 +1,8 @@
 """Other norms in the place of batch norms: outputs, parameters, refusals."""
 
+import dataclasses
+import math
+
 import chex
 from flax import linen as nn, nnx
 import jax
@@ -14,6 +17,7 @@ from normkit.tools import replace
 
 KEY = jax.random.key(0)
 X = np.random.default_rng(0).normal(size=(4, 3, 3, 8)).astype(np.float32)
+RNGS = nnx.Rngs(0)
 GROUPS = nk.GroupNorm(num_groups=2, epsilon=1e-5)
 
 
@@ -296,10 +300,10 @@ def test_the_attribute_is_back_after_an_error():
   ('transform', 'error', 'match'),
   [
     (nk.BatchNorm(), TypeError, 'must be a norm without state'),
-    (nk.DyT(), TypeError, 'whose parameters are scale and bias'),
+    (nk.ScaleNorm(), ValueError, 'ScaleNorm cannot take'),
+    (nk.GlobalResponseNorm(), TypeError, 'must be a norm without state'),
     (nk.RMSNorm(), ValueError, 'has a bias, for which RMSNorm'),
     (nk.LayerNorm(axis=(-2, -1)), ValueError, 'over the last axis'),
-    (nk.LayerNorm(scale_offset=1), ValueError, 'without scale_offset'),
     (nk.GroupNorm(num_groups=3), ValueError, 'num_groups'),
   ],
 )
@@ -313,6 +317,79 @@ def test_norms_that_do_not_fit_are_refused(transform, error, match):
     pytest.raises(error, match=match),
   ):
     model.init(KEY, X, False)
+
+
+OWN = {'dyt': (nk.DyT(), np.tanh), 'derf': (nk.Derf(), np.vectorize(math.erf))}
+
+
+def bounded(function, x, layer, alpha=0.5):
+  """Of alpha * x, as DyT and Derf are at first; the shift is zero."""
+  y = function(alpha * np.float64(x))
+  return y * np.float64(layer['scale']) + np.float64(layer['bias'])
+
+
+@pytest.mark.parametrize('name', OWN)
+def test_norms_with_parameters_of_their_own_in_nnx(name, module):
+  transform, function = OWN[name]
+  replaced = replace.replace_norms(module, transform)
+  expected = X
+  for norm in module.first, module.block[0]['norm']:
+    layer = {n: getattr(norm, n)[...] for n in ('scale', 'bias')}
+    expected = bounded(function, expected, layer)
+  close(replaced(X), expected)
+  assert replaced.first.alpha[...] == 0.5
+
+
+@pytest.mark.parametrize('name', OWN)
+def test_norms_with_parameters_of_their_own_in_linen(name, linen):
+  transform, function = OWN[name]
+  model, variables = linen
+  params = variables['params']
+  with (
+    replace.replacing_norms(transform),
+    pytest.raises(ValueError, match="'first' has no alpha"),
+  ):
+    model.apply({'params': params}, X, True)
+  with replace.replacing_norms(transform):
+    fresh = model.init(KEY, X, True)['params']
+    params = {
+      'first': fresh['first'] | params['first'] | {'alpha': jnp.float32(0.25)},
+      'block': {'second': fresh['block']['second'] | params['block']['second']},
+    }
+    y = model.apply({'params': params}, X, True)
+  expected = bounded(function, X, params['first'], 0.25)
+  close(y, bounded(function, expected, params['block']['second']))
+
+
+def test_offsets_and_gates(module):
+  """The scale is carried over less the offset; a gate is left out."""
+  for transform in (
+    nk.GroupNorm(num_groups=2, epsilon=1e-5, scale_offset=1.0),
+    nk.LayerNorm(epsilon=1e-5, scale_offset=0.5),
+  ):
+    replaced = replace.replace_norms(module, transform)
+    plain = dataclasses.replace(transform, scale_offset=0.0)
+    same = replace.replace_norms(module, plain)
+    close(replaced(X), np.asarray(same(X), np.float64))
+    offset = module.first.scale[...] - replaced.first.scale[...]
+    np.testing.assert_allclose(offset, transform.scale_offset, rtol=1e-6)
+    assert isinstance(replaced.first.scale, nnx.Param)
+  model = NNX(lambda n, rngs: nnx.BatchNorm(n, use_bias=False, rngs=rngs), RNGS)
+  nnx.update(model, noise(nnx.state(model)))
+  for transform in nk.GatedRMSNorm(), nk.RMSNorm(round_before_scale=True):
+    y = X
+    for norm in model.first, model.block[0]['norm']:
+      y = nk.rms_norm(y, norm.scale[...])
+    close(replace.replace_norms(model, transform)(X), y)
+
+
+def test_offsets_are_refused_in_linen(linen):
+  model, variables = linen
+  with (
+    replace.replacing_norms(nk.LayerNorm(scale_offset=1.0)),
+    pytest.raises(ValueError, match='without scale_offset here'),
+  ):
+    model.apply({'params': variables['params']}, X, True)
 
 
 def test_models_that_do_not_fit_are_refused():

@@ -19,6 +19,18 @@ Tiles = Sequence[Array]
 Mean = Callable[[Tiles], Array]
 
 
+class Rounding(NamedTuple):
+  """What is narrow before the result is, as some models round.
+
+  Attributes:
+    normalized: dtype of the normalized values that the scale multiplies.
+    product: dtype of their product.
+  """
+
+  normalized: DType
+  product: DType
+
+
 @dataclasses.dataclass(frozen=True)
 class Spec:
   """The options of a norm.
@@ -30,6 +42,7 @@ class Spec:
     activation: applied to the result, elementwise, or None.
     groups: of channels of x (batch, ..., channels); None for rows, x's last
       axis.
+    rounding: what no kernel does, and XLA's form does, or None.
   """
 
   epsilon: float
@@ -37,6 +50,7 @@ class Spec:
   dtype: DType
   activation: Callable[[Array], Array] | None = None
   groups: int | None = None
+  rounding: Rounding | None = None
 
 
 class Parameters(NamedTuple):

@@ -102,6 +102,7 @@ def add_layer_norm(
   scale: ArrayLike | None = None,
   bias: ArrayLike | None = None,
   *,
+  scale_offset: float = 0.0,
   epsilon: Scalar = 1e-6,
   activation: Callable[[Array], Array] | None = None,
   dtype: DType | None = None,
@@ -121,6 +122,8 @@ def add_layer_norm(
     scale: of the shape of the last axis, or of x's rank and broadcasting
       against it. None: one.
     bias: shaped as `scale` is. None: zero.
+    scale_offset: added to `scale`, in float32 or wider; 1 for weights around
+      zero, as in Nemotron.
     epsilon: added to the variance, not negative; a number or a scalar array.
     activation: a function of an array, elementwise, hashable (a function of a
       module, not one made anew at each call, which would be compiled anew); it
@@ -152,6 +155,7 @@ def add_layer_norm(
     scale,
     bias,
     center=True,
+    scale_offset=scale_offset,
     epsilon=epsilon,
     activation=activation,
     dtype=dtype,

@@ -108,6 +108,8 @@ def add_rms_norm(
   residual: ArrayLike,
   scale: ArrayLike | None = None,
   *,
+  scale_offset: float = 0.0,
+  round_before_scale: bool = False,
   epsilon: Scalar = 1e-6,
   activation: Callable[[Array], Array] | None = None,
   dtype: DType | None = None,
@@ -119,13 +121,20 @@ def add_rms_norm(
     y = activation(rms_norm(total, scale))
 
   A kernel reads x and the residual once for both, and in its backward adds the
-  gradient of the sum where it writes that of the norm.
+  gradient of the sum where it writes that of the norm. With
+  `round_before_scale` there is none, and the sum is rounded before it is
+  normalized, as it is when the published code adds.
 
   Args:
     x: array of any shape, float16, bfloat16, float32, float64 or complex.
     residual: what is added to x, of its shape and dtype.
     scale: of the shape of the last axis, or of x's rank and broadcasting
       against it. None: one.
+    scale_offset: added to `scale`, in float32 or wider; 1 for weights around
+      zero, as in Gemma.
+    round_before_scale: round the normalized values to x's dtype before `scale`
+      multiplies them, and their product to the wider dtype of both, as in
+      Llama.
     epsilon: added to the mean square, not negative; a number or a scalar array.
     activation: a function of an array, elementwise, hashable (a function of a
       module, not one made anew at each call, which would be compiled anew); it
@@ -158,6 +167,8 @@ def add_rms_norm(
     scale,
     None,
     center=False,
+    scale_offset=scale_offset,
+    round_before_scale=round_before_scale,
     epsilon=epsilon,
     activation=activation,
     dtype=dtype,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 import contextlib
+import dataclasses
 import functools
 from typing import Any, TypeAlias
 
@@ -12,6 +13,34 @@ from normkit._types import Array
 from normkit.norm import Norm
 
 Apply: TypeAlias = Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Gated:
+  """A norm whose `apply` takes a gate after x, as one that makes it of x."""
+
+  transform: Any
+  gate: Callable[[Array], Array]
+
+  @property
+  def dtype(self) -> Any:
+    """That of y; None keeps x's."""
+    return getattr(self.transform, 'dtype', None)
+
+  def init(self, x: Array | jax.ShapeDtypeStruct) -> tuple[Any, Any]:
+    """As the norm's own."""
+    params, state = self.transform.init(x)
+    return params, state
+
+  def apply(
+    self, params: Any, state: Any, x: Array, **options: Any
+  ) -> tuple[Array, Any]:
+    """As the norm's own, given its gate."""
+    finite = jnp.isfinite(x)
+    gate = self.gate(jnp.where(finite, x, 0))
+    gate = jnp.where(finite, gate, x)  # stray where x is
+    y, state = self.transform.apply(params, state, x, gate, **options)
+    return y, state
 
 
 def start(transform: Norm, x: Array) -> tuple[Any, Any]:
@@ -60,6 +89,7 @@ def doing(transform: Norm, what: str) -> Iterator[None]:
   try:
     yield
   except Exception as error:
-    name = type(transform).__name__
+    of = transform.transform if isinstance(transform, Gated) else transform
+    name = type(of).__name__
     kind = '' if isinstance(error, AssertionError) else type(error).__name__
     raise AssertionError(f'{name}, {what}: {kind} {error}') from error

@@ -1,7 +1,10 @@
 """A whole norm: every check of this package at once."""
 
-from normkit._types import ArrayLike
+from collections.abc import Callable
+
+from normkit._types import Array, ArrayLike
 from normkit.norm import Norm
+from normkit.testing._calls import Gated
 from normkit.testing.forms import check_init, check_shapes, check_state
 from normkit.testing.gradients import check_gradients
 from normkit.testing.transformations import check_traces, check_transformations
@@ -14,6 +17,7 @@ def check_norm(
   reference: Reference | None = None,
   *,
   where: ArrayLike | None = None,
+  gate: Callable[[Array], Array] | None = None,
   rtol: float | None = None,
   atol: float | None = None,
 ) -> None:
@@ -29,6 +33,9 @@ def check_norm(
       None leaves that check out.
     where: boolean mask that broadcasts to the shape of x. None masks nothing,
       and lets `check_mask` make a mask of its own.
+    gate: for a norm whose `apply` takes a gate after x: an elementwise function
+      that makes it of x, such as `jnp.sin`, here and in the reference. It
+      hashes.
     rtol: relative tolerance between values; None chooses by the dtype of y.
     atol: absolute tolerance between values; None chooses by the dtype of y.
 
@@ -40,7 +47,10 @@ def check_norm(
     >>> from normkit import testing
     >>> x = jax.random.normal(jax.random.key(0), (4, 6))
     >>> testing.check_norm(nk.LayerNorm(), x)
+    >>> testing.check_norm(nk.GatedRMSNorm(), x, gate=jax.numpy.sin)
   """
+  if gate is not None:
+    transform = Gated(transform, gate)
   tolerance = {'rtol': rtol, 'atol': atol}
   check_init(transform, x)
   check_shapes(transform, x, where=where)

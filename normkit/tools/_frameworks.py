@@ -35,7 +35,8 @@ TORCH_NAMES = {
   **{leaf: name for name, leaf in _TORCH_LEAVES.items()},
 }
 _TORCH_REFUSED = re.compile(
-  r'(^|\.)(in_proj_|(weight|bias)_[ih]h|weight_[gv]$|parametrizations\.)'
+  r'(^|\.)(in_proj_(weight|bias)$|(weight|bias)_[ih]h|weight_[gv]$|'
+  r'parametrizations\.)'
 )
 _KERAS_LEAVES = {
   'kernel': 'weight',

@@ -22,9 +22,14 @@ def channels_first(
     layer: str, leaf: str, value: np.ndarray, shape: tuple[int, ...]
   ) -> np.ndarray:
     if leaf == 'scale' and len(shape) > 1:
+      if value.ndim == 1 and value.size == math.prod(shape):
+        return value.reshape(shape)  # all heads together, flat there
+      if value.shape == shape and len(set(shape)) == len(shape):
+        return value  # in another order it would have another shape
       raise ValueError(
-        f'{layer!r} is a norm over several axes, {shape}, which is not '
-        'converted: no file tells their order.'
+        f'{layer!r} is a norm over several axes, {shape}, and no file tells '
+        f'which of them those of {value.shape} are. Leave it out by ignore, '
+        'and put it in by hand.'
       )
     if leaf != 'kernel' or value.ndim < 2:
       return value

@@ -6,6 +6,7 @@ Layers are named by their paths, 'Block_0/Conv_1', in linen and in nnx alike.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import fnmatch
+import math
 import re
 from typing import Any, TypeAlias
 
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from normkit import _types
 from normkit.tools._frameworks import Source
 
 Names: TypeAlias = Mapping[str, str] | Callable[[str], str] | str | None
@@ -26,6 +28,7 @@ Layout: TypeAlias = Callable[
 
 _WEIGHTS = ('kernel', 'embedding', 'scale')
 _IN_ORDER = (*_WEIGHTS, 'bias', 'mean', 'var')
+_ALIASES = {'gamma': 'scale', 'beta': 'bias'}
 _FILLED = nnx.Any(nnx.Param, nnx.BatchStat)
 
 
@@ -128,14 +131,18 @@ def fill(
   rename: Callable[[str], str],
   layout: Layout,
   count: int | None,
+  added: Mapping[str, float],
 ) -> Any:
-  """The model with the arrays of the sources; raises unless all fit."""
+  """The model with the arrays of the sources; raises unless all fit.
+
+  `added` is what the scales of layers are given beside.
+  """
   values: dict[Leaf, Any] = {}
   origin: dict[Leaf, str] = {}
   faults = []
   for source in sources:
     layer = rename(source.layer)
-    leaf = layer, _leaf_of(source.leaf, layer, template)
+    leaf = layer, leaf_of(source.leaf, layer, template)
     if leaf in origin:
       raise ValueError(
         f'{origin[leaf]!r} and {source.key!r} both go to {"/".join(leaf)!r}. '
@@ -146,6 +153,9 @@ def fill(
       struct = template.leaves[leaf]
       value = _laid_out(source, leaf, struct, layout)
       faults += _faults(source, leaf, value, template)
+      if leaf[1] == 'scale' and layer in added:
+        wide = np.promote_types(struct.dtype, np.float64)
+        value = value.astype(wide) + added[layer]
       values[leaf] = value
     elif source.leaf != 'count':
       faults.append(
@@ -159,14 +169,14 @@ def fill(
     elif leaf not in values:
       faults.append(f'missing: {"/".join(leaf)!r} {tuple(struct.shape)}')
   if faults:
-    raise ValueError(_report(faults))
+    raise ValueError(report(faults))
   leaves = template.leaves.items()
   return template.rebuild(
     {leaf: jnp.array(values[leaf], struct.dtype) for leaf, struct in leaves}
   )
 
 
-def _leaf_of(leaf: str, layer: str, template: Template) -> str:
+def leaf_of(leaf: str, layer: str, template: Template) -> str:
   """The name here of a leaf of a source."""
   if leaf == 'weight':
     held = [name for name in _WEIGHTS if (layer, name) in template.leaves]
@@ -178,6 +188,9 @@ def _leaf_of(leaf: str, layer: str, template: Template) -> str:
         "beta is there. Give its arrays by name, {'beta': ..., ...}."
       )
     held = held[int(leaf) :]
+  elif (layer, leaf) not in template.leaves and leaf in _ALIASES:
+    alias = _ALIASES[leaf]
+    held = [alias] if (layer, alias) in template.leaves else []
   else:
     held = []
   return held[0] if held else leaf
@@ -192,7 +205,8 @@ def _laid_out(
     return np.broadcast_to(value, shape)
   if source.leaf != leaf[1]:  # what has Flax's name there goes as it is
     value = layout(*leaf, value, shape)
-  if len(shape) == 1 and value.shape != shape and value.size == shape[0]:
+  size = math.prod(shape)
+  if len(shape) < 2 and value.shape != shape and value.size == size:
     longest = max(value.shape, default=1)
     return value.reshape(shape) if longest == value.size else value
   return value
@@ -228,7 +242,7 @@ def _faults(
   return []
 
 
-def _report(faults: Sequence[str]) -> str:
+def report(faults: Sequence[str]) -> str:
   """One message for all that does not fit."""
   lines = '\n'.join(f'  {fault}' for fault in sorted(faults))
   return (
@@ -236,6 +250,34 @@ def _report(faults: Sequence[str]) -> str:
     'names= says where a layer goes, ignore= leaves arrays out, count= is for '
     'a count that is missing.'
   )
+
+
+def check_added(
+  add_to_scale: Mapping[str, float] | None, template: Template
+) -> dict[str, float]:
+  """Returns by layer what its scale is given; raises unless each is one's."""
+  if add_to_scale is not None and not isinstance(add_to_scale, Mapping):
+    raise TypeError(
+      'add_to_scale must be a mapping of patterns of paths to numbers, such as '
+      f"{{'*norm': 1.0}}, got {add_to_scale!r:.60}."
+    )
+  scales = [layer for layer, leaf in template.leaves if leaf == 'scale']
+  added: dict[str, float] = {}
+  for pattern, given in (add_to_scale or {}).items():
+    number = _types.check_real(given, 'add_to_scale')
+    found = [layer for layer in scales if matches(layer, (pattern,))]
+    if not found:
+      raise ValueError(
+        f'add_to_scale: {pattern!r} matches no layer with a scale. They are '
+        f'{scales!s:.300}.'
+      )
+    for layer in found:
+      if added.setdefault(layer, number) != number:
+        raise ValueError(
+          f'add_to_scale gives {layer!r} both {added[layer]} and {number}. '
+          'Make its patterns match less.'
+        )
+  return added
 
 
 def renamer(names: Names, old: str, new: str) -> Callable[[str], str]:

@@ -9,10 +9,9 @@ accounted for, and the options that no file holds (epsilon, momentum) come from
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-import jax
 import numpy as np
 
-from normkit.tools import _frameworks, _layouts
+from normkit.tools import _frameworks, _layouts, _torch
 from normkit.tools._frameworks import Source
 from normkit.tools._layouts import Shapes
 from normkit.tools._options import batch_norm_options
@@ -20,6 +19,7 @@ from normkit.tools._template import (
   Layout,
   Names,
   Template,
+  check_added,
   fill,
   in_order,
   matches,
@@ -53,13 +53,16 @@ def from_torch(
   transposed: Sequence[str] = TRANSPOSED,
   ignore: Sequence[str] = (),
   count: int | None = None,
+  add_to_scale: Mapping[str, float] | None = None,
 ) -> Model:
   """Fills a Flax model with the arrays of a PyTorch state dict.
 
   Converted are linear layers, convolutions of any rank (grouped, depthwise,
-  transposed), embeddings, and batch, layer, group and instance norms; any other
-  parameter goes as it is to one of the same name and shape. Not converted are
-  recurrent layers and `MultiheadAttention`, which pack several kernels in one.
+  transposed), embeddings, and norms: batch, layer, RMS, gated, group, instance,
+  global response (whose gamma and beta may have axes of one element), DyT and
+  Derf. Any other parameter goes as it is to one of the same name and shape.
+  Not converted are recurrent layers and `MultiheadAttention`, which pack
+  several kernels in one.
 
   A linear layer that follows a flatten sees its inputs in another order where
   channels are last: `flatten={'fc1': (C, H, W)}` gives the shape before it.
@@ -85,6 +88,11 @@ def from_torch(
     ignore: patterns of names in `state` that are left out on purpose.
     count: the number of updates to store where a batch norm here counts them
       and the other framework did not.
+    add_to_scale: by patterns of the paths here, what is added to the scales of
+      those norms: the `scale_offset` of the norm there less the one here, which
+      no array tells. {'*norm': 1.0} for Gemma's weights, which lie around zero,
+      in norms whose scales lie around one; nothing where the norm here is made
+      with `scale_offset=1.0`.
 
   Returns:
     The model filled, of the kind of `variables`: linen variables of arrays, or
@@ -113,28 +121,35 @@ def from_torch(
   shapes = _layouts.check_flatten(flatten, template)
   layout = _layouts.channels_first(shapes, template.is_transposed(transposed))
   sources = _frameworks.read_torch(_without(state, ignore))
-  return _fill(template, sources, names, '.', layout, count)
+  return _fill(template, sources, names, '.', layout, count, add_to_scale)
 
 
 def to_torch(
   variables: Model,
   *,
-  names: Mapping[str, str] | Callable[[str], str] | None = None,
+  names: Names = None,
   flatten: Shapes | None = None,
   transposed: Sequence[str] = TRANSPOSED,
+  add_to_scale: Mapping[str, float] | None = None,
+  like: Mapping[str, Any] | None = None,
 ) -> dict[str, np.ndarray]:
   """Gives the arrays of a Flax model as a PyTorch state dict.
 
-  The inverse of `from_torch`, given the same arguments; but every kernel
-  becomes a `weight`, also one that is a `kernel` in PyTorch. Load it by
+  The inverse of `from_torch`, given the same arguments. Without `like`, every
+  kernel and scale becomes a `weight`, also one that is a `kernel` or a `gamma`
+  in PyTorch, and has the dtype and the axes that it has here. Load it by
   `model.load_state_dict({k: torch.from_numpy(v) for k, v in state.items()})`.
 
   Args:
     variables: linen variables or an `nnx.Module`. It is not changed.
     names: None: 'a/b' to 'a.b'. The mapping that `from_torch` takes, of names
-      there to paths here; or a function of the path here.
+      there to paths here; or a function of the path here. With `like`, whatever
+      `from_torch` takes.
     flatten: as in `from_torch`.
     transposed: as in `from_torch`.
+    add_to_scale: as in `from_torch`, and is subtracted here.
+    like: the state dict that the weights came from, or that of the model they
+      go to: its names, shapes and dtypes are taken.
 
   Returns:
     NumPy arrays by name. `num_batches_tracked` is the count of a batch norm
@@ -142,7 +157,8 @@ def to_torch(
 
   Raises:
     TypeError: if `variables` is not a model, or holds no arrays.
-    ValueError: if two layers get one name, or a shape in `flatten` is wrong.
+    ValueError: if two layers get one name, a shape in `flatten` is wrong,
+      `add_to_scale` matches no scale, or what is here does not fit `like`.
 
   Examples:
     >>> import jax, jax.numpy as jnp
@@ -156,35 +172,16 @@ def to_torch(
   """
   template = template_of(variables)
   shapes = _layouts.check_flatten(flatten, template)
+  added = check_added(add_to_scale, template)
   is_transposed = template.is_transposed(transposed)
+  arrays = _torch.unfilled(template, is_transposed, shapes, added)
+  if like is not None:
+    sources = _frameworks.read_torch(like)
+    rename = _renamer(template, sources, names, '.')
+    return _torch.alike(template, arrays, sources, rename)
   if isinstance(names, Mapping):
     names = {path: name for name, path in names.items()}
-  rename = renamer(names, '/', '.')
-  state: dict[str, np.ndarray] = {}
-
-  def put(layer: str, leaf: str, array: np.ndarray) -> None:
-    leaf = _frameworks.TORCH_NAMES.get(leaf, leaf)
-    key = '.'.join(filter(None, (rename(layer), leaf)))
-    if key in state:
-      raise ValueError(f'two arrays would be {key!r}. Mend names.')
-    state[key] = np.array(array, order='C')
-
-  for (layer, leaf), value in template.leaves.items():
-    if isinstance(value, jax.ShapeDtypeStruct):
-      raise TypeError(f'variables: {layer}/{leaf} is a shape, not an array.')
-    array = np.asarray(value)
-    if leaf == 'kernel' and array.ndim > 2 and is_transposed(layer):
-      array = _frameworks.to_torch_transposed(array)
-    elif leaf == 'kernel':
-      if layer in shapes:
-        array = _frameworks.to_flat(array, shapes[layer])
-      array = _frameworks.to_oihw(array)
-    elif leaf == 'count':
-      array = np.asarray(array.max(initial=0), np.int64)
-    put(layer, leaf, array)
-    if leaf == 'mean' and (layer, 'count') not in template.leaves:
-      put(layer, 'count', np.asarray(0, np.int64))
-  return state
+  return _torch.named(template, arrays, renamer(names, '/', '.'))
 
 
 def from_keras(
@@ -195,6 +192,7 @@ def from_keras(
   transposed: Sequence[str] = TRANSPOSED,
   ignore: Sequence[str] = (),
   count: int | None = None,
+  add_to_scale: Mapping[str, float] | None = None,
 ) -> Model:
   """Fills a Flax model with the weights of a Keras 3 model.
 
@@ -216,6 +214,7 @@ def from_keras(
     transposed: as in `from_torch`.
     ignore: patterns of names in `weights` that are left out on purpose.
     count: as in `from_torch`.
+    add_to_scale: as in `from_torch`.
 
   Returns:
     The model filled, of the kind of `variables`.
@@ -238,7 +237,7 @@ def from_keras(
   template = template_of(variables)
   layout = _layouts.keras(template.is_transposed(transposed))
   sources = _frameworks.read_keras(_without(weights, ignore))
-  return _fill(template, sources, names, '/', layout, count)
+  return _fill(template, sources, names, '/', layout, count, add_to_scale)
 
 
 def from_haiku(
@@ -249,6 +248,7 @@ def from_haiku(
   names: Names = None,
   transposed: Sequence[str] = TRANSPOSED,
   ignore: Sequence[str] = (),
+  add_to_scale: Mapping[str, float] | None = None,
 ) -> Model:
   """Fills a Flax model with the parameters and the state of a Haiku model.
 
@@ -262,6 +262,7 @@ def from_haiku(
     names: as in `from_torch`, of modules there such as 'net/~/conv_1'.
     transposed: as in `from_torch`.
     ignore: patterns of modules that are left out on purpose.
+    add_to_scale: as in `from_torch`.
 
   Returns:
     The model filled, of the kind of `variables`.
@@ -286,7 +287,7 @@ def from_haiku(
   layout = _layouts.haiku(template.is_transposed(transposed))
   kept = _without(params, ignore), _without(state or {}, ignore)
   sources = _frameworks.read_haiku(*kept)
-  return _fill(template, sources, names, '/', layout, None)
+  return _fill(template, sources, names, '/', layout, None, add_to_scale)
 
 
 def from_equinox(
@@ -298,6 +299,7 @@ def from_equinox(
   flatten: Shapes | None = None,
   ignore: Sequence[str] = (),
   count: int | None = None,
+  add_to_scale: Mapping[str, float] | None = None,
 ) -> Model:
   """Fills a Flax model with the arrays of an Equinox module.
 
@@ -311,6 +313,7 @@ def from_equinox(
     ignore: patterns of arrays there, such as 'layers.0.weight', that are left
       out on purpose.
     count: as in `from_torch`.
+    add_to_scale: as in `from_torch`.
 
   Returns:
     The model filled, of the kind of `variables`.
@@ -335,7 +338,7 @@ def from_equinox(
   layout = _layouts.channels_first(_layouts.check_flatten(flatten, template))
   sources = _frameworks.read_equinox(model, state)
   sources = [s for s in sources if not matches(s.key, ignore)]
-  return _fill(template, sources, names, '.', layout, count)
+  return _fill(template, sources, names, '.', layout, count, add_to_scale)
 
 
 def _fill(
@@ -345,12 +348,19 @@ def _fill(
   separator: str,
   layout: Layout,
   count: int | None,
+  add_to_scale: Mapping[str, float] | None,
 ) -> Model:
+  added = check_added(add_to_scale, template)
+  rename = _renamer(template, sources, names, separator)
+  return fill(template, sources, rename, layout, count, added)
+
+
+def _renamer(
+  template: Template, sources: Sequence[Source], names: Names, separator: str
+) -> Callable[[str], str]:
   if names == 'order':
-    rename = in_order(template, sources)
-  else:
-    rename = renamer(names, separator, '/')
-  return fill(template, sources, rename, layout, count)
+    return in_order(template, sources)
+  return renamer(names, separator, '/')
 
 
 def _without(

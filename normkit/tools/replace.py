@@ -13,8 +13,9 @@ from flax import linen as nn, nnx
 import jax
 import jax.numpy as jnp
 
-from normkit import nnx as modules, norm
+from normkit import nnx as modules
 from normkit._types import Array, AxisName
+from normkit.norms.global_response import GlobalResponseNorm
 
 Where: TypeAlias = Callable[[str], bool]
 Model = TypeVar('Model', bound=nnx.Module)
@@ -33,15 +34,18 @@ def replace_norms(
       changed.
     transform: a norm without state over the last axis, such as
       `normkit.GroupNorm(num_groups=8)` or `normkit.LayerNorm()`. A `dtype`
-      of its own beats that of the batch norm.
+      of its own beats that of the batch norm. With `scale_offset` the new
+      parameter is the scale less that. What it has beside scale and bias, such
+      as the alpha of `normkit.Derf()`, is as the transform makes it.
     where: chooses the batch norms by path, 'blocks/0/norm'; None takes all.
 
   Returns:
     The copy, with `normkit.nnx.Norm(transform, ...)` in those places.
 
   Raises:
-    TypeError: if the model is not an nnx.Module, or the transform keeps a
-      state or other parameters than scale and bias.
+    TypeError: if the model is not an nnx.Module, the transform keeps a state
+      or knows no scale and bias, or is global response norm, whose scale
+      weighs a response.
     ValueError: if there is no batch norm, one normalizes another axis than the
       last, or the transform has no place for its scale or bias.
 
@@ -63,6 +67,8 @@ def replace_norms(
     (1, 8)
   """
 
+  offset = getattr(transform, 'scale_offset', 0.0)
+
   def replaced(name: str, old: Any) -> nnx.Module:
     x = jax.ShapeDtypeStruct((1, 1, 1, old.num_features), jnp.float32)
     params, _ = _init(name, transform, x, old.axis)
@@ -75,6 +81,8 @@ def replace_norms(
         continue
       if getattr(params, field) is None:
         raise ValueError(_no_place(name, field, transform))
+      if field == 'scale' and offset:
+        value = value.replace((value[...] - offset).astype(value.dtype))
       setattr(new, field, value)
     return new
 
@@ -123,12 +131,15 @@ def replacing_norms(
 
   Inside the context `init` and `apply` use the transform with the scale and
   bias of the batch norm, under their names; statistics are neither made, read
-  nor written, and `{'params': variables['params']}` is all that is needed. A
-  jitted function keeps the norms that it was first traced with: trace it
-  inside, or put the context into it.
+  nor written, and `{'params': variables['params']}` is all that is needed,
+  but for what the transform has beside scale and bias, such as the alpha of
+  `normkit.Derf()`: `init` inside the context makes it. A jitted function keeps
+  the norms that it was first traced with: trace it inside, or put the context
+  into it.
 
   Args:
-    transform: as `replace_norms` takes it.
+    transform: as `replace_norms` takes it, without `scale_offset`, since the
+      parameters are those of the batch norms.
     where: chooses the batch norms by path, 'Block_0/BatchNorm_0'; None takes
       all.
 
@@ -136,11 +147,11 @@ def replacing_norms(
     Nothing.
 
   Raises:
-    TypeError: at the call, if the transform keeps a state, or other parameters
-      than scale and bias.
+    TypeError: at the call, as `replace_norms` raises it.
     ValueError: at the call, if a batch norm normalizes another axis than the
-      last, or the transform has no place for its scale or bias; at the end, if
-      batch norms were called and `where` chose none.
+      last, the transform has no place for its scale or bias, or an offset, or
+      a parameter of its own is not there; at the end, if batch norms were
+      called and `where` chose none.
 
   Examples:
     >>> import jax, jax.numpy as jnp, normkit as nk
@@ -158,7 +169,17 @@ def replacing_norms(
   def replaced(module: Any, x: Array, mask: Array | None = None) -> Array:
     name = '/'.join(module.path)
     params, state = _init(name, transform, x, module.axis)
-    values = {}
+    if getattr(transform, 'scale_offset', False):
+      raise ValueError(
+        f'{type(transform).__name__} adds to its scale, and the scale of '
+        f'{name!r} is that of a batch norm, around one. Give a norm without '
+        'scale_offset here.'
+      )
+    values = {
+      field: _own(module, name, field, value)
+      for field, value in params._asdict().items()
+      if field not in ('scale', 'bias')
+    }
     for field in ('scale', 'bias'):
       initial = getattr(params, field)
       if not getattr(module, f'use_{field}'):
@@ -172,7 +193,7 @@ def replacing_norms(
         )
     y: Array
     y, _ = _typed(transform, module).apply(
-      norm.NormParams(**values), state, x, train=False, where=mask
+      type(params)(**values), state, x, train=False, where=mask
     )
     return y
 
@@ -291,9 +312,20 @@ def _typed(transform: Any, module: Any) -> Any:
   return dataclasses.replace(transform, dtype=module.dtype)
 
 
-def _init(
-  name: str, transform: Any, x: Any, axis: Any
-) -> tuple[norm.NormParams, Any]:
+def _own(module: Any, name: str, field: str, value: Any) -> Any:
+  """A parameter that the transform has, and a batch norm has not."""
+  if value is None:
+    return None
+  if not (module.is_initializing() or module.has_variable('params', field)):
+    raise ValueError(
+      f'{name!r} has no {field}, which the norm in its place learns. Call init '
+      'inside the context, and give its parameters, with the scale and bias '
+      'that are to be kept.'
+    )
+  return module.param(field, lambda _: value)
+
+
+def _init(name: str, transform: Any, x: Any, axis: Any) -> tuple[Any, Any]:
   """What the transform makes for x, if it can replace this batch norm."""
   if axis != -1:
     raise ValueError(
@@ -301,17 +333,20 @@ def _init(
       'replaced.'
     )
   params, state = transform.init(x)
-  if jax.tree.leaves(state) or not isinstance(params, norm.NormParams):
+  fields = getattr(params, '_fields', ())
+  is_response = isinstance(transform, GlobalResponseNorm)
+  if (
+    jax.tree.leaves(state) or not {'scale', 'bias'} <= {*fields} or is_response
+  ):
     raise TypeError(
       'transform must be a norm without state whose parameters are scale and '
       f'bias, such as normkit.GroupNorm(num_groups=8), got {transform!r:.200}.'
     )
-  fits = all(p is None or p.shape == x.shape[-1:] for p in params)
-  if not fits or getattr(transform, 'scale_offset', False):
+  affine = params.scale, params.bias
+  if any(p is not None and p.shape != x.shape[-1:] for p in affine):
     raise ValueError(
       f'{type(transform).__name__} cannot take the parameters of {name!r}, '
-      f'one number a channel, {x.shape[-1:]}. Give a norm over the last '
-      'axis, without scale_offset.'
+      f'one number a channel, {x.shape[-1:]}. Give a norm over the last axis.'
     )
   return params, state
 
