@@ -59,7 +59,14 @@ def doing(transform: Norm, what: str) -> Iterator[None]:
   """Turns whatever is raised into an AssertionError that says where."""
   try:
     yield
+  except AssertionError as error:
+    raise AssertionError(f'{_name(transform)}, {what}: {error}') from error
   except Exception as error:
-    name = type(transform).__name__
-    kind = '' if isinstance(error, AssertionError) else type(error).__name__
-    raise AssertionError(f'{name}, {what}: {kind} {error}') from error
+    first = str(error).partition('\n')[0]
+    raise AssertionError(
+      f'{_name(transform)}, {what}, raised {type(error).__name__}: {first}'
+    ) from error
+
+
+def _name(transform: Norm) -> str:
+  return type(transform).__name__

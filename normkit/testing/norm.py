@@ -5,7 +5,12 @@ from normkit.norm import Norm
 from normkit.testing.forms import check_init, check_shapes, check_state
 from normkit.testing.gradients import check_gradients
 from normkit.testing.transformations import check_traces, check_transformations
-from normkit.testing.values import Reference, check_mask, check_values
+from normkit.testing.values import (
+  Reference,
+  check_mask,
+  check_normalized,
+  check_values,
+)
 
 
 def check_norm(
@@ -14,6 +19,7 @@ def check_norm(
   reference: Reference | None = None,
   *,
   where: ArrayLike | None = None,
+  normalizes: bool = True,
   rtol: float | None = None,
   atol: float | None = None,
 ) -> None:
@@ -29,6 +35,8 @@ def check_norm(
       None leaves that check out.
     where: boolean mask that broadcasts to the shape of x. None masks nothing,
       and lets `check_mask` make a mask of its own.
+    normalizes: whether to run `check_normalized`. False for what lets its
+      output grow with x, as global response norm does.
     rtol: relative tolerance between values; None chooses by the dtype of y.
     atol: absolute tolerance between values; None chooses by the dtype of y.
 
@@ -48,6 +56,8 @@ def check_norm(
   check_transformations(transform, x, where=where, **tolerance)
   check_traces(transform, x, where=where)
   check_gradients(transform, x, where=where, **tolerance)
+  if normalizes:
+    check_normalized(transform, x, where=where)
   check_mask(transform, x, where=where, **tolerance)
   if reference is not None:
     check_values(transform, x, reference, where=where, **tolerance)
