@@ -128,11 +128,11 @@ def check_state(
 
 def _check_moved(before: Any, after: Any) -> None:
   """Raises if three steps left an array of the state as it was."""
-  moved = leaves(after)
-  for name, leaf in leaves(before).items():
+  moved = leaves({'state': after})
+  for name, leaf in leaves({'state': before}).items():
     if np.array_equal(leaf, moved[name]):
       raise AssertionError(
-        f'state.{name} is what it was before three steps of training on other '
+        f'{name} is what it was before three steps of training on other '
         'inputs. Return what training makes of it, or do without it.'
       )
 

@@ -120,10 +120,11 @@ def _named(found: tuple[Any, Any]) -> dict[str, Any]:
 
 def _check_reached(found: dict[str, Any]) -> None:
   """Raises for a parameter whose gradient is zero throughout."""
-  for name, gradient in leaves(found['gradient of params']).items():
+  params = {'params': found['gradient of params']}
+  for name, gradient in leaves(params).items():
     if not np.any(gradient):
       raise AssertionError(
-        f'params.{name} changes nothing: its gradient is zero. Use it in '
+        f'{name} changes nothing: its gradient is zero. Use it in '
         'apply, or give None in its place.'
       )
 
