@@ -120,7 +120,8 @@ __all__ = [
 ]
 
 for _name in __all__:
-  if inspect.isfunction(_function := globals()[_name]):
+  _function = globals()[_name]
+  if inspect.isfunction(_function) and _function.__kwdefaults__:
     globals()[_name] = _function = own_words(_function)
     _function.__module__ = __name__  # where pickle finds it
 
