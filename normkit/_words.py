@@ -65,13 +65,11 @@ def own_words(function: Function) -> Function:
     try:
       return function(*args, **options)
     except TypeError as error:
-      if error.__traceback__ is None or error.__traceback__.tb_next:
-        raise  # it was called
       parameters = inspect.signature(function).parameters
       told = _told(parameters, args, options)
       if 'self' in parameters and not isinstance((*args, None)[0], OwnWords):
         told = 'Call it on an instance, not on the class.'
-      if not told:
+      if not told:  # it was called, or the word is nobody's
         raise
       raise TypeError(f'{error}. {told}') from None
 

@@ -6,7 +6,7 @@ import pickle
 import sys
 import types
 
-from flax import linen as nn, nnx
+from flax import nnx
 import jax
 import numpy as np
 import pytest
@@ -415,13 +415,17 @@ def test_transforms_are_what_they_were():
   assert pickle.loads(pickle.dumps(BN)) == BN
 
 
-def test_own_transforms_may_take_arguments_by_position():
+def test_own_transforms_have_their_own_words():
   class Mine(nk.LayerNorm):
-    def __init__(self, width, *, eps):
-      super().__init__(epsilon=eps * width)
+    def __init__(self, size, *, eps):
+      super().__init__(epsilon=eps * size)
 
-  assert Mine(6, eps=0.5).epsilon == 3
-  assert nn.LayerNorm in normkit.linen.LayerNorm.__mro__
+  class Any(nk.LayerNorm):
+    def __init__(self, *args, **options):
+      super().__init__(epsilon=args[0] * options['size'])
+
+  assert Mine(6, eps=0.5).epsilon == Mine(size=6, eps=0.5).epsilon == 3
+  assert Any(0.5, size=6).epsilon == 3
 
 
 @pytest.mark.parametrize('missing', ['safetensors', 'orbax', 'matplotlib'])
