@@ -425,7 +425,7 @@ def test_own_transforms_have_their_own_words():
       super().__init__(epsilon=args[0] * options['size'])
 
   assert Mine(6, eps=0.5).epsilon == Mine(size=6, eps=0.5).epsilon == 3
-  assert Any(0.5, size=6).epsilon == 3
+  assert Any(0.5, 1, 2, size=6).epsilon == 3
 
 
 @pytest.mark.parametrize('missing', ['safetensors', 'orbax', 'matplotlib'])
