@@ -195,6 +195,11 @@ def check_like(x: Any) -> None:
       f'{type(x).__name__}: {x!r:.60}. Give an input or its form, for example '
       f'jax.ShapeDtypeStruct({shape}, jnp.float32).'
     )
+  if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+    raise TypeError(
+      f'x must be an input, got a random key: {x!r:.60}. Nothing is drawn at '
+      'random: init takes x alone.'
+    )
   _types.check_dtype(x.dtype, 'x')
 
 

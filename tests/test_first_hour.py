@@ -204,6 +204,11 @@ FAULTS = {
     TypeError,
     'If that is the width: it is found from the input',
   ),
+  'key': (
+    lambda: BN.init(KEY),
+    TypeError,
+    'got a random key.*init takes x alone',
+  ),
   'key-position': (
     lambda: BN.init(KEY, X),
     TypeError,
