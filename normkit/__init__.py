@@ -3,11 +3,15 @@
 Pure functions and transforms with their state in the open: moments in, affine
 map out, running statistics beside. The Flax modules are in `normkit.linen` and
 `normkit.nnx`, the checks for people's own norms in `normkit.testing`; none of
-them is imported here.
+them is imported before it is used.
 """
 
 from importlib import metadata
+import inspect
+from typing import TYPE_CHECKING
 
+from normkit import _lazy
+from normkit._words import own_words
 from normkit.general import normalize
 from normkit.masks import decay_mask
 from normkit.moments import Moments, moments
@@ -117,3 +121,14 @@ __all__ = [
   'rms_norm',
   'streaming_norm',
 ]
+
+for _name in __all__:
+  _function = globals()[_name]
+  if inspect.isfunction(_function) and _function.__kwdefaults__:
+    globals()[_name] = _function = own_words(_function)
+    _function.__module__ = __name__  # where pickle finds it
+
+if not TYPE_CHECKING:  # a checker would take every name then
+  __getattr__ = _lazy.modules(
+    __name__, 'linen', 'nnx', 'recurrent', 'testing', 'tools', 'weights'
+  )

@@ -5,13 +5,25 @@ import math
 import jax
 import jax.numpy as jnp
 
-from normkit._types import Array
+from normkit._types import Array, AxisName
 
 
 def sharded_axes(x: Array) -> tuple[int, ...]:
   """The axes that the type of x says are sharded: explicit meshes alone."""
   spec = jax.typeof(x).sharding.spec
   return tuple(a for a, names in enumerate(spec) if names is not None)
+
+
+def axis_size(axis_name: AxisName) -> int:
+  """How many indices mapped axes have; raises where none is mapped."""
+  try:
+    return jax.lax.axis_size(axis_name)
+  except NameError as error:  # Flax's, too
+    raise NameError(
+      f'axis_name={axis_name!r} names no mapped axis here ({error}). Call it '
+      'under jax.vmap, jax.pmap or jax.shard_map with an axis of this name; on '
+      'one device, or under jit alone, leave axis_name out.'
+    ) from None
 
 
 def vary(a: Array, like: Array) -> Array:

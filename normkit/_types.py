@@ -50,6 +50,11 @@ def as_array(x: ArrayLike) -> Array:
 
 def check_input(x: ArrayLike, name: str = 'x') -> Array:
   """Returns `x` as an array of real or complex floating-point numbers."""
+  if hasattr(x, '_fields'):
+    raise TypeError(
+      f'{name} must be an array, got {type(x).__name__}. The order is x, '
+      'state, scale, bias in functions, and params, state, x in apply.'
+    )
   if not isinstance(x, (jax.Array, np.ndarray, np.generic)):
     raise TypeError(
       f'{name} must be an array, got {type(x).__name__}: {x!r:.60}. '
@@ -356,6 +361,12 @@ def check_flag(flag: Any, name: str) -> bool:
       'close over it or list it in static_argnames.'
     )
   return bool(flag)
+
+
+def check_not_traced(flag: Any, name: str) -> None:
+  """Raises for a flag of a Flax module that is known on the device alone."""
+  if isinstance(flag, jax.core.Tracer):
+    check_flag(flag, name)
 
 
 def is_matrix(weight: Any, only: bool) -> bool:

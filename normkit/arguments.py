@@ -101,7 +101,17 @@ def check_feature(
   """Returns `value`, one number a feature, in a form that broadcasts to x."""
   if value is None:
     return None
+  if hasattr(value, '_fields') or isinstance(value, dict):
+    raise TypeError(
+      f'{name} must be an array, got {type(value).__name__}. Functions take '
+      'the arrays in it one by one; apply of a transform takes it whole, in '
+      'the order params, state, x.'
+    )
   value = _types.as_array(value)
+  if value.dtype == jnp.bool_:
+    raise TypeError(
+      f'{name} must hold numbers, got booleans. Give a mask by name: where=.'
+    )
   features = tuple(shape[a] for a in feature_axes)
   if value.shape == features:
     return lax.expand_dims(value, _types.other_axes(feature_axes, len(shape)))
@@ -111,9 +121,27 @@ def check_feature(
       f'{feature_axes} of {of}, of shape {features}, nor the rank of {of}, of '
       f'shape {shape}. Give one number a feature, or an array of rank '
       f'{len(shape)} that broadcasts to {of}.'
+      f'{other_axis(value.shape, shape, feature_axes)}'
     )
   _types.check_broadcast(value.shape, shape, name, of)
   return value
+
+
+def other_axis(
+  features: tuple[int, ...], shape: tuple[int, ...], axes: tuple[int, ...]
+) -> str:
+  """A sentence for a message, if the features lie on another axis of x."""
+  if len(features) > len(shape):
+    return ' If that is x: it comes first.'
+  found = [
+    a for a in range(1, len(shape)) if (shape[a],) == features and (a,) != axes
+  ]
+  if not found:
+    return ''
+  return (
+    f' Axis {found[0]} of x has that size: if its channels come first, give '
+    f'axis={found[0]}, or move them last with jnp.moveaxis(x, {found[0]}, -1).'
+  )
 
 
 def check_not_width_as_flag(flag: Any) -> None:
@@ -176,8 +204,19 @@ def check_groups(
     raise ValueError(
       f'num_groups={num_groups} does not divide the {shape[channel]} channels '
       f'of x of shape {shape}. Give a divisor of {shape[channel]}.'
+      f'{_channels_first(shape, channel, num_groups)}'
     )
   return channel
+
+
+def _channels_first(
+  shape: tuple[int, ...], channel: int, num_groups: int
+) -> str:
+  """A sentence for a message, if the groups divide axis 1, and x is images."""
+  is_likely = len(shape) > 2 and channel != 1 and num_groups > 1
+  if not is_likely or shape[1] % num_groups:
+    return ''
+  return other_axis(shape[1:2], shape, (channel,))
 
 
 def spatial_axes(

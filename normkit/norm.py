@@ -1,6 +1,6 @@
 """What a transform is: its protocol, options, parameters and empty state."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 import inspect
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from normkit import _types, arguments
+from normkit import _types, _words, arguments
 from normkit._types import (
   Array,
   Axes,
@@ -84,7 +84,7 @@ class Norm(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ParamOptions:
+class ParamOptions(_words.OwnWords):
   """The options of every transform that has a scale.
 
   The scale is `params.scale + scale_offset`: with an offset of one the
@@ -169,11 +169,45 @@ _FIELD_CHECKS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+def check_transform(transform: Any) -> None:
+  """Raises for what a module cannot wrap: a class, another module."""
+  name = getattr(transform, '__name__', type(transform).__name__)
+  if isinstance(transform, type):
+    raise TypeError(
+      f'transform must be an instance, got the class {name}. Make one: '
+      f'{name}(...).'
+    )
+  is_module = hasattr(transform, 'init_with_output')  # linen's has both, too
+  if is_module or not all(hasattr(transform, m) for m in ('init', 'apply')):
+    raise TypeError(
+      'transform must have init and apply, as normkit.LayerNorm() has, got '
+      f'{name}. Give one of normkit or your own; a Flax module needs no Norm '
+      'around it.'
+    )
+
+
+def check_like(x: Any) -> None:
+  """Raises unless x has the shape and dtype of an input."""
+  if not (hasattr(x, 'shape') and hasattr(x, 'dtype')):
+    shape = tuple(x) if isinstance(x, (tuple, list)) else (8, 32)
+    raise TypeError(
+      'x must be an array or a jax.ShapeDtypeStruct, got '
+      f'{type(x).__name__}: {x!r:.60}. Give an input or its form, for example '
+      f'jax.ShapeDtypeStruct({shape}, jnp.float32).'
+    )
+  if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+    raise TypeError(
+      f'x must be an input, got a random key: {x!r:.60}. Nothing is drawn at '
+      'random: init takes x alone.'
+    )
+  _types.check_dtype(x.dtype, 'x')
+
+
 def init_params(
   x: Array | jax.ShapeDtypeStruct, axis: Axes, options: ParamOptions
 ) -> NormParams:
   """Scales of one and biases of zero for the feature axes of x."""
-  _types.check_dtype(x.dtype, 'x')
+  check_like(x)
   axes = _types.check_axes(axis, len(x.shape))
   shape = tuple(x.shape[a] for a in axes)
   return NormParams(
@@ -215,7 +249,7 @@ def check_made(
     fields = (f'{n}={"an array" if h else "None"}' for n, h in held.items())
     raise ValueError(
       f'params must be {kind.__name__}({", ".join(fields)}), got '
-      f'{jax.tree.structure(params)}. Take them from init of this transform.'
+      f'{told(params)}. {mend(params, kind, "params")}'
     )
   return params
 
@@ -228,6 +262,36 @@ def check_empty_state(state: Any) -> None:
   """Raises unless `state` is the empty state of a norm that keeps none."""
   if not isinstance(state, EmptyState):
     raise ValueError(
-      f'state must be EmptyState(), got {jax.tree.structure(state)}: this norm '
-      'keeps no running statistics. Take the state from its init.'
+      f'state must be EmptyState(), got {told(state)}: this norm keeps no '
+      f'running statistics. {mend(state, EmptyState, "state")}'
     )
+
+
+def told(value: Any) -> str:
+  """What was given in place of a NamedTuple, in a few words."""
+  if hasattr(value, '_fields'):
+    fields = zip(value._fields, value, strict=True)
+    held = (f'{n}={"None" if v is None else "an array"}' for n, v in fields)
+    return f'{type(value).__name__}({", ".join(held)})'
+  if isinstance(value, Mapping):
+    return f'a dict of {", ".join(map(str, value)) or "nothing"}'
+  if _types.is_array(value):
+    return f'an array of shape {value.shape}'
+  return f'{type(value).__name__}: {value!r:.60}'
+
+
+def mend(value: Any, kind: Any, name: str) -> str:
+  """How to have a NamedTuple in place of what was given."""
+  if value is None or (not _types.is_array(value) and not value):
+    value = {}
+  is_dict = isinstance(value, Mapping)
+  if is_dict and set(value) == set(kind._fields):
+    call = f'{kind.__name__}({f"**{name}" if value else ""})'
+    return (
+      f'If a checkpoint was restored without a target, make it one: '
+      f'normkit.{call}.'
+    )
+  return (
+    'Take it from init of this transform; apply takes params, state and x, in '
+    'this order.'
+  )

@@ -124,6 +124,7 @@ def pool_sum(
   if axis_name is None:
     return values
   if axis_index_groups is None:
+    _shards.axis_size(axis_name)  # raises where it is not bound
     return lax.psum(values, axis_name)
   _check_groups(axis_index_groups, axis_name)
   leaves, tree = jax.tree.flatten(values)
@@ -189,7 +190,7 @@ def _gathered(values: Array, axis_name: AxisName) -> Array:
 
 def _check_groups(groups: Groups, axis_name: AxisName) -> None:
   """Raises unless the groups are a partition of the indices."""
-  size = lax.axis_size(axis_name)
+  size = _shards.axis_size(axis_name)
   if sorted(i for group in groups for i in group) != list(range(size)):
     raise ValueError(
       f'axis_index_groups={groups!r} is not a partition of the {size} indices '

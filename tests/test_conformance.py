@@ -256,15 +256,21 @@ def test_bfloat16_under_shard_map(case):
   assert_close(found, jax.tree.map(lambda *a: np.sum(a, 0), *each), 0.02)
 
 
+# What they add to x, or multiply it by, grows with it.
+GROWING = nk.GlobalResponseNorm, nk.GatedRMSNorm
+
+
 @rows(DERIVATIVES, first=('batch_norm', 'group_norm').__contains__)
 def test_check_norm(case):
-  testing.check_norm(case.transform, draw(case.shape), case.reference)
+  x, grows = draw(case.shape), isinstance(case.transform, GROWING)
+  testing.check_norm(case.transform, x, case.reference, normalizes=not grows)
 
 
 @rows(NORMS, first=('layer_norm',).__contains__)
 def test_check_norm_masked(case):
-  x, where = draw(case.shape), draw_mask(case.shape)
-  testing.check_norm(case.transform, x, case.reference, where=where)
+  x, grows = draw(case.shape), isinstance(case.transform, GROWING)
+  options = {'where': draw_mask(case.shape), 'normalizes': not grows}
+  testing.check_norm(case.transform, x, case.reference, **options)
 
 
 @rows(ROWS, first=is_one_each, every=2)

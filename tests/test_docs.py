@@ -11,8 +11,8 @@ BLOCK = re.compile(r'^```python\n(.*?)^```', re.DOTALL | re.MULTILINE)
 BLOCKS = {
   path.name: blocks
   for path in sorted(DOCS.glob('*.md'))
-  # Those have tests of their own: test_building.py, test_others.py.
-  if path.name not in ('building.md', 'others.md')
+  # Those have tests of their own: test_building.py, test_others.py, below.
+  if path.name not in ('building.md', 'others.md', 'writing.md')
   and (blocks := BLOCK.findall(path.read_text()))
 }
 
@@ -41,3 +41,23 @@ def test_code_of_page(page):
   with jax.numpy_rank_promotion('allow'):
     for block in BLOCKS[page]:
       exec(compile(block, page, 'exec'), names)
+
+
+@pytest.mark.second_tier
+def test_writing(capsys):
+  """The norm of the page, and what its checks are said to print."""
+  page = (DOCS / 'writing.md').read_text()
+  blocks = re.findall(r'^```(\w*)\n(.*?)^```', page, re.DOTALL | re.MULTILINE)
+  names, printed = {'__name__': 'writing.md'}, []
+  with jax.numpy_rank_promotion('allow'):
+    for language, block in blocks:
+      if language == 'python':
+        exec(compile(block, 'writing.md', 'exec'), names)
+        printed.append(capsys.readouterr().out)
+  said = [block for language, block in blocks if not language]
+  assert len(said) == 2
+  assert [*map(rounded, filter(None, printed))] == [*map(rounded, said)]
+
+
+def rounded(text):
+  return re.sub(r'\d+\.\d{3,}', 'a number', text)

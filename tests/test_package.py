@@ -40,6 +40,7 @@ LAYERS = (
   ('tools._chains', 'tools._advice', 'tools._options'),
   ('tools._frameworks',),
   ('tools._program', 'tools.files'),
+  ('tools._extras',),
   (
     'testing.forms',
     'testing.gradients',
@@ -65,7 +66,7 @@ LAYERS = (
   ('kernels.cases', 'kernels.rows'),
   ('kernels',),
   ('_shards', 'platforms'),
-  ('_types',),
+  ('_lazy', '_types', '_words'),
 )
 DEPTH = {name: depth for depth, row in enumerate(LAYERS) for name in row}
 LONGEST = 450  # lines of a file

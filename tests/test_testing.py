@@ -75,6 +75,26 @@ class NoMask(nk.BatchNorm):
     return super().apply(params, state, x, train=train)
 
 
+class EvaluatesByBatch(nk.BatchNorm):
+  """Moves the state, and never uses it."""
+
+  def apply(self, params, state, x, *, train, where=None):
+    y, new = super().apply(params, state, x, train=True, where=where)
+    return y, new if train else state
+
+
+@dataclasses.dataclass(frozen=True)
+class Without(nk.LayerNorm):
+  """Takes a parameter that it does not use."""
+
+  unused: str
+
+  def apply(self, params, state, x, *, train, where=None):
+    params = params._replace(**{self.unused: None})
+    norm = nk.LayerNorm(**{f'use_{self.unused}': False})
+    return norm.apply(params, state, x, train=train, where=where)
+
+
 class MultipliesByMask(nk.LayerNorm):
   """Zero times NaN is NaN."""
 
@@ -122,57 +142,87 @@ BROKEN = {
   'init-uses-values': (
     'check_init',
     StartsAtX(),
-    r'StartsAtX, init of a jax.ShapeDtypeStruct.*1/mean',
+    r'StartsAtX, init of a jax.ShapeDtypeStruct.*: state.mean is',
   ),
   'shape': (
     'check_shapes',
     spoilt_y(lambda y, x: y[None]),
-    r'shapes with train=True.*\(1, 6, 4\)',
+    r'shapes with train=True: y has the shape \(1, 6, 4\), not \(6, 4\)',
   ),
   'dtype': (
     'check_shapes',
     spoilt_y(lambda y, x: y.astype(jnp.bfloat16)),
-    r'shapes with train=True.*bfloat16',
+    r'shapes with train=True: y has the dtype bfloat16, not float32',
   ),
   'not-finite': (
     'check_shapes',
     spoilt_y(lambda y, x: y.at[0].set(jnp.inf)),
-    r"shapes with train=True.*'y': 'Nonfinite'",
+    r'shapes with train=True: y is inf at index \(0, 0\): not finite',
   ),
   'eval-shape': (
     'check_shapes',
     spoilt_y(lambda y, x: y + 1 if float(x[0, 0]) else y),
-    r'shapes with train=True: ConcretizationTypeError',
+    r'shapes with train=True, raised ConcretizationTypeError: ',
   ),
   'state-dtype-drifts': (
     'check_state',
     spoilt_state(mean=lambda state, x: state.mean.astype(jnp.float16)),
-    r'state after train=True.*mean.*float32 != float16',
+    r'state after train=True: state.mean has the dtype float16, not float32',
   ),
   'state-shape-drifts': (
     'check_state',
     spoilt_state(var=lambda state, x: state.var[None]),
-    r'state after train=True.*var.*shapes: \(4,\) != \(1, 4\)',
+    r'state after train=True: state.var has the shape \(1, 4\), not \(4,\)',
   ),
   'state-structure-drifts': (
     'check_state',
     Spoilt(spoil=lambda y, state, *_: (y, tuple(state))),
-    r'state after train=False.*the state changed.*BatchNormState',
+    r'the state changed: the arrays are 0, 1, 2, where mean, var, count should',
   ),
   'state-changes-in-eval': (
     'check_state',
     Spoilt(spoil=lambda y, state, *_: (y, state._replace(mean=state.mean + 1))),
-    r'state after train=False.*the state changed.*mean',
+    r'the state changed: mean is 1 at index \(0,\), not 0; 4 of 4 values',
   ),
   'scan': (
     'check_state',
-    spoilt_y(lambda y, x: y + next(CALLS)),
-    r"three steps under jax.lax.scan.*'y'",
+    Spoilt(
+      spoil=lambda y, state, x, where, train: (
+        y + next(CALLS) if train else y,
+        state,
+      )
+    ),
+    r'three steps under jax.lax.scan: y is .*, not .* values differ',
+  ),
+  'state-stands-still': (
+    'check_state',
+    spoilt_state(var=lambda state, x: jnp.ones_like(state.var)),
+    r'state after train=True: state.var is what it was before three steps',
+  ),
+  'batch-statistics-in-evaluation': (
+    'check_state',
+    EvaluatesByBatch(),
+    r'state after train=False: y is the same whatever the state holds',
+  ),
+  'other-examples-in-evaluation': (
+    'check_state',
+    spoilt_y(lambda y, x: y - 0.1 * x.mean(0, keepdims=True)),
+    r'state after train=False: the output for the first example.*changes with',
+  ),
+  'not-normalized': (
+    'check_normalized',
+    spoilt_y(lambda y, x: x - x.mean(0, keepdims=True)),
+    r'16 x and of 256 x.*are 16 times as large, so y is not normalized over',
+  ),
+  'divided-by-variance': (
+    'check_normalized',
+    spoilt_y(lambda y, x: y / x.std(0, keepdims=True)),
+    r'are 0.0625 times as large, so y is not normalized over any axis',
   ),
   'not-traceable': (
     'check_transformations',
     spoilt_y(lambda y, x: y if x.sum() > 0 else -y),
-    r'jit with train=True: TracerBoolConversionError',
+    r'jit with train=True, raised TracerBoolConversionError',
   ),
   'not-hashable': (
     'check_transformations',
@@ -182,7 +232,7 @@ BROKEN = {
   'vmap': (
     'check_transformations',
     spoilt_y(lambda y, x: other_under_vmap(y)),
-    r"vmap with train=True.*'y'.*is not close to",
+    r'vmap with train=True: y is .*, not .*48 of 48 values differ',
   ),
   'weak-type': (
     'check_traces',
@@ -197,39 +247,49 @@ BROKEN = {
   'wrong-gradient': (
     'check_gradients',
     spoilt_y(lambda y, x: doubled_derivative(y)),
-    r'derivatives with train=True: .*forward mode tangent',
+    r'derivatives with train=True: the derivative in forward mode is not that',
   ),
   'no-forward-mode': (
     'check_gradients',
     spoilt_y(lambda y, x: no_forward_mode(y)),
-    r'derivatives with train=True: TypeError.*forward-mode',
+    r'derivatives with train=True, raised TypeError.*forward-mode',
   ),
   'gradient-not-finite': (
     'check_gradients',
     spoilt_y(lambda y, x: y + jnp.sqrt(x - x)),
-    r'gradients with train=True.*Nonfinite',
+    r'gradients with train=True: gradient of x is .*: not finite',
+  ),
+  'scale-unused': (
+    'check_gradients',
+    Without('scale'),
+    r'gradients with train=True: params.scale changes nothing',
+  ),
+  'bias-unused': (
+    'check_gradients',
+    Without('bias'),
+    r'gradients with train=True: params.bias changes nothing',
   ),
   'checkpoint': (
     'check_gradients',
     spoilt_y(lambda y, x: y * (1 + next(CALLS))),
-    r'gradients under checkpoint with train=True.*is not close to',
+    r'gradients under checkpoint with train=True: gradient of .* values differ',
   ),
   'mask-ignored': (
     'check_mask',
     NoMask(),
-    r'0.0 where masked, with train=True.*gradient of x, masked',
+    r'0.0 in masked elements and train=True: gradient of masked x is .*, not 0',
   ),
   'mask-leaks-nan': (
     'check_mask',
     MultipliesByMask(),
-    r'nan where masked, with train=True.*Nonfinite',
+    r'with nan in masked elements and train=True: .* is nan at .*: not finite',
   ),
   'mask-leaks-into-state': (
     'check_mask',
     spoilt_state(
       mean=lambda state, x: state.mean + jax.lax.stop_gradient(x.sum(0))
     ),
-    r"-3.0 where masked, with train=True.*'state/mean'",
+    r'with -3.0 in masked elements and train=True: state.mean is',
   ),
   'mask-leaks-into-gradient': (
     'check_mask',
@@ -239,7 +299,7 @@ BROKEN = {
         state,
       )
     ),
-    r"0.0 where masked, with train=True.*'gradient of x, masked'",
+    r'with 0.0 in masked elements and train=True: gradient of masked x is',
   ),
 }
 
@@ -248,14 +308,15 @@ BROKEN = {
   ('check', 'transform', 'message'), BROKEN.values(), ids=BROKEN
 )
 def test_fails(check, transform, message):
-  with pytest.raises(AssertionError, match=f'(?s){message}'):
+  with pytest.raises(AssertionError, match=message) as caught:
     getattr(testing, check)(transform, X)
+  assert str(caught.value).count('\n') == 0, 'a sentence, no dump'
 
 
 def test_pmap_fails(monkeypatch):
   monkeypatch.setattr(jax, 'pmap', lambda f: lambda xs: jax.vmap(f)(xs + 1))
   with pytest.raises(
-    AssertionError, match=r"(?s)pmap with train=True.*'state/mean'"
+    AssertionError, match=r'(?s)pmap with train=True: state.mean is'
   ):
     testing.check_transformations(nk.BatchNorm(), X)
 
@@ -274,9 +335,9 @@ def test_mask_that_masks_nothing():
 @pytest.mark.parametrize(
   ('wrong', 'message'),
   [
-    ({'epsilon': 0.1}, r"step 0 with train=True.*'y'"),
-    ({'momentum': 0.9}, r"step 0 with train=True.*'state/mean'"),
-    ({'momentum': 0.99, 'debias': True}, r"step 0.*'state/mean'"),
+    ({'epsilon': 0.1}, 'step 0 with train=True: y is'),
+    ({'momentum': 0.9}, 'step 0 with train=True: state.mean is'),
+    ({'momentum': 0.99, 'debias': True}, 'step 0 .*: state.mean is'),
   ],
 )
 def test_values_fail(wrong, message):
@@ -288,7 +349,9 @@ def test_values_fail_after_a_step():
   """Cumulative and debiased averages part at the second step."""
   cumulative = nk.BatchNorm(momentum=None)
   debiased = reference.batch_norm(momentum=0.5, debias=True)
-  with pytest.raises(AssertionError, match=r"(?s)step 1.*'state/mean'"):
+  with pytest.raises(
+    AssertionError, match=r'step 1 with train=True: state\.mean is'
+  ):
     testing.check_values(cumulative, X, debiased)
 
 
@@ -297,7 +360,7 @@ def test_tolerance():
   wrong = reference.layer_norm(epsilon=1e-4)
   testing.check_values(nk.LayerNorm(), X, wrong, rtol=1e-3, atol=1e-3)
   testing.check_values(nk.LayerNorm(), X.astype(jnp.bfloat16), wrong)
-  with pytest.raises(AssertionError, match='is not close to'):
+  with pytest.raises(AssertionError, match='values differ'):
     testing.check_values(nk.LayerNorm(), X, wrong)
 
 
@@ -379,9 +442,12 @@ def test_assert_state_unchanged():
   ('after', 'message'),
   [
     (STATE._replace(mean=STATE.mean + 1e-9), 'mean'),
-    (STATE._replace(count=STATE.count.astype(jnp.int16)), 'count.*int16'),
-    (STATE._replace(var=jnp.ones(1)), r'var.*\(2,\) != \(1,\)'),
-    (nk.EmptyState(), 'EmptyState'),
+    (
+      STATE._replace(count=STATE.count.astype(jnp.int16)),
+      'count has the dtype int16',
+    ),
+    (STATE._replace(var=jnp.ones(1)), r'var has the shape \(1,\), not \(2,\)'),
+    (nk.EmptyState(), 'the arrays are none, where mean, var, count should be'),
   ],
 )
 def test_assert_state_unchanged_fails(after, message):

@@ -20,7 +20,15 @@ from mkdocs.structure.files import File, Files
 ROOT = pathlib.Path(__file__).parents[2]
 DOCS = ROOT / 'docs'
 GUIDES = {
-  'Guides': ['choosing', 'models', 'flax', 'others', 'weights', 'parallel'],
+  'Guides': [
+    'choosing',
+    'models',
+    'flax',
+    'writing',
+    'others',
+    'weights',
+    'parallel',
+  ],
   'Tools': [
     'recalibrate',
     'adapt',

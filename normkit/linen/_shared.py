@@ -9,11 +9,11 @@ from flax.linen import initializers
 from flax.typing import Initializer
 import jax
 
-from normkit import _types, arguments
+from normkit import _types, _words, arguments
 from normkit._types import Implementation
 
 
-class Checked(nn.Module):
+class Checked(_words.OwnWords, nn.Module):
   """A module whose epsilon is no width, which Flax does not check."""
 
   def __post_init__(self) -> None:

@@ -4,12 +4,12 @@ from typing import Any
 
 from flax import linen as nn
 
-from normkit import norm
+from normkit import _types, _words, norm
 from normkit._types import Array
 from normkit.linen._shared import map_fields
 
 
-class Norm(nn.Module):
+class Norm(_words.OwnWords, nn.Module):
   """Any normalization transform as a linen module.
 
   Parameters are in the collection `params`, the state in `batch_stats`, both
@@ -30,11 +30,16 @@ class Norm(nn.Module):
 
   transform: norm.Norm
 
+  def __post_init__(self) -> None:
+    norm.check_transform(self.transform)
+    super().__post_init__()
+
   @nn.compact
   def __call__(
     self, x: Array, *, train: bool, mask: Array | None = None
   ) -> Array:
     """Normalizes x; `mask` is True where an element counts."""
+    _types.check_flag(train, 'train')
     params, state = self.transform.init(x)
     params = map_fields(
       lambda name, value: self.param(name, lambda _: value), params, 'params'

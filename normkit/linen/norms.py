@@ -149,6 +149,7 @@ def _running_norm(
   eval_mode = nn.merge_param(
     'use_running_average', module.use_running_average, use_running_average
   )
+  _types.check_not_traced(eval_mode, 'use_running_average')
   axes = _types.check_axes(module.axis, x.ndim, repeats=True)
   shape = tuple(x.shape[a] for a in axes)
   wide = module.force_float32_reductions

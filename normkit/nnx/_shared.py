@@ -13,7 +13,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from normkit import _types
+from normkit import _types, arguments
 from normkit._types import Array
 
 Class = TypeVar('Class', bound=type)
@@ -28,6 +28,7 @@ class Running(nnx.Module):
     """Whether to use the stored statistics: the call beats the attribute."""
     for choice in (use_running_average, self.use_running_average):
       if choice is not None:
+        _types.check_not_traced(choice, 'use_running_average')
         return bool(choice)
     raise ValueError(
       'use_running_average is None in the module and at the call. Give it in '
@@ -133,4 +134,5 @@ def check_width(width: int, x: Array, axes: tuple[int, ...]) -> None:
     raise ValueError(
       f'x has the feature axes {axes} of shape {shape}, but num_features is '
       f'{width}. Make the module with num_features={math.prod(shape)}.'
+      f'{arguments.other_axis((width,), np.shape(x), axes)}'
     )

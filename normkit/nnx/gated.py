@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from normkit import _types, arguments, norm
+from normkit import _types, _words, arguments, norm
 from normkit._docs import documented
 from normkit._types import (
   Array,
@@ -25,7 +25,7 @@ from normkit.norms import gated
 
 
 @documented(nnx.RMSNorm, gated.GatedRMSNorm)
-class GatedRMSNorm(nnx.Module):
+class GatedRMSNorm(_words.OwnWords, nnx.Module):
   """RMS normalization with a gate; see `normkit.gated_rms_norm`.
 
   Args:

@@ -6,12 +6,12 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from normkit import norm
+from normkit import _words, norm
 from normkit._types import Array
 from normkit.nnx._shared import Running, read, write
 
 
-class Norm(Running):
+class Norm(_words.OwnWords, Running):
   """Any normalization transform as an nnx module.
 
   The arrays of the transform's parameters become `nnx.Param`, those of its
@@ -31,6 +31,7 @@ class Norm(Running):
     use_running_average: set by `train()` and `eval()`.
 
   Raises:
+    TypeError: if the transform is none, such as a class or a module.
     ValueError: if a field has the name of another attribute.
 
   Examples:
@@ -48,6 +49,7 @@ class Norm(Running):
     *,
     use_running_average: bool | None = False,
   ) -> None:
+    norm.check_transform(transform)
     self.transform = transform
     self.use_running_average = use_running_average
     params, state = transform.init(x)

@@ -18,7 +18,7 @@ from flax.typing import PromoteDtypeFn
 import jax.numpy as jnp
 import numpy as np
 
-from normkit import _types, arguments, general, norm
+from normkit import _types, _words, arguments, general, norm
 from normkit._docs import documented
 from normkit._types import Array, DType, Implementation
 from normkit.nnx._shared import (
@@ -41,7 +41,7 @@ from normkit.norms import (
 )
 
 
-class _DropIn(nnx.Module):
+class _DropIn(_words.OwnWords, nnx.Module):
   """What the five share: Flax's constructor, checked, and one option more."""
 
   axis_index_groups: Any

@@ -84,5 +84,6 @@ class EvoNormOptions(norm.CenteredOptions):
 
   def init_params(self, x: Array | jax.ShapeDtypeStruct) -> EvoNormParams:
     """Slopes and scales of one, biases of zero."""
+    norm.check_like(x)
     v = jnp.ones(x.shape[-1:], self.param_dtype)
     return EvoNormParams(v, *norm.init_params(x, -1, self))

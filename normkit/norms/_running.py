@@ -13,7 +13,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from normkit import _shards, _types, norm
+from normkit import _shards, _types, arguments, norm
 from normkit._types import Array, Axes, AxisName, DType, Groups, Scalar
 from normkit.centred import Centred
 from normkit.moments import Moments
@@ -176,7 +176,7 @@ def check_state(
   if not isinstance(state, BatchNormState):
     raise ValueError(
       f'state must be BatchNormState(mean, var, count), got '
-      f'{jax.tree.structure(state)}. Take it from init.'
+      f'{norm.told(state)}. {norm.mend(state, BatchNormState, "state")}'
     )
   shape = tuple(x.shape[a] for a in features)
   for name, value in zip(BatchNormState._fields, state, strict=True):
@@ -192,6 +192,7 @@ def check_state(
         f'state.{name} has shape {np.shape(value)}, but the feature axes '
         f'{features} of x, of shape {x.shape}, have shape {shape}. Take the '
         'state from init with an input of this shape.'
+        f'{arguments.other_axis(np.shape(value), x.shape, features)}'
       )
 
 
@@ -218,7 +219,7 @@ def check_several(
   elif axis_index_groups is not None:
     count *= min(len(group) for group in axis_index_groups)
   elif axis_name is not None:
-    count *= lax.axis_size(axis_name)
+    count *= _shards.axis_size(axis_name)
   if count == 1:
     raise ValueError(
       f'train=True with one element a feature in x of shape {shape}, reduced '

@@ -132,6 +132,7 @@ class EvoNormS0(EvoNormOptions):
     self, x: Array | jax.ShapeDtypeStruct
   ) -> tuple[EvoNormParams, EmptyState]:
     """Returns `(params, state)` for inputs like x, an array or its shape."""
+    norm.check_like(x)
     arguments.check_groups(x.shape, (len(x.shape) - 1,), self.num_groups)
     return self.init_params(x), EmptyState()
 

@@ -278,6 +278,7 @@ class GatedRMSNorm(norm.Options):
     self, x: Array | jax.ShapeDtypeStruct
   ) -> tuple[NormParams, EmptyState]:
     """Returns `(params, state)` for inputs like x, an array or its shape."""
+    norm.check_like(x)
     axes = _types.check_axes(self.axis, len(x.shape))
     _number_of_groups(x.shape, axes, self.group_size)
     return norm.init_params(x, self.axis, self), EmptyState()

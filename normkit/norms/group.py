@@ -219,6 +219,7 @@ class GroupNorm(norm.CenteredOptions):
     self, x: Array | jax.ShapeDtypeStruct
   ) -> tuple[NormParams, EmptyState]:
     """Returns `(params, state)` for inputs like x, an array or its shape."""
+    norm.check_like(x)
     channels = _types.check_axes(self.axis, len(x.shape))
     arguments.check_groups(x.shape, channels, self.num_groups)
     return norm.init_params(x, self.axis, self), EmptyState()

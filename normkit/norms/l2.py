@@ -137,7 +137,7 @@ class ScaleNorm(norm.Options):
     self, x: Array | jax.ShapeDtypeStruct
   ) -> tuple[NormParams, EmptyState]:
     """Returns `(params, state)` for inputs like x, an array or its shape."""
-    _types.check_dtype(x.dtype, 'x')
+    norm.check_like(x)
     axes = _types.check_axes(self.axis, len(x.shape))
     length = _root(math.prod(x.shape[a] for a in axes)) - self.scale_offset
     scale = jnp.asarray(length, self.param_dtype) if self.use_scale else None

@@ -169,6 +169,7 @@ class FilterResponseNorm(norm.CenteredOptions):
     self, x: Array | jax.ShapeDtypeStruct
   ) -> tuple[FilterResponseParams, EmptyState]:
     """Returns `(params, state)` for inputs like x, an array or its shape."""
+    norm.check_like(x)
     axes = _types.check_axes(self.axis, len(x.shape))
     shape = tuple(x.shape[a] for a in axes)
     least = jnp.zeros(shape, self.param_dtype) if self.use_threshold else None

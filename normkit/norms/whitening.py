@@ -176,11 +176,15 @@ def iterative_whitening(
 
 def check_state(state: Any, x: Array) -> None:
   """Raises unless the state holds means and matrices for the channels of x."""
+  if not isinstance(state, WhiteningState):
+    raise ValueError(
+      'state must be WhiteningState(mean, whitening, count), got '
+      f'{norm.told(state)}. {norm.mend(state, WhiteningState, "state")}'
+    )
   shapes = jax.tree.map(np.shape, state)
   channels = x.shape[-1] if x.ndim else 0
   if (
-    not isinstance(state, WhiteningState)
-    or len(shapes.whitening) != 3
+    len(shapes.whitening) != 3
     or shapes.mean != (channels,)
     or shapes.whitening[0] * shapes.whitening[1] != channels
     or shapes.whitening[1] != shapes.whitening[2]

@@ -17,6 +17,7 @@ from normkit.testing.transformations import check_traces, check_transformations
 from normkit.testing.values import (
   Reference as Reference,
   check_mask,
+  check_normalized,
   check_values,
 )
 
@@ -27,6 +28,7 @@ __all__ = [
   'check_init',
   'check_mask',
   'check_norm',
+  'check_normalized',
   'check_shapes',
   'check_state',
   'check_traces',

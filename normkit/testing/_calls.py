@@ -88,8 +88,15 @@ def doing(transform: Norm, what: str) -> Iterator[None]:
   """Turns whatever is raised into an AssertionError that says where."""
   try:
     yield
+  except AssertionError as error:
+    raise AssertionError(f'{_name(transform)}, {what}: {error}') from error
   except Exception as error:
-    of = transform.transform if isinstance(transform, Gated) else transform
-    name = type(of).__name__
-    kind = '' if isinstance(error, AssertionError) else type(error).__name__
-    raise AssertionError(f'{name}, {what}: {kind} {error}') from error
+    first = str(error).partition('\n')[0]
+    raise AssertionError(
+      f'{_name(transform)}, {what}, raised {type(error).__name__}: {first}'
+    ) from error
+
+
+def _name(transform: Norm) -> str:
+  of = transform.transform if isinstance(transform, Gated) else transform
+  return type(of).__name__

@@ -91,6 +91,6 @@ def assert_state_unchanged(before: Any, after: Any) -> None:
     >>> testing.assert_state_unchanged(before, after)
   """
   try:
-    assert_equal(before, after)
+    assert_equal(after, before)
   except AssertionError as error:
     raise AssertionError(f'the state changed: {error}') from error

@@ -2,14 +2,21 @@
 
 from typing import Any
 
-import chex  # type: ignore[import-untyped]
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from normkit._types import Array, ArrayLike
 from normkit.norm import Norm
 from normkit.testing._calls import applied, doing, start
-from normkit.testing._compare import assert_close, assert_equal
+from normkit.testing._compare import (
+  assert_close,
+  assert_equal,
+  assert_finite,
+  assert_forms,
+  leaves,
+  wide,
+)
 from normkit.testing.assertions import assert_state_unchanged
 
 
@@ -30,7 +37,9 @@ def check_init(transform: Norm, x: ArrayLike) -> None:
   x = jnp.asarray(x)
   with doing(transform, 'init of a jax.ShapeDtypeStruct and of an array'):
     from_shape = transform.init(jax.ShapeDtypeStruct(x.shape, x.dtype))
-    assert_equal(from_shape, transform.init(x))
+    names = 'params', 'state'
+    from_array = dict(zip(names, transform.init(x), strict=True))
+    assert_equal(dict(zip(names, from_shape, strict=True)), from_array)
 
 
 def check_shapes(
@@ -58,12 +67,10 @@ def check_shapes(
     apply = applied(transform, train)
     with doing(transform, f'shapes with train={train}'):
       out = apply(params, state, x, where)
-      chex.assert_shape(out['y'], x.shape)
-      chex.assert_type(out['y'], x.dtype if dtype is None else dtype)
-      chex.assert_tree_all_finite(out)
-      chex.assert_trees_all_equal_shapes_and_dtypes(
-        jax.eval_shape(apply, params, state, x, where), out
-      )
+      like = jax.ShapeDtypeStruct(x.shape, x.dtype if dtype is None else dtype)
+      assert_forms({'y': out['y']}, {'y': like})
+      assert_finite(out)
+      assert_forms(jax.eval_shape(apply, params, state, x, where), out)
 
 
 def check_state(
@@ -74,15 +81,20 @@ def check_state(
   rtol: float | None = None,
   atol: float | None = None,
 ) -> None:
-  """Checks the state: stable in form, carried by scan, left alone in eval.
+  """Checks the state: moved by training, used in evaluation, stable in form.
+
+  In evaluation it stays as it is, y follows it, and an example, along the first
+  axis of x, does not feel the others: their statistics are not used. A norm
+  that has no state may normalize as it likes.
 
   Args:
     transform, x, where, rtol, atol: as `check_norm` takes them.
 
   Raises:
     AssertionError: if a step changes the structure, a shape or a dtype of the
-      state, if `train=False` changes it at all, or if steps under
-      `jax.lax.scan` differ from steps one by one.
+      state, or leaves an array of it as it was, if `train=False` changes it at
+      all or does not use it, or if steps under `jax.lax.scan` differ from steps
+      one by one.
 
   Examples:
     >>> import jax.numpy as jnp, normkit as nk
@@ -94,14 +106,15 @@ def check_state(
   with doing(transform, 'state after train=False'):
     out = applied(transform, train=False)(params, first, x, where)
     assert_state_unchanged(first, out['state'])
+    _check_evaluation(transform, params, first, x, where, out['y'])
   xs, ys, state = jnp.stack([x, -x, 2 * x]), [], first
   apply = applied(transform, train=True)
   with doing(transform, 'state after train=True'):
     for step in xs:
       y, state = apply(params, state, step, where).values()
       ys.append(y)
-      chex.assert_trees_all_equal_structs(first, state)
-      chex.assert_trees_all_equal_shapes_and_dtypes(first, state)
+      assert_forms({'state': state}, {'state': first})
+    _check_moved(first, state)
 
   def body(state: Any, step: Array) -> tuple[Any, Array]:
     y, state = apply(params, state, step, where).values()
@@ -111,3 +124,37 @@ def check_state(
     last, scanned = jax.lax.scan(body, first, xs)
     expected = {'y': jnp.stack(ys), 'state': state}
     assert_close({'y': scanned, 'state': last}, expected, rtol, atol)
+
+
+def _check_moved(before: Any, after: Any) -> None:
+  """Raises if three steps left an array of the state as it was."""
+  moved = leaves({'state': after})
+  for name, leaf in leaves({'state': before}).items():
+    if np.array_equal(leaf, moved[name]):
+      raise AssertionError(
+        f'{name} is what it was before three steps of training on other '
+        'inputs. Return what training makes of it, or do without it.'
+      )
+
+
+def _check_evaluation(
+  transform: Norm, params: Any, state: Any, x: Array, where: Any, y: Array
+) -> None:
+  """Raises if y, the output in evaluation, is of the batch's statistics."""
+  if not any(
+    jnp.issubdtype(a.dtype, jnp.inexact) for a in jax.tree.leaves(state)
+  ):
+    return
+  evaluate = applied(transform, train=False)
+  other = jax.tree.map(lambda a: (2 * a + 1).astype(a.dtype), state)
+  if np.array_equal(evaluate(params, other, x, where)['y'], y):
+    raise AssertionError(
+      'y is the same whatever the state holds. Evaluation must normalize by '
+      'the statistics in the state, not by those of the batch.'
+    )
+  alone = evaluate(params, state, x.at[1:].multiply(-3), where)['y']
+  if not np.allclose(wide(alone[:1]), wide(y[:1]), 1e-2, 1e-2, equal_nan=True):
+    raise AssertionError(
+      'the output for the first example, along axis 0, changes with the other '
+      'examples. Evaluation must not use the statistics of the batch.'
+    )

@@ -4,15 +4,20 @@ from collections.abc import Callable
 import functools
 from typing import Any
 
-import chex  # type: ignore[import-untyped]
 import jax
 from jax import test_util
 import jax.numpy as jnp
+import numpy as np
 
 from normkit._types import Array, ArrayLike
 from normkit.norm import Norm
 from normkit.testing._calls import Apply, applied, doing, loss_of, start
-from normkit.testing._compare import assert_close
+from normkit.testing._compare import (
+  assert_close,
+  assert_finite,
+  assert_forms,
+  leaves,
+)
 
 
 def check_gradients(
@@ -25,10 +30,10 @@ def check_gradients(
 ) -> None:
   """Checks the gradients with respect to parameters and x.
 
-  They are finite, the same under `jax.checkpoint`, and agree with finite
-  differences, forward and reverse; those are taken in float32 or wider, and
-  left out for a transform whose output is narrower even so. The loss counts y
-  and the new state.
+  They are finite, none of a parameter is zero throughout, they are the same
+  under `jax.checkpoint`, and agree with finite differences, forward and
+  reverse; those are taken in float32 or wider, and left out for a transform
+  whose output is narrower even so. The loss counts y and the new state.
 
   Args:
     transform, x, where: as `check_norm` takes them; parameters are
@@ -36,7 +41,8 @@ def check_gradients(
     rtol, atol: tolerances under checkpoint, as `check_norm` takes them.
 
   Raises:
-    AssertionError: if a gradient is missing, not finite, or wrong.
+    AssertionError: if a gradient is missing, not finite, or wrong, or if a
+      parameter changes nothing.
 
   Examples:
     >>> import jax, normkit as nk
@@ -56,12 +62,13 @@ def check_gradients(
     function = functools.partial(loss, apply)
     gradients = jax.jit(jax.value_and_grad(function, (0, 2)))
     with doing(transform, f'gradients with train={train}'):
-      _, found = gradients(params, state, x)
-      chex.assert_trees_all_equal_shapes_and_dtypes(found, (params, x))
-      chex.assert_tree_all_finite(found)
+      found = _named(gradients(params, state, x)[1])
+      assert_forms(found, _named((params, x)))
+      assert_finite(found)
+      _check_reached(found)
     with doing(transform, f'gradients under checkpoint with train={train}'):
       again = jax.jit(jax.grad(jax.checkpoint(function), (0, 2)))
-      assert_close(again(params, state, x), found, rtol, atol)
+      assert_close(_named(again(params, state, x)), found, rtol, atol)
 
     out = jax.eval_shape(apply, *wide, where)
     if jnp.finfo(out['y'].dtype).bits < 32:
@@ -93,8 +100,33 @@ def _check_differences(
   step = float(jnp.finfo(x.dtype).eps) ** (1 / 3)
   limits = {'eps': step, 'atol': 400 * step**2, 'rtol': 400 * step**2}
   args = params, x
-  test_util.check_jvp(value, push, args, err_msg='forward mode', **limits)
-  test_util.check_vjp(value, pull, args, err_msg='reverse mode', **limits)
+  modes: dict[str, Any] = {
+    'forward': lambda: test_util.check_jvp(value, push, args, **limits),
+    'reverse': lambda: test_util.check_vjp(value, pull, args, **limits),
+  }
+  for mode, check in modes.items():
+    try:
+      check()
+    except AssertionError as error:
+      raise AssertionError(
+        f'the derivative in {mode} mode is not that of the values, by finite '
+        'differences. Look for a rule of its own, a stop_gradient, or rounding.'
+      ) from error
+
+
+def _named(found: tuple[Any, Any]) -> dict[str, Any]:
+  return dict(zip(('gradient of params', 'gradient of x'), found, strict=True))
+
+
+def _check_reached(found: dict[str, Any]) -> None:
+  """Raises for a parameter whose gradient is zero throughout."""
+  params = {'params': found['gradient of params']}
+  for name, gradient in leaves(params).items():
+    if not np.any(gradient):
+      raise AssertionError(
+        f'{name} changes nothing: its gradient is zero. Use it in '
+        'apply, or give None in its place.'
+      )
 
 
 def _start_wide(transform: Norm, x: Array) -> tuple[Any, Any, Array]:

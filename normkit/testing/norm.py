@@ -8,7 +8,12 @@ from normkit.testing._calls import Gated
 from normkit.testing.forms import check_init, check_shapes, check_state
 from normkit.testing.gradients import check_gradients
 from normkit.testing.transformations import check_traces, check_transformations
-from normkit.testing.values import Reference, check_mask, check_values
+from normkit.testing.values import (
+  Reference,
+  check_mask,
+  check_normalized,
+  check_values,
+)
 
 
 def check_norm(
@@ -18,6 +23,7 @@ def check_norm(
   *,
   where: ArrayLike | None = None,
   gate: Callable[[Array], Array] | None = None,
+  normalizes: bool = True,
   rtol: float | None = None,
   atol: float | None = None,
 ) -> None:
@@ -36,6 +42,8 @@ def check_norm(
     gate: for a norm whose `apply` takes a gate after x: an elementwise function
       that makes it of x, such as `jnp.sin`, here and in the reference. It
       hashes.
+    normalizes: whether to run `check_normalized`. False for what lets its
+      output grow with x, as global response norm does.
     rtol: relative tolerance between values; None chooses by the dtype of y.
     atol: absolute tolerance between values; None chooses by the dtype of y.
 
@@ -58,6 +66,8 @@ def check_norm(
   check_transformations(transform, x, where=where, **tolerance)
   check_traces(transform, x, where=where)
   check_gradients(transform, x, where=where, **tolerance)
+  if normalizes:
+    check_normalized(transform, x, where=where)
   check_mask(transform, x, where=where, **tolerance)
   if reference is not None:
     check_values(transform, x, reference, where=where, **tolerance)

@@ -5,7 +5,6 @@ import functools
 import math
 from typing import Any, TypeAlias
 
-import chex  # type: ignore[import-untyped]
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +12,12 @@ import numpy as np
 from normkit._types import Array, ArrayLike
 from normkit.norm import Norm
 from normkit.testing._calls import Apply, applied, call, doing, loss_of, start
-from normkit.testing._compare import assert_close, assert_equal
+from normkit.testing._compare import (
+  assert_close,
+  assert_equal,
+  assert_finite,
+  wide,
+)
 
 Reference: TypeAlias = Callable[..., tuple[Any, Any]]
 
@@ -69,14 +73,52 @@ def check_mask(
     function = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
     results = []
     for value in (0.0, -3.0, math.nan, math.inf):
-      with doing(transform, f'{value} where masked, with train={train}'):
+      what = f'with {value} in masked elements and train={train}'
+      with doing(transform, what):
         (dparams, dx), out = function(params, jnp.where(changed, value, x))
         out |= {'gradient of params': dparams, 'gradient of x': dx}
-        chex.assert_tree_all_finite(out)
+        assert_finite(out)
         results.append(out)
         assert_close(out, results[0], rtol, atol)
-        leak = {'gradient of x, masked': jnp.where(changed, dx, 0)}
+        leak = {'gradient of masked x': jnp.where(changed, dx, 0)}
         assert_equal(leak, jax.tree.map(jnp.zeros_like, leak))
+
+
+def check_normalized(
+  transform: Norm, x: ArrayLike, *, where: ArrayLike | None = None
+) -> None:
+  """Checks that y does not grow with x, whatever axes it is normalized over.
+
+  Args:
+    transform, x, where: as `check_norm` takes them.
+
+  Raises:
+    AssertionError: if in training y of an x sixteen times as large is not of
+      about the same size, to a factor of two.
+
+  Examples:
+    >>> import jax, normkit as nk
+    >>> from normkit import testing
+    >>> x = jax.random.normal(jax.random.key(0), (4, 6))
+    >>> testing.check_normalized(nk.LayerNorm(), x)
+  """
+  x = jnp.asarray(x)
+  params, state = start(transform, x)
+  counted = np.broadcast_to(True if where is None else where, x.shape)
+
+  def size(factor: float) -> float:
+    larger = (factor * x).astype(x.dtype)
+    y = call(transform, True, params, state, larger, where)['y']
+    return float(np.sqrt(np.mean(np.abs(wide(y)[counted]) ** 2)))
+
+  with doing(transform, 'outputs of 16 x and of 256 x with train=True'):
+    small, large = size(16.0), size(256.0)
+    if not small / 2 <= large <= 2 * small:
+      raise AssertionError(
+        f'the second are {large / max(small, 1e-30):.3g} times as large, so y '
+        'is not normalized over any axis. Divide by a statistic of x that '
+        'grows as x does.'
+      )
 
 
 def check_values(

@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from normkit.tools._advice import largest, mean, rms
+from normkit.tools._extras import needed
 
 Inspection: TypeAlias = Any  # of normkit.tools._inspection, which is above
 Layer: TypeAlias = Any
@@ -32,8 +33,9 @@ def text(found: Inspection) -> str:
 
 def table(found: Inspection) -> Any:
   """A `rich.table.Table` of layers, with the advice below."""
-  from rich.table import Table  # noqa: PLC0415, optional
-  from rich.text import Text  # noqa: PLC0415
+  with needed('tools'):
+    from rich.table import Table  # noqa: PLC0415, optional
+    from rich.text import Text  # noqa: PLC0415
 
   caption = Text('\n'.join(_told(found)), justify='left')
   table = Table(caption=caption)
@@ -47,7 +49,8 @@ def table(found: Inspection) -> Any:
 
 def figure(layers: tuple[Layer, ...]) -> Any:
   """Four plots of each layer's channels, as a `matplotlib.figure.Figure`."""
-  from matplotlib.figure import Figure  # noqa: PLC0415, optional
+  with needed('tools'):
+    from matplotlib.figure import Figure  # noqa: PLC0415, optional
 
   size = max(6.4, 1 + 0.5 * len(layers))
   figure = Figure(figsize=(size, 7), layout='constrained')

@@ -23,7 +23,9 @@ from jax import export
 import jax.numpy as jnp
 import numpy as np
 
+import normkit
 from normkit.tools import convert, files
+from normkit.tools._extras import needed
 from normkit.tools._template import template_of
 from normkit.tools.fold import fold
 from normkit.tools.inspect import inspect
@@ -59,6 +61,8 @@ class Loaded(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs a command; returns 0, or 2 after an error, told in one line.
 
+  1 is the status of `inspect` that found an error in the model.
+
   Examples:
     >>> from normkit.tools import cli
     >>> cli.main(['fold', 'none.safetensors', 'folded.safetensors',
@@ -67,16 +71,19 @@ def main(argv: Sequence[str] | None = None) -> int:
   """
   args = _parser().parse_args(argv)
   try:
-    args.run(args)
+    status: int = args.run(args) or 0
   except (Exception, SystemExit) as error:  # whatever the model's code raises
     line = ' '.join(str(error).split()) or type(error).__name__
     print(f'normkit {args.command}: error: {line}', file=sys.stderr)
     return 2
-  return 0
+  return status
 
 
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(prog='normkit', description=__doc__)
+  parser.add_argument(
+    '--version', action='version', version=f'normkit {normkit.__version__}'
+  )
   commands = parser.add_subparsers(dest='command', required=True)
   for add in (_add_convert, _add_inspect, _add_fold):
     add(commands)
@@ -163,7 +170,7 @@ def _add_fold(commands: Any) -> None:
 def _add_command(
   commands: Any,
   name: str,
-  run: Callable[[Any], None],
+  run: Callable[[Any], int | None],
   text: str,
   example: str,
 ) -> argparse.ArgumentParser:
@@ -227,7 +234,7 @@ def _convert(args: argparse.Namespace) -> None:
   print(f'{args.target}: {len(named)} arrays')
 
 
-def _inspect(args: argparse.Namespace) -> None:
+def _inspect(args: argparse.Namespace) -> int:
   if args.figure is not None:
     _check_free(args.overwrite, args.figure)
   model = _load_model(args.model, args.input)
@@ -240,7 +247,8 @@ def _inspect(args: argparse.Namespace) -> None:
     framework=args.framework,
   )
   if sys.stdout.isatty():
-    from rich.console import Console  # noqa: PLC0415
+    with needed('tools'):
+      from rich.console import Console  # noqa: PLC0415
 
     Console().print(found.table())
     print('\n'.join(map(str, found.advice)))
@@ -248,6 +256,7 @@ def _inspect(args: argparse.Namespace) -> None:
     print(found)
   if args.figure is not None:
     found.figure().savefig(args.figure)
+  return int(any(advice.level == 'error' for advice in found.advice))
 
 
 def _fold(args: argparse.Namespace) -> None:
@@ -350,7 +359,8 @@ def _told(array: Any) -> str:
 
 def _read_folder(path: pathlib.Path) -> Mapping[str, np.ndarray]:
   """The arrays of a checkpoint of orbax, by the names of a model's leaves."""
-  import orbax.checkpoint as ocp  # noqa: PLC0415
+  with needed('tools'):
+    import orbax.checkpoint as ocp  # noqa: PLC0415
 
   with ocp.StandardCheckpointer() as checkpointer:
     tree = checkpointer.restore(path.resolve())

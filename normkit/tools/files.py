@@ -15,6 +15,8 @@ import zipfile
 import ml_dtypes
 import numpy as np
 
+from normkit.tools._extras import needed
+
 Path = str | os.PathLike[str]
 
 _PICKLE = (
@@ -116,7 +118,8 @@ def save_arrays(
     ...   os.listdir(folder)
     ['model.safetensors']
   """
-  from safetensors import numpy as safetensors  # noqa: PLC0415
+  with needed('tools'):
+    from safetensors import numpy as safetensors  # noqa: PLC0415
 
   check_names(arrays)
   named = {k: np.array(as_numpy(k, v), order='C') for k, v in arrays.items()}
@@ -200,7 +203,8 @@ def _reader(data: bytes) -> Callable[[bytes], dict[str, np.ndarray]]:
 
 
 def _safetensors(data: bytes) -> dict[str, np.ndarray]:
-  from safetensors import deserialize  # noqa: PLC0415
+  with needed('tools'):
+    from safetensors import deserialize  # noqa: PLC0415
 
   entries = deserialize(data)
   end = 8 + int.from_bytes(data[:8], 'little')
@@ -245,7 +249,8 @@ def _zip(data: bytes) -> dict[str, np.ndarray]:
 
 
 def _hdf5(data: bytes) -> dict[str, np.ndarray]:
-  import h5py  # noqa: PLC0415
+  with needed('tools'):
+    import h5py  # noqa: PLC0415
 
   arrays = {}
   total = 0
