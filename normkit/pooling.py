@@ -111,8 +111,7 @@ def _about_mean(stats: Centred, total: Callable[..., Any]) -> Centred:
 
 
 def _about_zero(stats: Centred, total: Callable[..., Any]) -> Centred:
-  var = jnp.where(stats.count > 0, stats.count * PART * stats.var, 0)
-  count, var = total((stats.count, var))
+  count, var = total((stats.count, stats.count * PART * stats.var))
   var = var / (jnp.maximum(count, 1) * PART)
   zero = jnp.zeros_like(var, stats.pivot.dtype)
   return Centred(zero, zero, var, count)

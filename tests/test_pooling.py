@@ -197,8 +197,8 @@ def over_all(form: bool | str, names, function: Callable):
     )
   mapped = function
   for name in reversed(names):
-    is_outer = name == 'd'
-    mapping = jax.pmap if form == 'pmap' and is_outer else jax.vmap
+    is_inner = name == names[-1]
+    mapping = jax.pmap if form == 'pmap' and is_inner else jax.vmap
     mapped = mapping(mapped, axis_name=name)
 
   def run(values):
@@ -402,7 +402,7 @@ class TestPooling:
       (True, ('e', 'd')),  # not in the order of the mesh
       second_tier('vmap', ('d', 'e')),
       second_tier('pmap', 'd'),
-      second_tier('pmap', ('d', 'e')),  # the second one of a vmap
+      second_tier('pmap', ('d', 'e')),  # the first one of a vmap
       second_tier(True, ('d', 'e')),
       second_tier(False, 'd'),
     ],
