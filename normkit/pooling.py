@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.flatten_util import ravel_pytree
 import jax.numpy as jnp
 
 from normkit import _shards
@@ -110,8 +111,7 @@ def _about_mean(stats: Centred, total: Callable[..., Any]) -> Centred:
 
 
 def _about_zero(stats: Centred, total: Callable[..., Any]) -> Centred:
-  var = jnp.where(stats.count > 0, stats.count * PART * stats.var, 0)
-  count, var = total((stats.count, var))
+  count, var = total((stats.count, stats.count * PART * stats.var))
   var = var / (jnp.maximum(count, 1) * PART)
   zero = jnp.zeros_like(var, stats.pivot.dtype)
   return Centred(zero, zero, var, count)
@@ -127,33 +127,68 @@ def pool_sum(
     _shards.axis_size(axis_name)  # raises where it is not bound
     return lax.psum(values, axis_name)
   _check_groups(axis_index_groups, axis_name)
-  leaves, tree = jax.tree.flatten(values)
-  summed = _group_sum(_pack(leaves), axis_name, axis_index_groups)
-  parts = [
-    s if jnp.iscomplexobj(leaf) else s.real
-    for s, leaf in zip(summed, leaves, strict=True)
-  ]
-  return jax.tree.unflatten(tree, parts)
-
-
-def _pack(leaves: list[Array]) -> Array:
-  """Arrays that broadcast to each other, in one."""
-  dtype = jnp.result_type(*leaves)
-  shape = jnp.broadcast_shapes(*(leaf.shape for leaf in leaves))
-  return jnp.stack(
-    [jnp.broadcast_to(leaf, shape).astype(dtype) for leaf in leaves]
-  )
+  flat, unravel = ravel_pytree(values)
+  groups = [tuple(group) for group in axis_index_groups if group]
+  return unravel(_group_sum(flat, axis_name, groups))
 
 
 def _group_sum(values: Array, axis_name: AxisName, groups: Groups) -> Array:
-  """The sum over the own group, from the values of all devices.
+  """The sum of a vector over the own group, alike to the bit in all members.
 
-  Only `pmap` knows sums over groups, so all are gathered: the one form whose
-  bytes grow with the devices. Groups of one size are summed together.
+  JAX's own, `psum`, takes no groups under `vmap` nor where `shard_map` checks
+  what varies, and on TPUs none of unequal sizes.
   """
-  by_size = sorted(filter(None, groups), key=len)
-  number = {i: n for n, group in enumerate(by_size) for i in group}
   index = lax.axis_index(axis_name)
+  values = _shards.vary(values, index)
+  names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+  devices = jax.sharding.get_abstract_mesh().manual_axes
+  if names != tuple(n for n in devices if n in names):
+    return _sum_of_all(values, names, groups)
+  if len(set(map(len, groups))) > 1:
+    return _sum_by_trees(values, names, groups)
+  if jax.typeof(index).mat.varying:
+    return _sum_by_shares(values, names, groups)
+  summed: Array = lax.psum(values, names, axis_index_groups=groups)
+  return summed
+
+
+def _sum_by_shares(
+  values: Array, names: tuple[str, ...], groups: Groups
+) -> Array:
+  """Each member of a group sums a share of the numbers, and sends it to all."""
+  share = jnp.pad(values, (0, -values.size % len(groups[0])))
+  for exchange in lax.psum_scatter, lax.all_gather:
+    share = exchange(share, names, axis_index_groups=groups, tiled=True)
+  return share[: values.size]
+
+
+def _sum_by_trees(
+  values: Array, names: tuple[str, ...], groups: Groups
+) -> Array:
+  """Sums go up to the first member of each group, and the total comes down."""
+  longest = max(map(len, groups))
+  steps = [2**n for n in range((longest - 1).bit_length())]
+  rounds = [
+    [(g[i + s], g[i]) for g in groups for i in range(0, len(g) - s, 2 * s)]
+    for s in steps
+  ]
+  for up in rounds:  # who receives nothing adds zero
+    values += lax.ppermute(values, names, up)
+  is_first = jnp.isin(lax.axis_index(names), jnp.array([g[0] for g in groups]))
+  values = jnp.where(is_first, values, 0)
+  for up in reversed(rounds):
+    values += lax.ppermute(values, names, [pair[::-1] for pair in up])
+  return values
+
+
+def _sum_of_all(values: Array, names: tuple[str, ...], groups: Groups) -> Array:
+  """From the values of all: under `vmap`, where they lie in one array.
+
+  Groups of one size are summed together.
+  """
+  index = lax.axis_index(names)
+  by_size = sorted(groups, key=len)
+  number = {i: n for n, group in enumerate(by_size) for i in group}
   places = [
     _shards.vary(jnp.array(list(some)), index)
     for _, some in itertools.groupby(by_size, len)
@@ -161,7 +196,10 @@ def _group_sum(values: Array, axis_name: AxisName, groups: Groups) -> Array:
   own = jnp.array([number[i] for i in range(len(number))])[index]
 
   def run(values: Array) -> Array:
-    gathered = _gathered(values, axis_name)
+    gathered = values
+    for name in reversed(names):  # `vmap` gathers along one at a time
+      gathered = lax.all_gather(gathered, name)
+    gathered = gathered.reshape(-1, *values.shape)
     sums = jnp.concatenate([jnp.sum(gathered[p], axis=1) for p in places])
     mine: Array = lax.dynamic_index_in_dim(sums, own, keepdims=False)
     return mine
@@ -170,22 +208,9 @@ def _group_sum(values: Array, axis_name: AxisName, groups: Groups) -> Array:
   # equations; it would transpose the gather, and write under `vmap` an array of
   # all devices for each.
   summed: Array = lax.custom_linear_solve(
-    lambda v: v,
-    _shards.vary(values, index),
-    lambda _, v: run(v),
-    symmetric=True,
+    lambda v: v, values, lambda _, v: run(v), symmetric=True
   )
   return summed
-
-
-def _gathered(values: Array, axis_name: AxisName) -> Array:
-  """The values of all devices, along a new first axis."""
-  names = (axis_name,) if isinstance(axis_name, str) else axis_name
-  gathered = values
-  for name in reversed(names):  # `vmap` gathers along one at a time
-    gathered = lax.all_gather(gathered, name)
-  flat: Array = gathered.reshape(-1, *values.shape)
-  return flat
 
 
 def _check_groups(groups: Groups, axis_name: AxisName) -> None:

@@ -233,9 +233,9 @@ def test_moments_take_symbols():
   def run(x, where):
     return [nk.moments(x, a, where=w) for a in (0, 1) for w in (None, where)]
 
-  exported = export.export(jax.jit(run))(x, where)
+  saved = export.export(jax.jit(run))(x, where).serialize()
   given = draw((70, 3)), draw_mask((70, 3))
-  assert_near(exported.call(*given), run(*given))
+  assert_near(export.deserialize(saved).call(*given), run(*given))
 
 
 def test_a_count_of_symbols_does_not_overflow():
@@ -454,6 +454,15 @@ def test_strict_promotion(use, dtype):
         run = functools.partial(gradients, use, train=train, where=mask)
         found = jax.eval_shape(run, use.variables, x)
         assert found[0][1].dtype == x.dtype
+
+
+@rows(first=[t for t in TRANSFORMS if t.name == 'streaming_norm'])
+def test_strict_promotion_where_numbers_are_wide(use):
+  """Python's are float64 there: they take the dtype of the statistics."""
+  x = draw(use.shape)
+  with jax.enable_x64(True), jax.numpy_dtype_promotion('strict'):
+    found = jax.eval_shape(functools.partial(gradients, use), use.variables, x)
+  assert found[0][1].dtype == x.dtype
 
 
 @pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])

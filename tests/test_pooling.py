@@ -19,9 +19,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 import pytest
 import reference
-from tiers import thinned
+from tiers import second_tier, thinned
 
 import normkit as nk
+from normkit.pooling import pool_sum
 
 DEVICES = 8
 SHAPE = 16, 4, 6
@@ -181,6 +182,34 @@ FORMS = {
 NESTED = {'vmap_nested', 'pmap_of_vmap', 'shard_map_two_axes'}
 
 
+def over_all(form: bool | str, names, function: Callable):
+  """Maps a function of one member; a bool maps shards, checked or not."""
+  sizes = (DEVICES,) if names == 'd' else (4, 2)
+  if isinstance(form, bool):
+    return jax.jit(
+      shard_map(
+        lambda a: jax.tree.map(lambda b: b[None], function(a[0])),
+        mesh=mesh(*sizes),
+        in_specs=P(names),
+        out_specs=P(names),
+        check_vma=form,
+      )
+    )
+  mapped = function
+  for name in reversed(names):
+    is_inner = name == names[-1]
+    mapping = jax.pmap if form == 'pmap' and is_inner else jax.vmap
+    mapped = mapping(mapped, axis_name=name)
+
+  def run(values):
+    found = mapped(values.reshape(*sizes, *values.shape[1:]))
+    return jax.tree.map(
+      lambda a: a.reshape(DEVICES, *a.shape[len(sizes) :]), found
+    )
+
+  return run if form == 'pmap' else jax.jit(run)
+
+
 def pooled(form: str, **options) -> nk.BatchNorm:
   names = ('d', 'e') if form in NESTED else 'd'
   return nk.BatchNorm(momentum=0.5, epsilon=1e-3, axis_name=names, **options)
@@ -323,11 +352,15 @@ class TestPooling:
     assert np.isnan(new.mean[0, 0])
 
   @pytest.mark.parametrize(
-    'form', thinned(['vmap', 'pmap', True, False], every=4)
+    ('form', 'groups'),
+    thinned(
+      ['vmap', 'pmap', True, False],
+      [([0, 3], [1, 2, 4, 5, 6, 7]), ([0, 5, 3, 6], [1, 2, 4, 7])],
+      every=8,
+    ),
   )
-  def test_groups(self, form):
-    """Groups of unequal size, each by itself, also when another is spoilt."""
-    groups = [0, 3], [1, 2, 4, 5, 6, 7]
+  def test_groups(self, form, groups):
+    """Groups of any size, each by itself, also when another is spoilt."""
     transform = pooled('', axis_index_groups=groups)
     data = split(inputs(), DEVICES)
     data = data._replace(
@@ -359,6 +392,54 @@ class TestPooling:
     first = jax.tree.map(lambda s: s[0], state)
     check((y.reshape(shape), first, dx.reshape(shape)), wanted(*own))
     assert np.isnan(got[1].mean[0, 0])
+
+  @pytest.mark.parametrize(
+    ('form', 'names'),
+    [
+      ('vmap', 'd'),
+      (True, 'd'),
+      (False, ('d', 'e')),
+      (True, ('e', 'd')),  # not in the order of the mesh
+      second_tier('vmap', ('d', 'e')),
+      second_tier('pmap', 'd'),
+      second_tier('pmap', ('d', 'e')),  # the first one of a vmap
+      second_tier(True, ('d', 'e')),
+      second_tier(False, 'd'),
+    ],
+  )
+  def test_sums_of_groups(self, form, names):
+    """Alike to the bit in all members; a NaN stays in its group."""
+    values = np.random.default_rng(0).standard_normal((DEVICES, 5))
+    values[3, 0] = np.nan
+    all_groups = (
+      [[0, 3], [1, 2, 4, 5, 6, 7]],
+      [[0, 3, 6], [1, 7, 2, 5, 4]],
+      [[6, 0], [], [1, 5], [2, 4], [7, 3]],
+      [[7, 1, 2, 0, 4, 6, 5], [3]],
+      [[2, 1, 6, 0, 5, 3, 7, 4]],
+    )
+
+    def run(v):
+      """Sums, and what they give back."""
+      found = []
+      for groups in all_groups:
+        given = v, 2 * v[:1]
+        total = partial(pool_sum, axis_name=names, axis_index_groups=groups)
+        sums, pull = jax.vjp(total, given)
+        found.append((sums, pull(given)[0]))
+      return found
+
+    found = over_all(form, names, run)(values.astype(np.float32))
+    for groups, sums in zip(all_groups, found, strict=True):
+      for group in filter(None, groups):
+        want = values[group].sum(0)
+        for got in jax.tree.leaves(sums):
+          of = np.asarray(got)[group]
+          np.testing.assert_array_equal(of, of[:1].repeat(len(group), 0))
+          scale = 1 if of.shape[1] > 1 else 2
+          np.testing.assert_allclose(
+            of[0], scale * want[: of.shape[1]], rtol=1e-5
+          )
 
   @pytest.mark.parametrize(
     ('form', 'masked'),
@@ -420,10 +501,14 @@ def test_any_layout(devices, each, rest, axis, seed, mean, form):
   check(got, wanted(*data, reference.batch_norm(**options), axis))
 
 
+COLLECTIVES = (
+  'all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter'
+)
+
+
 def collectives(function, *args) -> list[str]:
   text = jax.jit(function).lower(*args).compile().as_text()
-  names = 'all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter'
-  return re.findall(rf' ({names})(?:-start)?\(', text)
+  return re.findall(rf' ({COLLECTIVES})(?:-start)?\(', text)
 
 
 def forward(transform, x, dy, where):
@@ -457,7 +542,8 @@ def test_collectives_each_way(check_vma, masked, case):
 def sharded(transform, devices, gradients, **options):
   """Forward, or with the gradient of x, over the first axis."""
   _, like = transform.init(jnp.zeros((2, 2, 8)))
-  state = jax.tree.map(lambda _: P(), like)
+  spec = P() if transform.axis_index_groups is None else P('d')
+  state = jax.tree.map(lambda _: spec, like)
 
   def backward(x, dy, where):
     y, pull, new = jax.vjp(
@@ -485,6 +571,28 @@ def test_bytes_do_not_grow_with_devices(transform, check_vma):
 
 
 @pytest.mark.parametrize(
+  ('check_vma', 'size', 'passes'),
+  [
+    (True, 2, (0.5, 1)),  # a half, then the whole
+    (False, 2, (1,)),
+    (True, 3, (1,) * 4),  # up two steps and down
+    second_tier(False, 3, (1,) * 4),
+  ],
+)
+def test_bytes_of_groups_do_not_grow_with_devices(check_vma, size, passes):
+  """All are of one size, or the last one is smaller."""
+  x = jnp.zeros((8, 256))
+  for devices in 4, 8:
+    indices = range(devices)
+    groups = [indices[i : i + size] for i in indices[::size]]
+    norm = nk.BatchNorm(axis_name='d', axis_index_groups=groups)
+    mapped = sharded(norm, devices, True, check_vma=check_vma)
+    numbers = 256 + 1 + (passes == (0.5, 1)), 2 * 256, 2 * 256
+    assert sent(mapped, x, x, None) == 4 * sum(passes) * sum(numbers)
+  assert len(collectives(mapped, x, x, None)) == 3 * len(passes)
+
+
+@pytest.mark.parametrize(
   ('transform', 'numbers'),
   [
     (nk.BatchRenorm(axis_name='d'), 3 + 2),
@@ -502,7 +610,7 @@ def test_statistics_alone_are_sent(transform, numbers):
 def sent(function, *args) -> int:
   """Bytes that come out of the collectives of a compiled program."""
   text = jax.jit(function).lower(*args).compile().as_text()
-  results = re.findall(r'= (.*) (?:all-reduce|all-gather)(?:-start)?\(', text)
+  results = re.findall(rf'= (.*) (?:{COLLECTIVES})(?:-start)?\(', text)
   assert results
   return 4 * sum(
     np.prod([int(n) for n in shape.split(',') if n], dtype=int)
@@ -559,12 +667,16 @@ def test_large_means_unequal_counts(mean, scale):
 
 @pytest.mark.parametrize(
   ('form', 'groups'),
-  thinned(
-    ['vmap', 'remat', 'scan', 'shard_map'], [None, [[0, 2, 3], [1]]], every=4
-  ),
+  [
+    *thinned(
+      ['vmap', 'remat', 'scan', 'shard_map'], [None, [[0, 2, 3], [1]]], every=4
+    ),
+    second_tier('shard_map', [[0, 2], [3, 1]]),
+    second_tier('unchecked', [[0, 2], [3, 1]]),
+  ],
 )
 def test_every_mode_of_differentiation(form, groups):
-  """Also twice: with gradients the statistics' own are summed or gathered."""
+  """Also twice: with gradients the statistics' own are summed."""
   data = inputs(shape=(4, 2, 3), mean=5.0)
 
   def loss(x, dy, **pooled):
@@ -585,12 +697,13 @@ def test_every_mode_of_differentiation(form, groups):
       return lax.scan(lambda c, _: (c, once(*a)), 0, None, 1)[1][0]
 
   mapped = jax.vmap(each, axis_name='d')
-  if form == 'shard_map':
+  if form in ('shard_map', 'unchecked'):
     mapped = shard_map(
       lambda *a: each(*(b[0] for b in a))[None],
       mesh=mesh(4),
       in_specs=P('d'),
       out_specs=P('d'),
+      check_vma=form != 'unchecked',
     )
 
   def pooled(x):

@@ -128,7 +128,7 @@ def streaming_norm(
   count = as_count(state.count) + 1
   real = _types.real_dtype(args.statistics_dtype)
   weights = [
-    jnp.broadcast_to(w, count.shape).reshape(old.var.shape)
+    jnp.broadcast_to(jnp.asarray(w, real), count.shape).reshape(old.var.shape)
     for w in shares(count.astype(real), momentum, debias)
   ]
 
