@@ -168,7 +168,7 @@ def check_symbol(use, train, masked):
     assert_near(exported.call(*given), jax.jit(run)(*given))
 
 
-@rows(first=FIRST[::2])
+@rows(first=FIRST[:4:3])
 def test_a_batch_may_be_a_symbol(use):
   check_symbol(use, train=True, masked=False)
 
@@ -372,7 +372,7 @@ def test_parameters_and_states_are_saved(use):
 # Run without `jit`, under checks, with other promotion.
 
 
-@rows(first=FIRST[::2])
+@rows(first=FIRST[:4:3])
 def test_without_jit(use):
   given = use.variables, draw(use.shape)
   expected = jax.jit(lambda v, x: gradients(use, v, x))(*given)
@@ -398,7 +398,7 @@ def test_under_checks(use):
     run(use.variables, draw(use.shape), draw_mask(use.shape))
 
 
-@rows(first=FIRST[::2])
+@rows(first=FIRST[:4:3])
 def test_arrays_of_numpy_mapped_inside_of_jit(use):
   x, where = (np.stack([draw(use.shape, seed=i)] * 2) for i in range(2))
   where = where > 0
@@ -441,7 +441,9 @@ def test_jet(use):
   chex.assert_trees_all_close(terms, desired, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+@pytest.mark.parametrize(
+  'dtype', [second_tier('float32'), 'bfloat16', second_tier('float16')]
+)
 @rows()
 def test_strict_promotion(use, dtype):
   """Modules name the dtype, as they would otherwise promote, as Flax's do."""
@@ -547,7 +549,7 @@ def options_of(use):
   return options
 
 
-@rows()
+@rows(first=FIRST[::2])
 def test_options_may_be_arrays(use):
   """As from a schedule; the same as the numbers, and differentiable."""
   numbers = options_of(use)

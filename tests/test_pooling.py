@@ -619,14 +619,17 @@ def sent(function, *args) -> int:
   )
 
 
-@pytest.mark.parametrize('grouped', [False, True])
 @pytest.mark.parametrize(
-  'transform',
-  [
-    nk.BatchNorm(axis_name='d'),
-    nk.StreamingNorm(axis_name='d'),
-    nk.IterativeWhitening(group_size=4, axis_name='d'),
-  ],
+  ('transform', 'grouped'),
+  thinned(
+    [
+      nk.BatchNorm(axis_name='d'),
+      nk.StreamingNorm(axis_name='d'),
+      nk.IterativeWhitening(group_size=4, axis_name='d'),
+    ],
+    [False, True],
+    every=2,
+  ),
 )
 def test_vmap_costs_the_axis_and_not_its_square(transform, grouped):
   """Forward and backward, in temporaries; groups of two and one of three."""
@@ -669,7 +672,7 @@ def test_large_means_unequal_counts(mean, scale):
   ('form', 'groups'),
   [
     *thinned(
-      ['vmap', 'remat', 'scan', 'shard_map'], [None, [[0, 2, 3], [1]]], every=4
+      ['vmap', 'remat', 'scan', 'shard_map'], [None, [[0, 2, 3], [1]]], every=8
     ),
     second_tier('shard_map', [[0, 2], [3, 1]]),
     second_tier('unchecked', [[0, 2], [3, 1]]),
@@ -771,7 +774,7 @@ RUNNING = {
     RUNNING,
     [P('d', None, 'e'), P(None, None, ('e', 'd'))],
     [False, True],
-    every=5,
+    every=9,
   ),
 )
 def test_state_from_outside_of_the_mesh(name, spec, masked):
@@ -804,7 +807,7 @@ def test_state_from_outside_of_the_mesh(name, spec, masked):
   )
 
 
-@pytest.mark.parametrize('name', thinned(RUNNING, every=4))
+@pytest.mark.parametrize('name', thinned(RUNNING, every=9))
 def test_state_from_outside_of_the_mesh_without_jit(name):
   data = inputs(shape=(24 if 'uneven' in name else 16, 4, 8), mean=3.0)
   transform = RUNNING[name]
