@@ -14,7 +14,7 @@
 # that this example needs anyway. Another release of them is another text. It is
 # little, and the models are tiny.
 #
-# All of it, in a few minutes, or a part, sooner, to see it run:
+# All of it, in ten minutes or so, or a part, sooner, to see it run:
 #
 #     python examples/sequences.py --out out
 #     python examples/sequences.py --out out --small
