@@ -586,7 +586,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     default=[],
     help='documents whose tables to replace',
   )
-  args = parser.parse_args(options.arguments(argv))
+  args = options.finish(parser, argv)
   args.out.mkdir(parents=True, exist_ok=True)
   setting = SMALL if args.small else Setting()
   costs = measure(setting)
@@ -612,18 +612,18 @@ def main(argv: Sequence[str] | None = None) -> None:
   for report in reports:
     show(report)
     (args.out / f'{report.name}.md').write_text(markdown(report) + '\n')
-  tell(sizes, classes, setting)
+  summary.tell(conclusions(sizes, classes, setting), args.small)
   picture(sizes, classes, setting, dataset.name, args.out)
   update(args.update, reports)
 
 
-def tell(sizes: Errors, classes: Errors, setting: Setting) -> None:
-  """Prints the findings; 64 images and ten classes are what is usual."""
+def conclusions(sizes: Errors, classes: Errors, setting: Setting) -> list[str]:
+  """All findings; 64 images and ten classes are what is usual."""
   usual = setting.sizes.index(64)
   unit = f'from 64 images a batch to {setting.sizes[0]}'
   lines = findings(sizes, unit, usual, 0)
   unit = f'from ten classes a batch to {setting.classes[0]}'
-  print('\n'.join(lines + findings(classes, unit, -1, 0)))
+  return lines + findings(classes, unit, -1, 0)
 
 
 def picture(

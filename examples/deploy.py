@@ -376,8 +376,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results.append(result)
   last = results[-1]
   console.print(last.report, accuracy_table(results), cost_table(last.costs))
-  for finding in findings(results):
-    console.print(f'- {finding}')
+  summary.tell((f'- {finding}' for finding in findings(results)), args.small)
   figures.save(
     args.out,
     deploy_accuracy=draw_accuracies(results, 'What each step does to accuracy'),

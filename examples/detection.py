@@ -541,7 +541,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser = options.make_parser(
     'A detector with two scenes a device, with several norms.', 'the digits'
   )
-  args = parser.parse_args(options.arguments(argv))
+  args = options.finish(parser, argv)
   if args.data and args.data.train_images.shape[-1] > 1:
     parser.error(
       f'argument --data: {args.data.name} has images in color, accepted are '
@@ -572,7 +572,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model, backbones[name], train_set, test_set, setting
       )
   console.print(precision_table(results, backbones))
-  print('\n'.join(findings(results)))
+  summary.tell(findings(results), args.small)
   spread = f'mean and standard deviation of {setting.seeds} seeds'
   curves = draw_curves(results, spread)
   best = max(results, key=lambda name: results[name][0].precisions[-1])

@@ -310,8 +310,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   console.print(curves_table(curves, target))
   best_rates = ', '.join(f'{name} {rate:.2g}' for name, rate in tuned.items())
   console.print(f'Best learning rates: {best_rates}; x1 is that of none.')
-  for claim in claims(curves, target) + ranges(rates, scales):
-    console.print(claim, soft_wrap=True)
+  found = claims(curves, target) + ranges(rates, scales)
+  summary.tell(found, args.small)
 
   patches = args.data or data.photographs()
   patches = data.part(patches, args.small)
@@ -322,8 +322,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   goal = float(last(inception['none, x1']).min())
   console.print(curves_table(inception, goal))
   console.print(f'Inception, best of {COARSE} without a norm: {rate:g}.')
-  for claim in claims(inception, goal):
-    console.print(f'Inception: {claim}', soft_wrap=True)
+  found = (f'Inception: {claim}' for claim in claims(inception, goal))
+  summary.tell(found, args.small)
 
   over = f'mean and standard deviation of {seeds} seeds'
   figures.save(

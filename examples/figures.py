@@ -7,6 +7,7 @@ touched.
 
 from collections.abc import Sequence
 import pathlib
+import sys
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -26,6 +27,7 @@ LOOKS = {
 }
 
 DPI = 150
+WIDTH = 900  # pixels, in a notebook
 
 
 def make(
@@ -96,10 +98,22 @@ def legend(figure: Figure, title: str | None = None) -> None:
   )
 
 
+def in_notebook() -> bool:
+  """Whether a notebook runs this, where figures are shown below the cell."""
+  return 'ipykernel' in sys.modules
+
+
 def save(out: pathlib.Path, **drawn: Figure) -> None:
-  """Writes figures by name into the folder, which is made if need be."""
+  """Writes figures by name into the folder, and shows them in a notebook.
+
+  The folder is made if need be.
+  """
   out.mkdir(parents=True, exist_ok=True)
   for name, figure in drawn.items():
     path = out / f'{name}.png'
     figure.savefig(path, dpi=DPI)
     print(f'Wrote {path}.')
+    if in_notebook():
+      from IPython import display  # noqa: PLC0415
+
+      display.display(display.Image(filename=path, width=WIDTH))

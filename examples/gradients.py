@@ -399,7 +399,7 @@ CLAIMS = {
 Found = dict[str, dict[str, np.ndarray]]  # norm, column, a number a seed
 
 
-def report(title: str, found: Found, console: Console) -> None:
+def report(title: str, found: Found, console: Console, small: bool) -> None:
   """A table over the seeds, and which claims hold."""
   title = f'{title}, mean ± standard deviation of seeds'
   table = summary.table(title, ['norm'], list(found['none']))
@@ -408,11 +408,11 @@ def report(title: str, found: Found, console: Console) -> None:
   console.print(table)
   for column in filter(CLAIMS.get, found['none']):
     none, batch = (found[name][column] for name in ('none', 'batch'))
-    console.print(
+    line = (
       f'With batch norm {CLAIMS[column]}: {verdict(none, batch)} '
-      f'({spread(batch)}, without {spread(none)}).',
-      soft_wrap=True,
+      f'({spread(batch)}, without {spread(none)}).'
     )
+    summary.tell([line], small)
 
 
 def spread(values: np.ndarray) -> str:
@@ -463,6 +463,7 @@ def report_noise(
   runs: dict[str, Runs],
   quantiles: dict[str, np.ndarray],
   console: Console,
+  small: bool,
 ) -> None:
   """What noise does to the shifts, and to the training."""
   columns = 'rate', 'last accuracy, %', 'at 90%', 'shift'
@@ -481,14 +482,14 @@ def report_noise(
   console.print(table)
   for name in list(shifts)[2:]:  # those with noise
     more = 'more' if shifts[name].mean() > shifts['none'].mean() else 'no more'
-    console.print(
+    line = (
       f'With {name} the inputs shift {more} than without a norm; at 90% '
       f'{after(steps[name])}, without a norm {after(steps["none"])}, with '
       f'batch norm {after(steps["batch"])}. In the end beside batch norm: '
       f'{summary.difference(ends[name], ends["batch"])}; beside none: '
-      f'{summary.difference(ends[name], ends["none"])}.',
-      soft_wrap=True,
+      f'{summary.difference(ends[name], ends["none"])}.'
     )
+    summary.tell([line], small)
 
 
 # %% [markdown]
@@ -661,7 +662,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     net = SmallResNet(norm, blocks, **size)
     starts[name] = [at_start(net, patches, seed) for seed in range(seeds)]
   found = {name: of_start(runs) for name, runs in starts.items()}
-  report('At the start', found, console)
+  report('At the start', found, console, args.small)
   start_figure = draw_start(starts, over)
 
   found, quantiles = {}, {}
@@ -672,7 +673,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     accuracies = last(fit(net, digits, [Setting(0.1)], seeds, steps))[0]
     moves = np.median(drift(quantiles[name]), -1)
     found[name] = {'drift': moves, 'last accuracy, %': accuracies}
-  report('Sigmoids', found, console)
+  report('Sigmoids', found, console, args.small)
   sigmoid_figure = draw_sigmoid(when, quantiles)
 
   nets = {name: DeepNet((norm,) * layers) for name, norm in norms.items()}
@@ -686,14 +687,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     rate = best(rates, runs[name])
     layer = max(layers // 2, 1)
     when, quantiles[name] = follow(net, digits, rate, seeds, steps, layer)
-  report_noise(rates, runs, quantiles, console)
+  report_noise(rates, runs, quantiles, console, args.small)
   noise_figure = draw_noise(rates, runs, when, quantiles, over)
 
   lines = {}
   for name in norms:
     when, lines[name] = landscape(nets[name], digits, COMMON, seeds, steps)
   found = {name: of_line(line) for name, line in lines.items()}
-  report('Along the gradient', found, console)
+  report('Along the gradient', found, console, args.small)
   landscape_figure = draw_landscape(when, lines, over)
 
   figures.save(

@@ -628,8 +628,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     dependence_table(depends),
     climbed_table(climbed),
   )
-  for finding in findings(explained, depends, climbed):
-    console.print(f'- {finding}')
+  found_here = findings(explained, depends, climbed)
+  summary.tell((f'- {finding}' for finding in found_here), small)
   first = {name: of[0].maps[:6, ..., 0] for name, of in explained.items()}
   figures.save(
     args.out,

@@ -3,11 +3,11 @@
 import argparse
 from collections.abc import Sequence
 import pathlib
-import sys
 
 import numpy as np
 
 import data
+import figures
 
 # Fewer, and a test or a batch of some example would lack a class.
 LEAST_TRAIN, LEAST_TEST = 1024, 100
@@ -39,12 +39,22 @@ def parse(
   argv: Sequence[str] | None, description: str, instead_of: str = ''
 ) -> argparse.Namespace:
   """The options of an example that has no others."""
-  return make_parser(description, instead_of).parse_args(arguments(argv))
+  return finish(make_parser(description, instead_of), argv)
+
+
+def finish(
+  parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> argparse.Namespace:
+  """The arguments parsed; of a small run says that it is one."""
+  args = parser.parse_args(arguments(argv))
+  if args.small:
+    print('A small run, to see it run: its numbers say nothing of the claims.')
+  return args
 
 
 def arguments(argv: Sequence[str] | None) -> Sequence[str] | None:
   """The arguments; none in a notebook, whose own are not meant for us."""
-  return [] if argv is None and 'ipykernel' in sys.modules else argv
+  return [] if argv is None and figures.in_notebook() else argv
 
 
 def dataset_in(text: str) -> data.Dataset:

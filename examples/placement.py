@@ -274,8 +274,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = settings_table(rates, runs, f'{name}: {title}', 'learning rate')
     console.print(table)
   console.print(settings_table(rates, clips, title, 'learning rate'))
-  for line in findings(placed, clips, found):
-    console.print(line, soft_wrap=True)
+  summary.tell(findings(placed, clips, found), args.small)
 
   over = f'mean and standard deviation of {seeds} seeds'
   figures.save(

@@ -369,8 +369,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ('batch', 'batch, dropout', 'batch, dropout last')
   }
   console.print(table(runs))
-  for line in findings(sizes, noises, runs, shifts):
-    console.print(line, soft_wrap=True)
+  summary.tell(findings(sizes, noises, runs, shifts), args.small)
   figures.save(
     args.out,
     regularization_noise=draw_noise(sizes, noises),

@@ -597,8 +597,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan = SMALL if args.small else FULL
     classified, decoded = run_all(plan, dataset, progress)
   console.print(accuracy_table(classified), loss_table(decoded))
-  for finding in findings(classified, decoded):
-    console.print(finding)
+  summary.tell(findings(classified, decoded), args.small)
   figures.save(
     args.out,
     style_contrast_accuracy=draw_accuracies(classified),

@@ -4,7 +4,7 @@ A difference is called clear where it is more than three times its standard
 error over the seeds, which are compared one by one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,13 @@ def difference(new: Numbers, old: Numbers, digits: int = 1) -> str:
 
 def standard_error(values: np.ndarray) -> float:
   return float(values.std(ddof=1) / len(values) ** 0.5)
+
+
+def tell(lines: Iterable[str], small: bool) -> None:
+  """Prints what a run found; a small run passes no verdict."""
+  lines = list(lines)
+  if not small:
+    print('\n'.join(lines))
 
 
 def table(title: str, left: Sequence[str], right: Sequence[Any]) -> Table:

@@ -488,8 +488,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console=console,
   )
   console.print(result_table(results))
-  for finding in findings(results):
-    console.print(f'- {finding}')
+  summary.tell((f'- {finding}' for finding in findings(results)), args.small)
   mean = f'mean ± std of {seeds} seeds'
   figures.save(
     args.out,

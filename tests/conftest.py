@@ -40,8 +40,19 @@ def printed() -> dict[str, str]:
 
 
 @pytest.fixture
+def verdicts(example, monkeypatch) -> None:
+  """Small runs print what a full one would, though it says nothing there."""
+
+  def tell(lines, small):
+    assert small is True
+    print('\n'.join(lines))
+
+  monkeypatch.setattr(example('summary'), 'tell', tell)
+
+
+@pytest.fixture
 def run_small(
-  printed, example, tmp_path, capsys, monkeypatch
+  printed, example, tmp_path, capsys, monkeypatch, verdicts
 ) -> Callable[..., str]:
   """Runs an example in a small setting: what it prints; its figures exist."""
   monkeypatch.setattr(example('figures'), 'DPI', 40)

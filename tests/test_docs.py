@@ -21,8 +21,7 @@ BLOCKS = {
   for path in sorted(DOCS.glob('*.md'))
   # Those have tests of their own: test_building.py, test_others.py,
   # test_guides.py, below.
-  if path.name not in OWN
-  and (blocks := BLOCK.findall(path.read_text()))
+  if path.name not in OWN and (blocks := BLOCK.findall(path.read_text()))
 }
 
 

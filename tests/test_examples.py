@@ -440,7 +440,9 @@ def test_pooling(tmp_path):
 
 
 @pytest.mark.second_tier
-def test_batch_size(example, tmp_path, digits_folder, monkeypatch, capsys):
+def test_batch_size(
+  example, tmp_path, digits_folder, monkeypatch, capsys, verdicts
+):
   """Errors of a short run, in the terminal, in files and in a document."""
   names = 'batch-size', 'skewed', 'costs'
   document = tmp_path / 'document.md'

@@ -197,7 +197,8 @@ def test_defaults_of_the_tables(page):
   """What the page says of normkit's own defaults."""
   nk, text = page['nk'], (DOCS / 'coming.md').read_text()
   (batch, others, momentum) = re.search(
-    r'`epsilon` (\S+) in batch norm and (\S+) in the\nothers, `momentum` (\S+),',
+    r'`epsilon` (\S+) in batch norm and (\S+) in the\s'
+    r'others, `momentum` (\S+),',
     text,
   ).groups()
   assert nk.BatchNorm().epsilon == float(batch)

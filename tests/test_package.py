@@ -3,8 +3,10 @@
 import ast
 import importlib
 import pathlib
+import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -198,3 +200,23 @@ assert normkit.__version__ == '0+not.installed'
 normkit.LayerNorm()
 """
   subprocess.run([sys.executable, '-c', code], check=True, cwd=ROOT.parent)
+
+
+def test_every_place_names_the_version():
+  top = ROOT.parent
+  project = tomllib.loads((top / 'pyproject.toml').read_text())['project']
+  version = project['version']
+  changes = re.findall(r'^## (\S+)', (top / 'CHANGELOG.md').read_text(), re.M)
+  assert changes[0] == version
+  cited = re.search(r'^version: (.*)', (top / 'CITATION.cff').read_text(), re.M)
+  assert cited[1] == version
+
+
+def test_readme_is_one_screen_and_names_its_commands():
+  lines = (ROOT.parent / 'README.md').read_text().splitlines()
+  assert len(lines) < 120
+  commands = [line for line in lines if line.startswith('pip install')]
+  assert commands == [
+    "pip install '.[examples]' && python examples/train_cnn.py",
+    "pip install -e '.[test]' && pytest",
+  ]

@@ -1,25 +1,33 @@
 """Pages that mkdocs makes of other sources: README, examples, docstrings.
 
-The home page is the README, with its links as they are from here. The gallery
-has a page for each script in `examples/` that opens with a markdown cell, and
-its figures. The reference has a page for each module with public names.
+The home page is the README, with its links as they are from here, and what else
+lies beside it. The gallery has a page for each script in `examples/` that opens
+with a markdown cell, its figures, and downloads that bring along the modules
+that it imports. The reference has a page for each module with public names.
 """
 
+import ast
 from collections.abc import Iterator
+import copy
 import importlib
 import inspect
+import io
 import pathlib
 import re
 from types import ModuleType
 from typing import Any
+import zipfile
 
 import jupytext
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from nbformat import v4
 
 ROOT = pathlib.Path(__file__).parents[2]
 DOCS = ROOT / 'docs'
+BESIDE = 'CONTRIBUTING.md', 'CHANGELOG.md', 'CITATION.cff'
 GUIDES = {
+  'Learn': ['tutorial', 'questions', 'coming'],
   'Guides': [
     'choosing',
     'models',
@@ -57,14 +65,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
   names = dict(read_names())
   pages = {
     'index.md': (ROOT / 'README.md').read_text(),
-    'gallery/index.md': gallery_index(examples),
+    **{name: (ROOT / name).read_text() for name in BESIDE},
     'reference/index.md': reference_index(names),
   }
   for name, cells in examples.items():
     pages[f'gallery/{name}.md'] = gallery_page(name, cells)
-    script = ROOT / 'examples' / f'{name}.py'
-    pages[f'gallery/{name}.py'] = script.read_text()
-    pages[f'gallery/{name}.ipynb'] = jupytext.writes(cells, 'ipynb')
+    pages[f'gallery/{name}.zip'] = archive(name)
+    pages[f'gallery/{name}.ipynb'] = download(name, cells)
   for module, members in names.items():
     pages[f'reference/{module}.md'] = reference_page(module, members)
   for path, content in pages.items():
@@ -77,9 +84,13 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
   """What code hosts show and mkdocs does not, without a change of the file."""
   markdown = re.sub(r'(?<=\]\()(?:\.\./)?examples/(\w+)\.py', example, markdown)
   markdown = re.sub(r'(?<=\]\()\.\./README\.md', 'index.md', markdown)
+  markdown = re.sub(r'(?<=\]\()\.\./(C\w+\.\w+)', r'\1', markdown)
   markdown = re.sub(r'(?<=\]\()(\.\./)?docs/', r'\1', markdown)
-  markdown = markdown.replace('src="docs/', 'src="')
+  markdown = re.sub(r'<img src="(.+?)" alt="(.*?)" (.*?)>', IMAGE, markdown)
   return markdown.replace('<details>', '<details markdown="1">')
+
+
+IMAGE = r'![\2](\1){ \3 }'  # whose address mkdocs makes that of the page
 
 
 def example(link: re.Match[str]) -> str:
@@ -89,7 +100,7 @@ def example(link: re.Match[str]) -> str:
 
 def navigation(examples: dict[str, Any], names: dict[str, Any]) -> list[Any]:
   """All pages; a guide that `GUIDES` lacks comes behind the first ones."""
-  listed = {name for group in GUIDES.values() for name in group}
+  listed = {name for group in GUIDES.values() for name in group} | {'gallery'}
   new = sorted({path.stem for path in DOCS.glob('*.md')} - listed)
   guides = GUIDES | {'Guides': GUIDES['Guides'] + new}
   parts: dict[str, list[str]] = {}
@@ -98,8 +109,9 @@ def navigation(examples: dict[str, Any], names: dict[str, Any]) -> list[Any]:
   return [
     {'Home': 'index.md'},
     *({group: [f'{n}.md' for n in pages]} for group, pages in guides.items()),
-    {'Gallery': ['gallery/index.md', *(f'gallery/{n}.md' for n in examples)]},
+    {'Gallery': ['gallery.md', *(f'gallery/{n}.md' for n in examples)]},
     {'Reference': ['reference/index.md', *({k: v} for k, v in parts.items())]},
+    {'Project': [name for name in BESIDE if name.endswith('.md')]},
   ]
 
 
@@ -110,21 +122,47 @@ def read_examples() -> Iterator[tuple[str, Any]]:
       yield path.stem, jupytext.read(path, fmt='py:percent')
 
 
-def gallery_index(examples: dict[str, Any]) -> str:
-  """The title, the beginning and the first figure of each example."""
-  lines = [
-    '# Gallery',
-    'Scripts that are notebooks too, on real data that ship with a package. '
-    "Each runs alone, from a checkout after `pip install '.[examples]'`, "
-    'draws its figures and prints their numbers.',
-  ]
-  for name, notebook in examples.items():
-    title, begin = notebook.cells[0].source.split('\n\n')[:2]
-    lines.append(f'#{title[:2]}[{title[2:]}]({name}.md)\n\n{begin}')
-    lines += [
-      f'[![{title[2:]}]({figure})]({name}.md)' for figure in figures(name)[:1]
-    ]
-  return '\n\n'.join(lines)
+def shared(name: str) -> list[pathlib.Path]:
+  """The modules beside an example that it imports, or that these import."""
+  path = ROOT / 'examples' / f'{name}.py'
+  found: dict[pathlib.Path, None] = {}
+  for node in ast.walk(ast.parse(path.read_text())):
+    names = [n.name for n in node.names] if isinstance(node, ast.Import) else []
+    if isinstance(node, ast.ImportFrom):
+      names = [node.module or '']
+    for module in names:
+      if (beside := path.with_name(f'{module}.py')).exists():
+        found |= dict.fromkeys([*shared(module), beside])
+  return list(found)
+
+
+def archive(name: str) -> bytes:
+  """An example and the modules that it imports, in one file."""
+  data = io.BytesIO()
+  with zipfile.ZipFile(data, 'w', zipfile.ZIP_DEFLATED) as file:
+    for path in (*shared(name), ROOT / 'examples' / f'{name}.py'):
+      file.writestr(zipfile.ZipInfo(f'{name}/{path.name}'), path.read_bytes())
+  return data.getvalue()
+
+
+def download(name: str, notebook: Any) -> str:
+  """A notebook that first writes the modules that it imports beside itself."""
+  alone = copy.deepcopy(notebook)
+  cells = [v4.new_markdown_cell(SHARED)]
+  for path in shared(name):
+    source = f'%%writefile {path.name}\n{path.read_text()}'
+    cells.append(v4.new_code_cell(source))
+  alone.cells[1:1] = cells
+  return jupytext.writes(alone, 'ipynb')
+
+
+SHARED = """\
+## What the examples share
+
+These cells write modules beside the notebook, which the example imports. It
+needs normkit with its examples: in a checkout,
+`pip install '.[examples,notebooks]'`.
+"""
 
 
 def gallery_page(name: str, notebook: Any) -> str:
@@ -132,7 +170,7 @@ def gallery_page(name: str, notebook: Any) -> str:
   first, *cells = notebook.cells
   parts = [
     first.source,
-    f'[Script]({name}.py){{ .md-button }} [Notebook]({name}.ipynb)'
+    f'[Script]({name}.zip){{ .md-button }} [Notebook]({name}.ipynb)'
     '{ .md-button }',
     *(f'![{pathlib.Path(f).stem}]({f})' for f in figures(name)),
   ]
