@@ -100,7 +100,8 @@ def legend(figure: Figure, title: str | None = None) -> None:
 
 def in_notebook() -> bool:
   """Whether a notebook runs this, where figures are shown below the cell."""
-  return 'ipykernel' in sys.modules
+  shell = sys.modules.get('IPython')
+  return shell is not None and hasattr(shell.get_ipython(), 'kernel')
 
 
 def save(out: pathlib.Path, **drawn: Figure) -> None:

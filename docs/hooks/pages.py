@@ -153,9 +153,11 @@ def download(name: str, notebook: Any) -> str:
     source = f'%%writefile {path.name}\n{path.read_text()}'
     cells.append(v4.new_code_cell(source))
   alone.cells[1:1] = cells
+  alone.metadata['kernelspec'] = KERNEL
   return jupytext.writes(alone, 'ipynb')
 
 
+KERNEL = {'name': 'python3', 'display_name': 'Python 3', 'language': 'python'}
 SHARED = """\
 ## What the examples share
 
