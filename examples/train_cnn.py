@@ -44,7 +44,7 @@ import training
 # %% [markdown]
 # ## The network
 #
-# Three convolutions, each followed by a norm. Every norm of normkit is a
+# Six convolutions, each followed by a norm. Every norm of normkit is a
 # transform, a frozen dataclass with `init` and `apply`, and
 # `normkit.linen.Norm` makes a Flax module of it. So the norm is one field of
 # the network, and changing it is a change of one line.
@@ -52,11 +52,17 @@ import training
 # %%
 NORMS: dict[str, nk.Norm | None] = {
   'batch': nk.BatchNorm(momentum=0.9),
-  'layer': nk.LayerNorm(),
+  # Over a whole image, with a scale a channel. LayerNorm() alone is over the
+  # channels of each pixel, and many pixels of these digits are empty.
+  'layer': nk.LayerNorm(axis=(1, 2, 3), feature_axis=-1),
   'group': nk.GroupNorm(num_groups=8),
   'instance': nk.InstanceNorm(),
   'none': None,
 }
+
+
+# Channels, and whether pixels are halved behind them.
+LAYERS = (32, True), (64, True), *(((64, False),) * 4)
 
 
 class CNN(nn.Module):
@@ -65,7 +71,7 @@ class CNN(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-    for channels, pool in ((32, True), (64, True), (64, False)):
+    for channels, pool in LAYERS:
       # The bias of a norm does what the bias of the convolution would do.
       x = nn.Conv(channels, (3, 3), use_bias=self.norm is None)(x)
       if self.norm is not None:
@@ -208,8 +214,14 @@ def evaluate(model: CNN, variables: Any, split: Split) -> tuple[float, float]:
 # %% [markdown]
 # ## A run
 #
-# AdamW with a learning rate that falls to zero along a cosine. The training
-# loss is kept at every step, the validation loss and accuracy once an epoch.
+# Gradient descent with momentum, at a learning rate that falls to zero along a
+# cosine, the same for all. Without a norm the signal, and with it the gradient,
+# shrinks from layer to layer, as Flax's initial weights reckon with no ReLU,
+# and the network hardly starts. Larger rates serve it better, but 0.03 and 0.1
+# do not bring it to 95 % either: `--norm none --lr 0.03`.
+#
+# The training loss is kept at every step, the validation loss and accuracy once
+# an epoch.
 
 
 # %%
@@ -242,7 +254,8 @@ def train_norm(
 ) -> list[Run]:
   """Trains the network with one norm, once for each seed."""
   model = make_model(name, splits.classes, args.devices)
-  optimizer = optax.adamw(optax.cosine_decay_schedule(args.lr, args.steps))
+  rate = optax.cosine_decay_schedule(args.lr, args.steps)
+  optimizer = optax.sgd(rate, momentum=0.9)
   step = make_step(model, optimizer, args.devices)
   runs = []
   for seed in range(args.seed, args.seed + args.seeds):
@@ -484,11 +497,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(flag, help=help, **options)
 
   add('--norm', 'train with this norm alone; without it, all', choices=NORMS)
-  add('--steps', 'steps of a run', type=whole(1), default=400)
+  add('--steps', 'steps of a run', type=whole(1), default=300)
   add('--batch-size', 'images of a step', type=whole(1), default=64)
   add('--seed', 'the first seed', type=whole(0), default=0)
   add('--seeds', 'runs of each norm', type=whole(1), default=5)
-  add('--lr', 'learning rate at the start', type=positive, default=0.005)
+  add('--lr', 'learning rate at the start', type=positive, default=0.01)
   add('--out', 'directory of results', type=pathlib.Path, default='out')
   add(
     '--data',
