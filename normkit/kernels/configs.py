@@ -1,0 +1,211 @@
+"""What a program of the Mosaic GPU kernels holds, by a short rule.
+
+Nothing here needs Pallas. `MEASURED` is for what a device has shown to be
+better than the rule; none has yet.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from normkit._types import DType
+
+PIECE = 256  # elements: the most of one axis in an asynchronous copy
+IN_WARP = 1024  # elements of the longest row that a warp takes by itself
+BARRIERS = 32  # at most in one array
+THREADS = 128  # of a warpgroup
+# Sums of scale and bias that a thread may keep in registers, of two operands.
+SUMS = 64
+
+
+class Chip(NamedTuple):
+  """What a kernel must know of a chip.
+
+  Attributes:
+    processors: multiprocessors.
+    shared: bytes of shared memory of each that programs may use.
+    under_way: bytes that each must have under way to fill the memory bus.
+  """
+
+  processors: int
+  shared: int
+  under_way: int
+
+
+CHIPS = {
+  9: Chip(132, 227 * 1024, 36 * 1024),  # H200
+  10: Chip(148, 227 * 1024, 54 * 1024),  # B200
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """What a program holds.
+
+  Attributes:
+    rows: of a tile.
+    width: of a tile.
+    tiles: of a row, or of some rows together, for each warpgroup.
+    warpgroups: of a program.
+    is_shared: whether the warpgroups share a row; or each has rows of its own.
+    stages: tiles that a warpgroup has in its ring.
+    resident: programs on each multiprocessor.
+    holds_parameters: whether scale and bias lie in shared memory.
+  """
+
+  rows: int
+  width: int
+  tiles: int
+  warpgroups: int
+  is_shared: bool
+  stages: int
+  resident: int
+  holds_parameters: bool
+
+  @property
+  def row_width(self) -> int:
+    """Elements of a row, filled up."""
+    if self.is_shared:
+      return self.warpgroups * self.tiles * self.rows * self.width
+    return self.tiles * self.width
+
+  @property
+  def groups_an_array(self) -> int:
+    """Warpgroups whose rings have their barriers in one array."""
+    return max(BARRIERS // self.stages, 1)
+
+  @property
+  def barrier_arrays(self) -> int:
+    """How many of these there are."""
+    return -(-self.warpgroups // self.groups_an_array)
+
+  @property
+  def rows_at_once(self) -> int:
+    """Rows of x that a warpgroup takes together."""
+    return 1 if self.is_shared else self.rows
+
+  @property
+  def workers(self) -> int:
+    """How many of these a program takes at once."""
+    return 1 if self.is_shared else self.warpgroups
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """What the rule depends on.
+
+  Attributes:
+    size: of a row.
+    inputs: dtypes of what is as large as x and read.
+    outputs: of what is as large as x and written.
+    parameters: dtypes of scale and bias, where there are any.
+    sums: how many sums over rows are kept.
+  """
+
+  size: int
+  inputs: tuple[DType, ...]
+  outputs: tuple[DType, ...]
+  parameters: tuple[DType, ...] = ()
+  sums: int = 0
+
+
+MEASURED: dict[tuple[int, Case], Config] = {}
+OUTPUT_TILES = 2  # of each output, written in turn
+SLACK = 6 * 1024  # barriers, sums of warps, and what alignment loses
+
+
+def config(case: Case, capability: int = 9) -> Config | None:
+  """What a program holds, or None where a row does not fit."""
+  if (found := MEASURED.get((capability, case))) is not None:
+    return found
+  chip = CHIPS[capability]
+  tile, warpgroups = _tile(case)
+  most = max(8 if case.sums == 0 else 4, warpgroups) // warpgroups
+  best: Config | None = None
+  for resident in range(most, 0, -1):
+    for holds in (True, False) if case.parameters else (False,):
+      found = dataclasses.replace(
+        tile, resident=resident, holds_parameters=holds
+      )
+      stages = (_room(case, chip, found)) // (warpgroups * _bytes(case, found))
+      rows = min(3, stages // found.tiles)
+      if rows >= 1 and (best is None or rows > _rows(best)):
+        best = dataclasses.replace(found, stages=_stages(stages, chip, found, case))
+    if best is not None and _rows(best) >= 3:
+      break
+  return best
+
+
+def _tile(case: Case) -> tuple[Config, int]:
+  """Tiles and warpgroups, the rest to be filled in."""
+  itemsize = jnp.dtype(case.inputs[0]).itemsize
+  vector = 16 // itemsize
+  empty = Config(0, 0, 0, 4, False, 0, 0, False)
+  if case.size <= IN_WARP:
+    width = max(min(_power_of_2(case.size), PIECE), 2 * vector)
+    rows = 4 * 32 // min(32, width // vector)
+    tiles = -(-case.size // width)
+    rows *= 2 if tiles == 1 else 1
+    tile = dataclasses.replace(empty, rows=rows, width=width, tiles=tiles)
+    return tile, 4
+  rows = 8 if itemsize == 2 else 4
+  of_tile = rows * PIECE
+  held = SUMS // max(case.sums, 1) * THREADS
+  warpgroups = min(max(-(-case.size // min(held, 4096)), 1), 4)
+  tiles = -(-case.size // (of_tile * warpgroups))
+  tile = dataclasses.replace(
+    empty,
+    rows=rows,
+    width=PIECE,
+    tiles=tiles,
+    warpgroups=warpgroups,
+    is_shared=True,
+  )
+  return tile, warpgroups
+
+
+def _room(case: Case, chip: Chip, found: Config) -> int:
+  """Bytes for the rings of a program."""
+  of_tile = found.rows * found.width
+  outputs = OUTPUT_TILES * sum(jnp.dtype(d).itemsize for d in case.outputs)
+  fixed = found.warpgroups * of_tile * outputs
+  if found.holds_parameters:
+    itemsizes = sum(jnp.dtype(d).itemsize for d in case.parameters)
+    fixed += found.row_width * itemsizes
+  if case.sums and not found.is_shared:
+    fixed += found.warpgroups * of_tile * 4
+  return chip.shared // found.resident - fixed - SLACK
+
+
+def _bytes(case: Case, found: Config) -> int:
+  """Of a tile of every input."""
+  itemsizes = sum(jnp.dtype(d).itemsize for d in case.inputs)
+  return found.rows * found.width * itemsizes
+
+
+def _stages(room: int, chip: Chip, found: Config, case: Case) -> int:
+  """Three rows' tiles, or as many as are to be under way; as far as they fit."""
+  each = found.resident * found.warpgroups * _bytes(case, found)
+  wanted = found.tiles + -(-2 * chip.under_way // each)
+  return min(room, max(3 * found.tiles, wanted), BARRIERS)
+
+
+def _rows(found: Config) -> int:
+  return min(3, found.stages // found.tiles)
+
+
+def under_way(case: Case, found: Config, resident: int) -> int:
+  """Bytes on their way to a multiprocessor while a row is worked on.
+
+  Args:
+    case: the case.
+    found: its config.
+    resident: programs that fit on a multiprocessor, by registers too.
+  """
+  ahead = found.stages - found.tiles
+  return resident * found.warpgroups * ahead * _bytes(case, found)
+
+
+def _power_of_2(size: int) -> int:
+  return 1 << (size - 1).bit_length()
