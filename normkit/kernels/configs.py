@@ -116,53 +116,60 @@ SLACK = 6 * 1024  # barriers, sums of warps, and what alignment loses
 
 
 def config(case: Case, capability: int = 9) -> Config | None:
-  """What a program holds, or None where a row does not fit."""
-  if (found := MEASURED.get((capability, case))) is not None:
-    return found
+  """What a program holds, or None where a row does not fit.
+
+  The first choice whose ring has room for three rows and for the bytes that
+  are to be under way; or for these; or else the one with most of them.
+  """
+  if (measured := MEASURED.get((capability, case))) is not None:
+    return measured
   chip = CHIPS[capability]
-  tile, warpgroups = _tile(case)
-  most = max(8 if case.sums == 0 else 4, warpgroups) // warpgroups
-  best: Config | None = None
-  for resident in range(most, 0, -1):
-    for holds in (True, False) if case.parameters else (False,):
-      found = dataclasses.replace(
-        tile, resident=resident, holds_parameters=holds
-      )
-      stages = (_room(case, chip, found)) // (warpgroups * _bytes(case, found))
-      rows = min(3, stages // found.tiles)
-      if rows >= 1 and (best is None or rows > _rows(best)):
-        best = dataclasses.replace(found, stages=_stages(stages, chip, found, case))
-    if best is not None and _rows(best) >= 3:
-      break
-  return best
+  found = [c for c in _choices(case, chip) if c.stages >= c.tiles]
+  ahead = [under_way(case, c, c.resident) for c in found]
+  full = [c for c, n in zip(found, ahead, strict=True) if n >= chip.under_way]
+  long = [c for c in full if c.stages >= 3 * c.tiles]
+  if chosen := long or full:
+    return chosen[0]
+  return found[ahead.index(max(ahead))] if found else None
 
 
-def _tile(case: Case) -> tuple[Config, int]:
+def _choices(case: Case, chip: Chip) -> list[Config]:
+  """Many warpgroups on a multiprocessor first, but as registers allow."""
+  found = []
+  for tile in _tiles(case):
+    groups = tile.warpgroups
+    most = max((8 if case.sums == 0 else 4) // groups, 1)
+    for resident in range(most, 0, -1):
+      for holds in (True, False) if case.parameters else (False,):
+        one = dataclasses.replace(
+          tile, resident=resident, holds_parameters=holds
+        )
+        room = _room(case, chip, one) // (groups * _bytes(case, one))
+        stages = _stages(room, chip, one, case)
+        found.append(dataclasses.replace(one, stages=stages))
+  return found
+
+
+def _tiles(case: Case) -> list[Config]:
   """Tiles and warpgroups, the rest to be filled in."""
   itemsize = jnp.dtype(case.inputs[0]).itemsize
   vector = 16 // itemsize
-  empty = Config(0, 0, 0, 4, False, 0, 0, False)
   if case.size <= IN_WARP:
     width = max(min(_power_of_2(case.size), PIECE), 2 * vector)
     rows = 4 * 32 // min(32, width // vector)
     tiles = -(-case.size // width)
     rows *= 2 if tiles == 1 else 1
-    tile = dataclasses.replace(empty, rows=rows, width=width, tiles=tiles)
-    return tile, 4
+    return [
+      Config(rows, width, tiles, groups, False, 0, 0, False)
+      for groups in (4, 3, 2)
+    ]
   rows = 8 if itemsize == 2 else 4
-  of_tile = rows * PIECE
-  held = SUMS // max(case.sums, 1) * THREADS
-  warpgroups = min(max(-(-case.size // min(held, 4096)), 1), 4)
-  tiles = -(-case.size // (of_tile * warpgroups))
-  tile = dataclasses.replace(
-    empty,
-    rows=rows,
-    width=PIECE,
-    tiles=tiles,
-    warpgroups=warpgroups,
-    is_shared=True,
-  )
-  return tile, warpgroups
+  of_thread = SUMS // max(case.sums, 1) * THREADS
+  groups = min(-(-case.size // min(of_thread, 4096)), 4)
+  tiles = -(-case.size // (rows * PIECE * groups))
+  if case.sums * tiles * rows * PIECE > SUMS * THREADS:
+    return []
+  return [Config(rows, PIECE, tiles, groups, True, 0, 0, False)]
 
 
 def _room(case: Case, chip: Chip, found: Config) -> int:
@@ -185,14 +192,10 @@ def _bytes(case: Case, found: Config) -> int:
 
 
 def _stages(room: int, chip: Chip, found: Config, case: Case) -> int:
-  """Three rows' tiles, or as many as are to be under way; as far as they fit."""
+  """Three rows' tiles, or what is to be under way; as far as they fit."""
   each = found.resident * found.warpgroups * _bytes(case, found)
   wanted = found.tiles + -(-2 * chip.under_way // each)
   return min(room, max(3 * found.tiles, wanted), BARRIERS)
-
-
-def _rows(found: Config) -> int:
-  return min(3, found.stages // found.tiles)
 
 
 def under_way(case: Case, found: Config, resident: int) -> int:
