@@ -10,10 +10,7 @@ import dataclasses
 import functools
 import importlib
 import itertools
-import os
 import re
-import tempfile
-from typing import NamedTuple
 
 from cases import CASES, draw
 import chex
@@ -31,7 +28,8 @@ from test_conformance import (
 from test_kernels import DTYPES, Rows, assert_norm, assert_right, norm_of
 from tiers import thinned
 
-from benchmarks import targets, traffic
+from benchmarks import targets
+from benchmarks.registers import CHIPS, KINDS, SIZES, is_taken, report
 import normkit as nk
 from normkit.kernels import cases, configs, dispatch, mosaic_gpu
 from normkit.kernels.rows import Spec
@@ -72,13 +70,13 @@ def test_values_and_gradients(interpreted, shape, center, dtype):
 def test_statistics_and_sums(interpreted):
   """A residual, and two warpgroups on a row; far from zero too."""
   del interpreted
-  x = 1e4 + draw((2, 5000))
+  x = 1e3 + draw((2, 5000))
   spec = Spec(1e-6, True, jnp.dtype(jnp.float32))
   residual = draw(x.shape, seed=1)
   given = {'x': x, 'residual': residual}
   found = mosaic_gpu.forward(given, spec, with_statistics=True, interpret=True)
   exact = np.asarray(x, np.float64) + np.asarray(residual, np.float64)
-  mean = found['pivot'].astype(np.float64) + found['offset']
+  mean = np.asarray(found['pivot'], np.float64) + found['offset']
   assert_right(found['total'], exact, 1e-7)
   assert_right(mean, exact.mean(-1, keepdims=True), 1e-7)
   assert_right(found['var'], exact.var(-1, keepdims=True), 1e-5)
@@ -178,85 +176,13 @@ def test_no_races(races, shape):
 # Compiled for devices that are not here.
 
 
-class Report(NamedTuple):
-  """What is known of a compiled kernel.
-
-  Attributes:
-    moved: bytes that the program moves, in passes over x.
-    spilled: bytes of registers that go to memory.
-    registers: of a thread.
-    code: what the assembler got.
-  """
-
-  moved: float
-  spilled: int
-  registers: int
-  code: str
-
-
-def said_by(run):
-  """What a call prints, by whatever language."""
-  with tempfile.TemporaryFile() as file:
-    saved = [os.dup(number) for number in (1, 2)]
-    for number in 1, 2:
-      os.dup2(file.fileno(), number)
-    try:
-      result = run()
-    finally:
-      for number, old in zip((1, 2), saved, strict=True):
-        os.dup2(old, number)
-        os.close(old)
-    file.seek(0)
-    return result, file.read().decode(errors='replace')
-
-
-@functools.cache
-def report(target, kind, size, dtype, center=True, extra=()):
-  """Of 2^27 elements or so, an H200's programs over and over."""
-  rows = 2**27 // max(size, 1024)
-  x = jax.ShapeDtypeStruct((rows, size), dtype)
-  parameter = jax.ShapeDtypeStruct((size,), jnp.float32)
-  spec = Spec(1e-6, center, jnp.dtype(dtype))
-  names = ['scale', 'bias'] if center and kind != 'backward' else ['scale']
-  given = dict.fromkeys(('x', *extra), x) | dict.fromkeys(names, parameter)
-  if kind == 'backward':
-    given['dy'] = x
-    wanted = ('dx', 'dscale', 'dbias')[: 2 + center]
-    run = functools.partial(mosaic_gpu.backward, spec=spec, wanted=wanted)
-  else:
-    options = {'with_statistics': kind == 'training forward'}
-    run = functools.partial(mosaic_gpu.forward, spec=spec, **options)
-  # A folder of its own, or a program of JAX's cache would say nothing.
-  with tempfile.TemporaryDirectory() as folder:
-    options = {'xla_dump_to': folder}
-    compiled, said = said_by(
-      lambda: targets.compile_for(target, run, given, options=options)
-    )
-  (found,) = re.findall(
-    r'(\d+) bytes spill stores, (\d+) bytes spill loads.*\n.*Used (\d+) reg',
-    said,
-  )
-  stores, loads, registers = map(int, found)
-  moved = traffic.measure(compiled.as_text()).bytes
-  passes = moved / (x.size * x.dtype.itemsize)
-  return Report(passes, stores + loads, registers, said)
-
-
-KINDS = 'forward', 'training forward', 'backward'
-TABLE = [64, 100, 768, 1000, 4096, 5120, 8192, 12_288, 16_384, 65_536]
 # Each row's statistics are 12 bytes, and each program's sums two rows.
 LIMITS = {'forward': 2.01, 'training forward': 2.1, 'backward': 3.13}
 
 
-def is_taken(kind, size, dtype):
-  if kind == 'backward':
-    return cases.has_backward(NAME, (2, size), jnp.dtype(dtype))
-  return cases.refusal(NAME, (2, size), jnp.dtype(dtype)) is None
-
-
 CHOSEN = [
   pytest.param(*row, marks=marks)
-  for row in itertools.product(KINDS, TABLE, DTYPES)
+  for row in itertools.product(KINDS, SIZES, DTYPES)
   for marks in (
     ()
     if row in [('backward', 768, 'float32'), ('forward', 1000, 'bfloat16')]
@@ -266,42 +192,21 @@ CHOSEN = [
 ]
 
 
-@pytest.fixture
-def told(monkeypatch):
-  """The assembler's report and its input are printed."""
-  for name in 'PTXAS', 'PTX':
-    monkeypatch.setenv(f'MOSAIC_GPU_DUMP_{name}', '1')
-
-
 COMPILERS = [
   pytest.param(
     target,
-    marks=pytest.mark.skipif(
-      not targets.is_installed(target),
-      reason=f'no compiler for {target}: pip install -e ".[targets]"',
-    ),
+    marks=[
+      pytest.mark.skipif(
+        not targets.is_installed(target),
+        reason=f'no compiler for {target}: pip install -e ".[targets]"',
+      ),
+      *([] if target == 'h200' else [pytest.mark.second_tier]),
+    ],
   )
-  for target in ('h200', 'b200')
+  for target in CHIPS
 ]
 
 
-def case_of(kind, size, dtype, center=True):
-  """The case of `configs` that `report` compiles."""
-  dtype, wide = jnp.dtype(dtype), jnp.dtype(jnp.float32)
-  if kind == 'backward':
-    sums = 2 if center else 1
-    return configs.Case(size, (dtype,) * 2, (dtype,), (wide,), sums)
-  return configs.Case(size, (dtype,), (dtype,), (wide,) * (1 + center))
-
-
-def resident(config, registers):
-  """Programs on a multiprocessor: what is asked for, if registers allow it."""
-  threads = config.warpgroups * configs.THREADS
-  fit = 65_536 // (-(-registers // 8) * 8 * threads)
-  return min(config.resident, fit)
-
-
-@pytest.mark.usefixtures('told')
 @pytest.mark.optimized
 @pytest.mark.parametrize('target', COMPILERS)
 @pytest.mark.parametrize(('kind', 'size', 'dtype'), CHOSEN)
@@ -314,10 +219,7 @@ def test_compiled(target, kind, size, dtype):
   if not is_padded:
     assert found.moved <= LIMITS[kind]
   assert_wide(found.code)
-  case = case_of(kind, size, dtype)
-  config = configs.config(case)
-  under_way = configs.under_way(case, config, resident(config, found.registers))
-  assert under_way >= configs.CHIPS[9].under_way
+  assert found.under_way >= configs.CHIPS[CHIPS[target]].under_way
 
 
 def assert_wide(code):
@@ -326,3 +228,66 @@ def assert_wide(code):
   body = code[code.index('.entry') :]
   narrow = re.findall(r'\bld\.global(?!\.v4|\.nc\.v4)\S*', body)
   assert not narrow, set(narrow)
+
+
+@pytest.mark.parametrize(
+  ('size', 'given', 'wanted'),
+  [
+    (7, 'float32', 'float32'),
+    (100, 'bfloat16', 'float32'),
+    (5000, 'bfloat16', 'bfloat16'),
+    (20_000, 'float16', 'float16'),
+  ],
+)
+def test_lowered(size, given, wanted):
+  """By every version of JAX, without a compiler: as far as it can go."""
+  x = jax.ShapeDtypeStruct((3, size), given)
+
+  def step(x):
+    norm = functools.partial(
+      nk.layer_norm, dtype=jnp.dtype(wanted), implementation=NAME
+    )
+    y, pull = jax.vjp(norm, x, jnp.ones(size))
+    return pull(y)
+
+  made = jax.jit(step).trace(x).lower(lowering_platforms=('cuda',))
+  calls = made.as_text().count('mosaic_gpu_v2')
+  has_backward = cases.has_backward(NAME, x.shape, x.dtype)
+  assert calls == (2 if has_backward else 1)
+
+
+REFUSED = {
+  'activation': (dict(activation=jnp.tanh), 'an activation'),
+  'fit': (dict(x=jnp.ones((1, 65_536))), 'shared memory'),
+}
+
+
+@pytest.mark.parametrize(('given', 'match'), REFUSED.values(), ids=REFUSED)
+def test_refused(given, match):
+  """By name with the reason; a preference gives way to XLA's form."""
+  given = {'x': jnp.ones((2, 4)), 'implementation': NAME} | given
+  given['residual'] = given['x']
+  with pytest.raises(NotImplementedError, match=match):
+    jax.make_jaxpr(lambda: nk.add_layer_norm(**given))()
+  del given['implementation']
+  with nk.implementation(NAME):
+    made = jax.jit(lambda: nk.add_layer_norm(**given)).trace()
+    text = made.lower(lowering_platforms=('cuda',)).as_text()
+  assert 'mosaic_gpu' not in text
+
+
+def test_refused_groups():
+  x = jnp.ones((2, 4, 6))
+  with pytest.raises(NotImplementedError, match='groups of channels'):
+    nk.group_norm(x, num_groups=2, implementation=NAME)
+
+
+@pytest.mark.parametrize(
+  ('capability', 'match'), [(8.0, 'capability 9'), (12.0, 'B200')]
+)
+def test_other_chips(monkeypatch, capability, match):
+  monkeypatch.setattr(dispatch, 'oldest_gpu', lambda: capability)
+  x = jax.ShapeDtypeStruct((64, 256), jnp.bfloat16)
+  norm = functools.partial(nk.layer_norm, implementation=NAME)
+  with pytest.raises(NotImplementedError, match=match):
+    jax.jit(norm).trace(x).lower(lowering_platforms=('cuda',))

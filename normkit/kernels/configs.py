@@ -13,6 +13,7 @@ from normkit._types import DType
 
 PIECE = 256  # elements: the most of one axis in an asynchronous copy
 IN_WARP = 1024  # elements of the longest row that a warp takes by itself
+LEAST = 64  # elements of a tile's rows: 128 bytes of scale and bias
 BARRIERS = 32  # at most in one array
 THREADS = 128  # of a warpgroup
 # Sums of scale and bias that a thread may keep in registers, of two operands.
@@ -109,10 +110,17 @@ class Case:
   parameters: tuple[DType, ...] = ()
   sums: int = 0
 
+  @property
+  def vector(self) -> int:
+    """Elements that a thread loads or stores at once: 16 bytes at most."""
+    dtypes = (*self.inputs, *self.outputs, *self.parameters)
+    widest = max(jnp.dtype(d).itemsize for d in dtypes)
+    return 16 // (4 if self.sums else widest)
+
 
 MEASURED: dict[tuple[int, Case], Config] = {}
 OUTPUT_TILES = 2  # of each output, written in turn
-SLACK = 6 * 1024  # barriers, sums of warps, and what alignment loses
+SLACK = 3 * 1024  # barriers, sums of warps, and what alignment loses
 
 
 def config(case: Case, capability: int = 9) -> Config | None:
@@ -152,24 +160,35 @@ def _choices(case: Case, chip: Chip) -> list[Config]:
 
 def _tiles(case: Case) -> list[Config]:
   """Tiles and warpgroups, the rest to be filled in."""
-  itemsize = jnp.dtype(case.inputs[0]).itemsize
-  vector = 16 // itemsize
+  itemsize, vector = jnp.dtype(case.inputs[0]).itemsize, case.vector
   if case.size <= IN_WARP:
-    width = max(min(_power_of_2(case.size), PIECE), 2 * vector)
+    width = max(min(_power_of_2(case.size), PIECE), LEAST)
     rows = 4 * 32 // min(32, width // vector)
     tiles = -(-case.size // width)
-    rows *= 2 if tiles == 1 else 1
+    while tiles == 1 and rows * width * itemsize < 4096:
+      rows *= 2
     return [
       Config(rows, width, tiles, groups, False, 0, 0, False)
       for groups in (4, 3, 2)
     ]
-  rows = 8 if itemsize == 2 else 4
-  of_thread = SUMS // max(case.sums, 1) * THREADS
-  groups = min(-(-case.size // min(of_thread, 4096)), 4)
-  tiles = -(-case.size // (rows * PIECE * groups))
-  if case.sums * tiles * rows * PIECE > SUMS * THREADS:
-    return []
-  return [Config(rows, PIECE, tiles, groups, True, 0, 0, False)]
+  if not case.sums:
+    rows, groups = 16 // itemsize, min(-(-case.size // 4096), 4)
+    return [_shared(case.size, groups, rows)]
+  # Each program writes out its sums over rows, so programs are few and large.
+  choices = [
+    _shared(case.size, groups, rows)
+    for groups in (4, 3, 2, 1)
+    for rows in range(16 // itemsize, 3, -4)
+  ]
+  sums = case.sums * PIECE
+  choices = [c for c in choices if c.tiles * c.rows * sums <= SUMS * THREADS]
+  return sorted(choices, key=lambda c: c.row_width)[:1]
+
+
+def _shared(size: int, groups: int, rows: int) -> Config:
+  """Warpgroups that share a row."""
+  tiles = -(-size // (rows * PIECE * groups))
+  return Config(rows, PIECE, tiles, groups, True, 0, 0, False)
 
 
 def _room(case: Case, chip: Chip, found: Config) -> int:

@@ -157,7 +157,12 @@ def _options(interpret: bool) -> dict[str, Any]:
   if interpret:
     return {'interpret': interpreter()}
   semantics = gpu.LoweringSemantics.Lane
-  return {'compiler_params': gpu.CompilerParams(lowering_semantics=semantics)}
+  # No sum over a tile needs scratch: warps meet in `parts`.
+  return {
+    'compiler_params': gpu.CompilerParams(
+      lowering_semantics=semantics, reduction_scratch_bytes=0
+    )
+  }
 
 
 def interpreter(**options: Any) -> Any:

@@ -28,7 +28,7 @@ Arrays = dict[str, Any]
 Tile = Any
 
 
-def _layout(rows_: int, width: int, vector: int) -> Any:
+def _layout(width: int, vector: int) -> Any:
   """Each row of a tile in the lanes of a warp, in vectors of 16 bytes."""
   lanes = min(32, width // vector)
   most, high = lanes * vector, 32 // lanes
@@ -56,8 +56,7 @@ class Work:
     self.refs, self.config, self.case, self.spec = refs, config, case, spec
     self.shape, self.interpret = shape, interpret
     self.tile = config.rows, config.width
-    vector = 16 // jnp.dtype(case.inputs[0]).itemsize
-    self.layout = _layout(*self.tile, vector)
+    self.layout = _layout(config.width, case.vector)
     self.program = lax.axis_index('program')
     self.group = lax.axis_index('warpgroup')
     # Tasks, one row or some, go round among all that take them.
@@ -356,8 +355,9 @@ def store_sum(work: Work, ref: Any, block: int, total: Tile) -> None:
   fold[work.group] = total
   work.meet()
   lanes = min(32, config.width)
+  vector = min(4, config.width // lanes)
   layout = gpu.Layout.TILED(
-    gpu.Tiling(((config.width,), (config.width // lanes,))),
+    gpu.Tiling(((lanes * vector,), (vector,))),
     (gpu.Replicated(4),),
     (-2,) if lanes == 32 else (gpu.Replicated(32 // lanes), -2),
     -1,
