@@ -146,7 +146,8 @@ def _choices(case: Case, chip: Chip) -> list[Config]:
   found = []
   for tile in _tiles(case):
     groups = tile.warpgroups
-    most = max((8 if case.sums == 0 else 4) // groups, 1)
+    is_heavy = case.sums > 0 or (tile.is_shared and tile.rows > 4)
+    most = max((4 if is_heavy else 8) // groups, 1)
     for resident in range(most, 0, -1):
       for holds in (True, False) if case.parameters else (False,):
         one = dataclasses.replace(
