@@ -16,8 +16,9 @@ IN_WARP = 1024  # elements of the longest row that a warp takes by itself
 LEAST = 64  # elements of a tile's rows: 128 bytes of scale and bias
 BARRIERS = 32  # at most in one array
 THREADS = 128  # of a warpgroup
-# Sums of scale and bias that a thread may keep in registers, of two operands.
-SUMS = 64
+# Sums for scale and bias that a thread may keep in registers, by bytes of x: with
+# more of them the assembler spills, for H200 or B200.
+SUMS = {2: 64, 4: 48}
 
 
 class Chip(NamedTuple):
@@ -181,8 +182,8 @@ def _tiles(case: Case) -> list[Config]:
     for groups in (4, 3, 2, 1)
     for rows in range(16 // itemsize, 3, -4)
   ]
-  sums = case.sums * PIECE
-  choices = [c for c in choices if c.tiles * c.rows * sums <= SUMS * THREADS]
+  most = SUMS[itemsize] * THREADS // (case.sums * PIECE)
+  choices = [c for c in choices if c.tiles * c.rows <= most]
   return sorted(choices, key=lambda c: c.row_width)[:1]
 
 
