@@ -28,7 +28,7 @@ from test_conformance import (
 from test_kernels import DTYPES, Rows, assert_norm, assert_right, norm_of
 from tiers import thinned
 
-from benchmarks import targets
+from benchmarks import layers, models, targets, traffic
 from benchmarks.registers import CHIPS, KINDS, SIZES, is_taken, report
 import normkit as nk
 from normkit.kernels import cases, configs, dispatch, mosaic_gpu
@@ -226,6 +226,38 @@ def assert_wide(code):
     r'\bld\.global(?!\.(nc\.)?v(4\.b32|2\.b64|4\.f32|2\.f64|4\.u32))\S*', body
   )
   assert not narrow, set(narrow)
+
+
+LAYERS, TOKENS, WIDTH = 12, 8192, 2048
+
+
+@pytest.mark.second_tier
+@pytest.mark.optimized
+@pytest.mark.parametrize('target', COMPILERS[:1])
+@pytest.mark.parametrize('norm', layers.ROWS)
+def test_scan(target, norm):
+  """What a loop saved is read where it lies, if XLA is told that it may be.
+
+  Then the kernels add fewer bytes than XLA's form, and otherwise one pass more.
+  """
+
+  def added(name, options=None):
+    jax.clear_caches()
+    library = 'normkit' if name else 'none'
+    of = norm if name else ''
+    function, given = models.transformer_step(
+      library, of, TOKENS, WIDTH, LAYERS
+    )
+    with nk.implementation(name or 'xla'):
+      made = targets.compile_for(target, function, *given, options=options)
+    return traffic.measure(made.as_text()).bytes
+
+  n = LAYERS * TOKENS * WIDTH * 2
+  in_place = {'xla_gpu_enable_dynamic_slice_fusion': True}
+  by_xla = added('xla')
+  assert added(NAME, in_place) <= by_xla - 0.9 * n
+  assert added(NAME) <= by_xla + 1.2 * n
+  assert added(NAME, in_place) - added(None) <= 10.4 * n
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ IN_WARP = 1024  # elements of the longest row that a warp takes by itself
 LEAST = 64  # elements of a tile's rows: 128 bytes of scale and bias
 BARRIERS = 32  # at most in one array
 THREADS = 128  # of a warpgroup
-# Sums for scale and bias that a thread may keep in registers, by bytes of x: with
-# more of them the assembler spills, for H200 or B200.
+# Sums for scale and bias that a thread may keep in registers, by the bytes of
+# an element: with more the assembler spills, for H200 or B200.
 SUMS = {2: 64, 4: 48}
 
 
