@@ -312,6 +312,28 @@ def test_refused_groups():
     nk.group_norm(x, num_groups=2, implementation=NAME)
 
 
+@pytest.mark.parametrize('capability', [9, 10])
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
+def test_what_is_taken_fits(dtype, capability):
+  """Whatever comes along with x, there is a `Config`."""
+  dtype, wide = jnp.dtype(dtype), jnp.dtype(jnp.float32)
+  x = (dtype,)
+
+  def fits(*case):
+    return configs.config(configs.Case(*case), capability) is not None
+
+  for size in [1, 65, 500, 1025, *range(2048, 65_537, 2048)]:
+    case = NAME, (2, size), dtype
+    for out in dtype, wide:
+      if cases.refusal(*case) is None:
+        assert fits(size, x, (out,), (wide, wide))
+      if cases.refusal(*case, residual=True) is None:
+        assert fits(size, x * 2, (out, dtype), (wide, wide))
+      if cases.has_backward(*case):
+        assert fits(size, (*x, out, dtype), x, (wide,), 2)
+        assert fits(size, (*x, out), x)
+
+
 @pytest.mark.parametrize(
   ('capability', 'match'), [(8.0, 'capability 9'), (12.0, 'B200')]
 )
