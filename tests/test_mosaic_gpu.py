@@ -75,9 +75,10 @@ def test_statistics_and_sums(interpreted):
   residual = draw(x.shape, seed=1)
   given = {'x': x, 'residual': residual}
   found = mosaic_gpu.forward(given, spec, with_statistics=True, interpret=True)
-  exact = np.asarray(x, np.float64) + np.asarray(residual, np.float64)
+  exact = np.asarray(x + residual, np.float64)
   mean = np.asarray(found['pivot'], np.float64) + found['offset']
   assert_right(found['total'], exact, 1e-7)
+  assert_right(found['y'], Rows(exact, 1.0, 0.0, True).y, 1e-5)
   assert_right(mean, exact.mean(-1, keepdims=True), 1e-7)
   assert_right(found['var'], exact.var(-1, keepdims=True), 1e-5)
 
