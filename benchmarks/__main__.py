@@ -11,6 +11,7 @@ from benchmarks import (
   folding,
   kernels,
   pictures,
+  registers,
   speed,
 )
 
@@ -26,6 +27,7 @@ def main() -> int:
   folding.add_command(commands)
   kernels.add_command(commands)
   pictures.add_command(commands)
+  registers.add_command(commands)
   speed.add_command(commands)
   args = parser.parse_args()
   return args.run(args)

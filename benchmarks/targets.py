@@ -20,7 +20,7 @@ from jax.sharding import SingleDeviceSharding
 # xla/backends/gpu/target_config/specs/, h200.txtpb and a100_sxm_80.txtpb.
 GPUS = {
   name: pathlib.Path(__file__).with_name(f'{name}.txtpb')
-  for name in ('h200', 'a100')
+  for name in ('h200', 'b200', 'a100')
 }
 TPUS = {'v5e': 'v5e:2x2', 'v6e': 'v6e:2x2'}
 TARGETS = 'cpu', 'h200', *TPUS

@@ -328,8 +328,12 @@ def sliced(operand: Instruction, user: Instruction) -> int:
   count = math.prod(result.shape)
   step = re.search(r'slice=\{(.*)\}', user.rest)
   size = source.itemsize
-  if step and source.order:
+  # A fusion may see its parameter in another shape.
+  order = source.order
+  if len(source.shape) != len(result.shape):
+    order = result.order
+  if step and order:
     steps = re.findall(r'\[\d+:\d+(?::(\d+))?\]', step[1])
-    fastest = int(steps[source.order[0]] or 1)
+    fastest = int(steps[order[0]] or 1)
     size = min(size * fastest, max(size, SECTOR))
   return count * size

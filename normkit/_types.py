@@ -24,7 +24,7 @@ Axes: TypeAlias = int | Sequence[int]
 AxisName: TypeAlias = str | tuple[str, ...]
 Groups: TypeAlias = Sequence[Sequence[int]]
 Scalar: TypeAlias = float | Array  # a number is checked, an array may be traced
-Implementation: TypeAlias = Literal['xla', 'triton', 'mosaic_tpu']
+Implementation: TypeAlias = Literal['xla', 'triton', 'mosaic_gpu', 'mosaic_tpu']
 Class = TypeVar('Class', bound=type)
 
 

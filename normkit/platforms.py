@@ -44,7 +44,7 @@ def implementation(name: Implementation) -> Iterator[None]:
   does not look here before it uses that again.
 
   Args:
-    name: 'triton', 'mosaic_tpu' or 'xla'.
+    name: 'triton', 'mosaic_gpu', 'mosaic_tpu' or 'xla'.
 
   Raises:
     ValueError: if the implementation is none of these.

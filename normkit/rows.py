@@ -119,7 +119,7 @@ def normalize_groups(
   assert isinstance(args.epsilon, float)
   spec = Spec(args.epsilon, center, args.dtype, groups=groups)
   case = jax.ShapeDtypeStruct(shape, x.dtype)
-  if implementation is None and not _names(case, spec, None):
+  if implementation is None and not _names({'x': case}, spec, None):
     return None
   given = {'x': x.reshape(shape), **_parameters(args)}
   return _partitioned(given, spec, implementation)['y'].reshape(x.shape)
@@ -156,7 +156,7 @@ def _partitioned(
 ) -> Arrays:
   """Rows that an explicit mesh shards stay where they are."""
   x = given['x']
-  check(implementation, x, spec.groups)
+  check(implementation, given, spec)
   options = {'spec': spec, 'context': platforms.context()}
   options['implementation'] = platforms.implied(implementation)
   run = functools.partial(_types.ruled, _differentiable, **options)
@@ -171,14 +171,21 @@ def _partitioned(
 
 
 def check(
-  implementation: Implementation | None, x: Array, groups: int | None = None
+  implementation: Implementation | None, given: Arrays, spec: Spec
 ) -> None:
-  """Raises if the kernel that is named cannot take x."""
+  """Raises if the kernel that is named cannot take what is given."""
   if implementation in (None, 'xla'):
     return
-  if why := cases.refusal(implementation, x.shape, x.dtype, groups):
+  x = given['x']
+  case = x.shape, x.dtype, spec.groups
+  if why := cases.refusal(implementation, *case, *_extra(given, spec)):
     of = f'{why}, and x is {x.dtype}{list(x.shape)}'
     _types.refuse_kernel(implementation, f'it does not take {of}')
+
+
+def _extra(given: Any, spec: Spec) -> tuple[bool, bool]:
+  """Whether there is a residual, and an activation."""
+  return 'residual' in given, spec.activation is not None
 
 
 @functools.partial(
@@ -229,7 +236,7 @@ def _forward(
   """The results alone."""
   by_xla = functools.partial(plain.norm, spec)
   name = implementation or platforms.preferred()
-  if name not in _names(given['x'], spec, implementation):
+  if name not in _names(given, spec, implementation):
     return by_xla(given)
   kernel = functools.partial(_kernel, name, spec, RESULTS, False)
   found: Arrays = _load('dispatch').choose(
@@ -239,15 +246,15 @@ def _forward(
 
 
 def _names(
-  x: Array | jax.ShapeDtypeStruct,
-  spec: Spec,
-  implementation: Implementation | None,
+  given: Any, spec: Spec, implementation: Implementation | None
 ) -> tuple[Implementation, ...]:
   """The kernels that may run: the one that is named, or those chosen."""
   if implementation is not None:
     return () if implementation == 'xla' else (implementation,)
   preferred = platforms.preferred()
-  return cases.chosen(x.shape, x.dtype, spec.groups, preferred)
+  x = given['x']
+  case = x.shape, x.dtype, spec.groups, preferred
+  return cases.chosen(*case, *_extra(given, spec))
 
 
 def _with_backward(
@@ -265,7 +272,7 @@ def _training_forward(
   They come apart from the results, so that a policy of `jax.checkpoint` may
   keep them alone; of the two calls of a kernel XLA makes one.
   """
-  names = _names(given['x'], spec, implementation)
+  names = _names(given, spec, implementation)
   required = None if implementation == 'xla' else implementation
   name = implementation or platforms.preferred()
   if name in _with_backward(names, given['x'], spec):
@@ -317,7 +324,7 @@ def _tangents(
     functools.partial(plain.tangents, spec=spec, results=tuple(results)),
     prevent_cse=False,
   )
-  names = _names(saved['x'], spec, implementation)
+  names = _names(saved, spec, implementation)
   names = _with_backward(names, saved['x'], spec)
   required = implementation if names else None
   wanted = 'dx', *(f'd{n}' for n in moved if n not in SUMMANDS)

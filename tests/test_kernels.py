@@ -49,7 +49,8 @@ KERNEL_CASES = [
 DTYPES = {'float32': 1e-5, 'bfloat16': 2e-2, 'float16': 4e-3}
 
 
-@pytest.fixture(params=dispatch.PLATFORMS, scope='module')
+# Mosaic GPU has its own tests: interpreted, it takes seconds a program.
+@pytest.fixture(params=['triton', 'mosaic_tpu'], scope='module')
 def platform(request):
   """Of the module's scope, so that the tests of each come together."""
   return request.param
@@ -938,8 +939,12 @@ def test_programs_of_several_devices(sizes, manual, takes):
 
 
 OBSTACLES = {
-  'a GPU of 2018': ('_oldest_gpu', lambda: 7.5, 'capability 8'),
-  'a JAX without it': ('TRITON', 'jax.no_such_module', 'no Triton'),
+  'a GPU of 2018': ('oldest_gpu', lambda: 7.5, 'capability 8'),
+  'a JAX without it': (
+    'NEEDS',
+    {'triton': dispatch.NEEDS['triton']._replace(module='jax.no_such')},
+    'no Triton',
+  ),
 }
 
 
@@ -969,7 +974,11 @@ def test_export(name):
   platform = dispatch.PLATFORMS[name]
   x = jax.ShapeDtypeStruct((64, 256), jnp.bfloat16)
   norm = functools.partial(nk.layer_norm, implementation=name)
-  call = {'cuda': '__gpu$xla.gpu.triton', 'tpu': 'tpu_custom_call'}[platform]
+  call = {
+    'triton': '__gpu$xla.gpu.triton',
+    'mosaic_gpu': 'mosaic_gpu_v2',
+    'mosaic_tpu': 'tpu_custom_call',
+  }[name]
   made = export.export(
     jax.jit(norm),
     platforms=[platform],

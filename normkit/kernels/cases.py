@@ -27,6 +27,7 @@ import math
 import jax.numpy as jnp
 
 from normkit._types import DType, Implementation, is_known
+from normkit.kernels import configs
 
 # Kernels of which a device's record in this package shows that they win.
 RECORDED: tuple[Implementation, ...] = ()
@@ -40,11 +41,13 @@ MOSAIC_GROUP = 2**20  # elements of an example, tiles filled up
 LANES = 128
 
 
-def refusal(
+def refusal(  # noqa: PLR0911
   implementation: Implementation,
   shape: tuple[int, ...],
   dtype: DType,
   groups: int | None = None,
+  residual: bool = False,
+  activation: bool = False,
 ) -> str | None:
   """Why the kernel does not take an input, or None."""
   if not all(map(is_known, shape)):
@@ -57,8 +60,14 @@ def refusal(
     return 'float16'
   if groups is not None:
     return _refusal_of_groups(implementation, shape, dtype, groups)
-  is_long = shape[-1] > LONGEST
-  return f'rows of more than {LONGEST:,} elements' if is_long else None
+  if shape[-1] > LONGEST:
+    return f'rows of more than {LONGEST:,} elements'
+  if implementation != 'mosaic_gpu':
+    return None
+  if activation:
+    return 'an activation'
+  fits = _config(shape, dtype, 2 if residual else 1) is not None
+  return None if fits else 'rows that do not fit in shared memory'
 
 
 def _refusal_of_groups(
@@ -67,6 +76,8 @@ def _refusal_of_groups(
   dtype: DType,
   groups: int,
 ) -> str | None:
+  if implementation == 'mosaic_gpu':
+    return 'groups of channels'
   if implementation == 'triton':
     fits = group_width(shape, dtype, groups) is not None
     return None if fits else 'groups that do not fit in registers'
@@ -110,8 +121,20 @@ def has_backward(
   """Whether there is a backward: XLA's moves no more for the rows left out."""
   if refusal(implementation, shape, dtype, groups) is not None:
     return False
+  if implementation == 'mosaic_gpu':
+    return _config(shape, dtype, 3, sums=2) is not None
   is_row_of_triton = implementation == 'triton' and groups is None
   return not is_row_of_triton or shape[-1] <= TRITON_WIDTH
+
+
+def _config(
+  shape: tuple[int, ...], dtype: DType, inputs: int, sums: int = 0
+) -> configs.Config | None:
+  """Mosaic GPU's for rows of as large an output as there may be."""
+  dtype, wide = jnp.dtype(dtype), jnp.dtype(jnp.float32)
+  outputs = (dtype,) if sums else (wide, *(dtype,) * (inputs - 1))
+  case = configs.Case(shape[-1], (dtype,) * inputs, outputs, (wide, wide), sums)
+  return configs.config(case)
 
 
 def chosen(
@@ -119,10 +142,13 @@ def chosen(
   dtype: DType,
   groups: int | None = None,
   preferred: Implementation | None = None,
+  residual: bool = False,
+  activation: bool = False,
 ) -> tuple[Implementation, ...]:
   """The kernels that take XLA's place in training, each on its platform."""
   if preferred is not None:
-    is_taken = refusal(preferred, shape, dtype, groups) is None
+    extra = residual, activation
+    is_taken = refusal(preferred, shape, dtype, groups, *extra) is None
     return (preferred,) if is_taken else ()
   is_taken = has_backward('triton', shape, dtype, groups)
   if 'triton' not in RECORDED or not is_taken:

@@ -17,7 +17,7 @@ import functools
 import importlib.util
 import itertools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 import warnings
 
 import jax
@@ -28,8 +28,29 @@ from normkit._types import Array, Implementation
 
 Function = Callable[..., Any]
 Kernels = Mapping[Implementation, Function]
-TRITON, TRITON_CAPABILITY = 'jax.experimental.pallas.triton', 8.0
-PLATFORMS: dict[Implementation, str] = {'triton': 'cuda', 'mosaic_tpu': 'tpu'}
+PLATFORMS: dict[Implementation, str] = {
+  'triton': 'cuda',
+  'mosaic_gpu': 'cuda',
+  'mosaic_tpu': 'tpu',
+}
+
+
+class Needs(NamedTuple):
+  """What a kernel for NVIDIA GPUs asks for."""
+
+  title: str
+  module: str
+  capability: float
+  chip: str
+  before: float = math.inf
+
+
+NEEDS: dict[Implementation, Needs] = {
+  'triton': Needs('Triton', 'jax.experimental.pallas.triton', 8.0, 'A100'),
+  'mosaic_gpu': Needs(
+    'Mosaic GPU', 'jax.experimental.pallas.mosaic_gpu', 9.0, 'H100', 11.0
+  ),
+}
 
 # For tests: the kernel that runs, interpreted, where the platform is a CPU.
 interpreted: Implementation | None = None
@@ -135,8 +156,7 @@ choice_p.def_abstract_eval(_abstract_eval)
 def _lowering(platform: str | None) -> Callable[..., Any]:
   def lower(ctx: Any, *arguments: Any, plain: Any, **params: Any) -> Any:
     exported = ctx.module_context.lowering_parameters.for_export
-    obstacle = _obstacle(platform, ctx)
-    kernel = _form(platform, obstacle, is_exported=exported, **params)
+    kernel = _form(platform, ctx, is_exported=exported, **params)
     if kernel is None:
       run = mlir.lower_fun(core.jaxpr_as_fun(plain), multiple_results=True)
       return run(ctx, *arguments)
@@ -163,7 +183,7 @@ def _for_any_gpu() -> contextlib.AbstractContextManager[Any]:
 
 def _form(
   platform: str | None,
-  obstacle: str | None,
+  ctx: Any,
   *,
   kernels: tuple[tuple[Implementation, Function], ...],
   required: Implementation | None,
@@ -181,7 +201,7 @@ def _form(
   for name, kernel in kernels:
     if name == interpreted:
       return lambda *a, kernel=kernel: kernel(*a, interpret=True)
-    if PLATFORMS[name] == platform and obstacle is None:
+    if PLATFORMS[name] == platform and _obstacle(name, ctx) is None:
       return lambda *a, kernel=kernel: kernel(*a, interpret=False)
   if required is None:
     return None
@@ -192,28 +212,35 @@ def _form(
       "'xla'."
     )
   raise NotImplementedError(
-    f'implementation={required!r} cannot run here: {obstacle}, or use None or '
-    "'xla'."
+    f'implementation={required!r} cannot run here: {_obstacle(required, ctx)}, '
+    "or use None or 'xla'."
   )
 
 
-def _obstacle(platform: str | None, ctx: Any) -> str | None:
-  """What keeps kernels out of a program, and how to mend it."""
+def _obstacle(name: Implementation, ctx: Any) -> str | None:
+  """What keeps a kernel out of a program, and how to mend it."""
   if not _is_one_device(ctx):
     return (
       'XLA partitions the program over several devices, and would gather the '
       "kernel's input. Call it under jax.shard_map, use a mesh with explicit "
       'axes'
     )
-  if platform == 'cuda' and importlib.util.find_spec(TRITON) is None:
-    return 'this version of JAX has no Triton. Use an older one'
-  if platform == 'cuda' and _oldest_gpu() < TRITON_CAPABILITY:
-    return 'Triton needs GPUs of compute capability 8.0. Use newer ones'
+  if (needs := NEEDS.get(name)) is None:
+    return None
+  if importlib.util.find_spec(needs.module) is None:
+    return f'this version of JAX has no {needs.title}. Use another one'
+  if oldest_gpu() < needs.capability:
+    return (
+      f'{needs.title} needs GPUs of compute capability {needs.capability}. Use '
+      f'an {needs.chip} or newer'
+    )
+  if needs.before <= oldest_gpu() < math.inf:
+    return f'{needs.title} is for H100, H200, B200 and their like. Use those'
   return None
 
 
 @functools.cache
-def _oldest_gpu() -> float:
+def oldest_gpu() -> float:
   """The least compute capability of the GPUs here; of none, infinite."""
   try:
     devices = jax.local_devices(backend='cuda')
@@ -232,7 +259,7 @@ def _is_one_device(ctx: Any) -> bool:
 
 
 mlir.register_lowering(choice_p, _lowering(None))
-for _platform in PLATFORMS.values():
+for _platform in {*PLATFORMS.values()}:
   mlir.register_lowering(choice_p, _lowering(_platform), platform=_platform)
 
 

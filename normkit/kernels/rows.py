@@ -80,6 +80,11 @@ def reciprocal_root(var: Array, epsilon: Scalar) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _reciprocal_root(var: Array, epsilon: float) -> Array:
+  return root_of(var, epsilon)
+
+
+def root_of(var: Array, epsilon: float) -> Array:
+  """`reciprocal_root` for a kernel, which is not differentiated itself."""
   total = var + jnp.asarray(epsilon, var.dtype)
   if epsilon >= jnp.finfo(var.dtype).tiny:
     return lax.rsqrt(total)
@@ -186,17 +191,23 @@ def gradients(
   With g the second of these and h = g * scale, the first is
   root * (h - mean(h) - xhat * mean(h * xhat)).
   """
-  gs, activation = dys, spec.activation
-  if activation is not None:
-    gs = [
-      jax.vjp(activation, _affine(n, parameters))[1](d)[0]
-      for d, n in zip(dys, xhats, strict=True)
-    ]
+  pairs = zip(dys, xhats, strict=True)
+  gs = [slope_of(d, n, parameters, spec) for d, n in pairs]
   hs = [_times(g, parameters.scale) for g in gs]
   slope = mean([h * n for h, n in zip(hs, xhats, strict=True)])
   shift = mean(hs) if spec.center else 0
   pairs = zip(hs, xhats, strict=True)
   return [(h - n * slope - shift) * root for h, n in pairs], gs
+
+
+def slope_of(
+  dy: Array, xhat: Array, parameters: Parameters, spec: Spec
+) -> Array:
+  """The gradient of scale * xhat + bias from that of the result."""
+  if spec.activation is None:
+    return dy
+  g: Array = jax.vjp(spec.activation, _affine(xhat, parameters))[1](dy)[0]
+  return g
 
 
 def _times(values: Array, scale: Array | None) -> Array:

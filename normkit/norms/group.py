@@ -198,7 +198,7 @@ class GroupNorm(norm.CenteredOptions):
     dtype: dtype of the result; None keeps x's.
     axis_name: names of mapped axes over which statistics are pooled.
     axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
-    implementation: 'triton' on NVIDIA GPUs, 'mosaic_tpu', 'xla', or None to
+    implementation: 'triton', 'mosaic_gpu', 'mosaic_tpu', 'xla', or None to
       choose.
 
   Examples:

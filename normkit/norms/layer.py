@@ -57,7 +57,7 @@ def layer_norm(
     axis_name: names of mapped axes over which statistics are pooled.
     axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
     dtype: dtype of the result; None keeps x's.
-    implementation: 'triton' on NVIDIA GPUs, 'mosaic_tpu', 'xla', or None to
+    implementation: 'triton', 'mosaic_gpu', 'mosaic_tpu', 'xla', or None to
       choose.
 
   Returns:
@@ -129,7 +129,7 @@ def add_layer_norm(
       module, not one made anew at each call, which would be compiled anew); it
       is given float32 or wider. None: none.
     dtype: dtype of y; None keeps x's.
-    implementation: 'triton' on NVIDIA GPUs, 'mosaic_tpu', 'xla', or None to
+    implementation: 'triton', 'mosaic_gpu', 'mosaic_tpu', 'xla', or None to
       choose.
 
   Returns:
@@ -182,7 +182,7 @@ class LayerNorm(norm.CenteredOptions):
     dtype: dtype of the result; None keeps x's.
     axis_name: names of mapped axes over which statistics are pooled.
     axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
-    implementation: 'triton' on NVIDIA GPUs, 'mosaic_tpu', 'xla', or None to
+    implementation: 'triton', 'mosaic_gpu', 'mosaic_tpu', 'xla', or None to
       choose.
 
   Examples:

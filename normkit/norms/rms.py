@@ -59,7 +59,7 @@ def rms_norm(
     axis_name: names of mapped axes over which statistics are pooled.
     axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
     dtype: dtype of the result; None keeps x's.
-    implementation: 'triton' on NVIDIA GPUs, 'mosaic_tpu', 'xla', or None to
+    implementation: 'triton', 'mosaic_gpu', 'mosaic_tpu', 'xla', or None to
       choose.
 
   Returns:
@@ -140,7 +140,7 @@ def add_rms_norm(
       module, not one made anew at each call, which would be compiled anew); it
       is given float32 or wider. None: none.
     dtype: dtype of y; None keeps x's.
-    implementation: 'triton' on NVIDIA GPUs, 'mosaic_tpu', 'xla', or None to
+    implementation: 'triton', 'mosaic_gpu', 'mosaic_tpu', 'xla', or None to
       choose.
 
   Returns:
@@ -196,7 +196,7 @@ class RMSNorm(norm.Options):
     dtype: dtype of the result; None keeps x's.
     axis_name: names of mapped axes over which statistics are pooled.
     axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
-    implementation: 'triton' on NVIDIA GPUs, 'mosaic_tpu', 'xla', or None to
+    implementation: 'triton', 'mosaic_gpu', 'mosaic_tpu', 'xla', or None to
       choose.
 
   Examples:

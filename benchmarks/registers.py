@@ -1,0 +1,169 @@
+"""Registers, bytes and copies of Mosaic GPU's kernels, compiled for H200, B200.
+
+Each chip has a process of its own: in one, a second chip fails to compile, or
+NVIDIA's assembler says nothing.
+"""
+
+import argparse
+from concurrent import futures
+import functools
+import multiprocessing
+import os
+import re
+import tempfile
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from rich.progress import track
+
+from benchmarks import report as tables, targets, traffic
+from normkit.kernels import cases, configs, dispatch, mosaic_gpu
+from normkit.kernels.rows import Spec
+
+NAME = 'mosaic_gpu'
+CHIPS = {'h200': 9, 'b200': 10}  # compute capability
+KINDS = 'forward', 'training forward', 'backward'
+SIZES = 64, 100, 768, 1000, 4096, 5120, 8192, 12_288, 16_384, 65_536
+DTYPES = 'bfloat16', 'float16', 'float32'
+
+
+class Report(NamedTuple):
+  """What is known of a compiled kernel.
+
+  Attributes:
+    moved: bytes that the program moves, in passes over x.
+    spilled: bytes of registers that go to memory.
+    registers: of a thread.
+    code: what the assembler got.
+    resident: programs on a multiprocessor, as registers allow.
+    under_way: bytes on their way to each while a row is worked on.
+    config: what a program holds.
+  """
+
+  moved: float
+  spilled: int
+  registers: int
+  code: str
+  resident: int
+  under_way: int
+  config: configs.Config
+
+
+def is_taken(kind: str, size: int, dtype: str) -> bool:
+  case = NAME, (2, size), jnp.dtype(dtype)
+  if kind == 'backward':
+    return cases.has_backward(*case)
+  return cases.refusal(*case) is None
+
+
+def report(target: str, kind: str, size: int, dtype: str) -> Report:
+  """Of layer norm with scale and bias in float32."""
+  run = compiler(target).submit(_report, target, kind, size, dtype)
+  return run.result()
+
+
+@functools.cache
+def compiler(target: str) -> futures.ProcessPoolExecutor:
+  """A process for one chip."""
+  return futures.ProcessPoolExecutor(
+    1,
+    multiprocessing.get_context('spawn'),
+    initializer=_prepare,
+    initargs=(CHIPS[target],),
+  )
+
+
+def _prepare(capability: int) -> None:
+  os.environ |= {f'MOSAIC_GPU_DUMP_{name}': '1' for name in ('PTXAS', 'PTX')}
+  jax.config.update('jax_platforms', 'cpu')
+  dispatch.oldest_gpu = lambda: capability
+
+
+def _report(target: str, kind: str, size: int, dtype: str) -> Report:
+  """Of 2^27 elements or so: enough to fill the chip again and again."""
+  rows = 2**27 // max(size, 1024)
+  x = jax.ShapeDtypeStruct((rows, size), dtype)
+  scale = jax.ShapeDtypeStruct((size,), jnp.float32)
+  spec = Spec(1e-6, True, x.dtype)
+  one, wide = (x.dtype,), (scale.dtype,)
+  if kind == 'backward':
+    given = {'x': x, 'dy': x, 'scale': scale}
+    wanted = 'dx', 'dscale', 'dbias'
+    run = functools.partial(mosaic_gpu.backward, spec=spec, wanted=wanted)
+    case = configs.Case(size, one * 2, one, wide, 2)
+  else:
+    given = {'x': x, 'scale': scale, 'bias': scale}
+    options = {'with_statistics': kind == 'training forward'}
+    run = functools.partial(mosaic_gpu.forward, spec=spec, **options)
+    case = configs.Case(size, one, one, wide * 2)
+  compiled, said = _said_by(lambda: targets.compile_for(target, run, given))
+  (found,) = re.findall(
+    r'(\d+) bytes spill stores, (\d+) bytes spill loads.*\n.*Used (\d+) reg',
+    said,
+  )
+  stores, loads, registers = map(int, found)
+  moved = traffic.measure(compiled.as_text()).bytes
+  config = configs.config(case, CHIPS[target])
+  assert config is not None
+  threads = config.warpgroups * configs.THREADS
+  fit = 65_536 // (-(-registers // 8) * 8 * threads)
+  resident = min(config.resident, fit)
+  return Report(
+    moved / (x.size * x.dtype.itemsize),
+    stores + loads,
+    registers,
+    said,
+    resident,
+    configs.under_way(case, config, resident),
+    config,
+  )
+
+
+def _said_by(run: Any) -> tuple[Any, str]:
+  """What a call prints, by whatever language."""
+  with tempfile.TemporaryFile() as file:
+    saved = [os.dup(number) for number in (1, 2)]
+    for number in 1, 2:
+      os.dup2(file.fileno(), number)
+    try:
+      result = run()
+    finally:
+      for number, old in zip((1, 2), saved, strict=True):
+        os.dup2(old, number)
+        os.close(old)
+    file.seek(0)
+    return result, file.read().decode(errors='replace')
+
+
+def described(found: Report) -> str:
+  passes = f'{found.moved:.2f} n, {found.registers}'
+  if found.spilled:
+    passes += f' ({found.spilled} bytes spilled)'
+  return f'{passes}, {found.under_way // 1024} KiB'
+
+
+def run(args: argparse.Namespace) -> int:
+  rows = []
+  for size in track(args.size, 'widths'):
+    for dtype in args.dtype:
+      row = [f'{size:,} {dtype}']
+      for kind in KINDS:
+        taken = is_taken(kind, size, dtype)
+        found = report(args.target, kind, size, dtype) if taken else None
+        row.append(described(found) if found else 'XLA')
+      rows.append(row)
+  header = ['width', *KINDS]
+  tables.publish('registers', args.target, header, rows, args.update)
+  return 0
+
+
+def add_command(commands: Any) -> None:
+  parser = commands.add_parser('registers', help=__doc__.splitlines()[0])
+  parser.add_argument('--target', choices=list(CHIPS), default='h200')
+  parser.add_argument('--size', nargs='*', type=int, default=SIZES)
+  parser.add_argument(
+    '--dtype', nargs='*', choices=DTYPES, default=['bfloat16', 'float32']
+  )
+  tables.add_update(parser)
+  parser.set_defaults(run=run)

@@ -1,0 +1,235 @@
+"""What a program of the Mosaic GPU kernels holds, by a short rule.
+
+Nothing here needs Pallas. `MEASURED` is for what a device has shown to be
+better than the rule; none has yet.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from normkit._types import DType
+
+PIECE = 256  # elements: the most of one axis in an asynchronous copy
+IN_WARP = 1024  # elements of the longest row that a warp takes by itself
+LEAST = 64  # elements of a tile's rows: 128 bytes of scale and bias
+BARRIERS = 32  # at most in one array
+THREADS = 128  # of a warpgroup
+# Sums for scale and bias that a thread may keep in registers, by the bytes of
+# an element: with more the assembler spills, for H200 or B200.
+SUMS = {2: 64, 4: 48}
+
+
+class Chip(NamedTuple):
+  """What a kernel must know of a chip.
+
+  Attributes:
+    processors: multiprocessors.
+    shared: bytes of shared memory of each that programs may use.
+    under_way: bytes that each must have under way to fill the memory bus.
+  """
+
+  processors: int
+  shared: int
+  under_way: int
+
+
+CHIPS = {
+  9: Chip(132, 227 * 1024, 36 * 1024),  # H200
+  10: Chip(148, 227 * 1024, 54 * 1024),  # B200
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """What a program holds.
+
+  Attributes:
+    rows: of a tile.
+    width: of a tile.
+    tiles: of a row, or of some rows together, for each warpgroup.
+    warpgroups: of a program.
+    is_shared: whether the warpgroups share a row; or each has rows of its own.
+    stages: tiles that a warpgroup has in its ring.
+    resident: programs on each multiprocessor.
+    holds_parameters: whether scale and bias lie in shared memory.
+  """
+
+  rows: int
+  width: int
+  tiles: int
+  warpgroups: int
+  is_shared: bool
+  stages: int
+  resident: int
+  holds_parameters: bool
+
+  @property
+  def row_width(self) -> int:
+    """Elements of a row, filled up."""
+    if self.is_shared:
+      return self.warpgroups * self.tiles * self.rows * self.width
+    return self.tiles * self.width
+
+  @property
+  def groups_an_array(self) -> int:
+    """Warpgroups whose rings have their barriers in one array."""
+    return max(BARRIERS // self.stages, 1)
+
+  @property
+  def barrier_arrays(self) -> int:
+    """How many of these there are."""
+    return -(-self.warpgroups // self.groups_an_array)
+
+  @property
+  def rows_at_once(self) -> int:
+    """Rows of x that a warpgroup takes together."""
+    return 1 if self.is_shared else self.rows
+
+  @property
+  def workers(self) -> int:
+    """How many of these a program takes at once."""
+    return 1 if self.is_shared else self.warpgroups
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """What the rule depends on.
+
+  Attributes:
+    size: of a row.
+    inputs: dtypes of what is as large as x and read.
+    outputs: of what is as large as x and written.
+    parameters: dtypes of scale and bias, where there are any.
+    sums: how many sums over rows are kept.
+  """
+
+  size: int
+  inputs: tuple[DType, ...]
+  outputs: tuple[DType, ...]
+  parameters: tuple[DType, ...] = ()
+  sums: int = 0
+
+  @property
+  def vector(self) -> int:
+    """Elements that a thread loads or stores at once: 16 bytes at most."""
+    dtypes = (*self.inputs, *self.outputs, *self.parameters)
+    widest = max(jnp.dtype(d).itemsize for d in dtypes)
+    return 16 // (4 if self.sums else widest)
+
+
+MEASURED: dict[tuple[int, Case], Config] = {}
+OUTPUT_TILES = 2  # of each output, written in turn
+SLACK = 3 * 1024  # barriers, sums of warps, and what alignment loses
+
+
+def config(case: Case, capability: int = 9) -> Config | None:
+  """What a program holds, or None where a row does not fit.
+
+  The first choice whose ring has room for three rows and for the bytes that
+  are to be under way; or for these; or else the one with most of them.
+  """
+  if (measured := MEASURED.get((capability, case))) is not None:
+    return measured
+  chip = CHIPS[capability]
+  found = [c for c in _choices(case, chip) if c.stages >= c.tiles]
+  ahead = [under_way(case, c, c.resident) for c in found]
+  full = [c for c, n in zip(found, ahead, strict=True) if n >= chip.under_way]
+  long = [c for c in full if c.stages >= 3 * c.tiles]
+  if chosen := long or full:
+    return chosen[0]
+  return found[ahead.index(max(ahead))] if found else None
+
+
+def _choices(case: Case, chip: Chip) -> list[Config]:
+  """Many warpgroups on a multiprocessor first, but as registers allow."""
+  found = []
+  for tile in _tiles(case):
+    groups = tile.warpgroups
+    is_heavy = case.sums > 0 or (tile.is_shared and tile.rows > 4)
+    most = max((4 if is_heavy else 8) // groups, 1)
+    for resident in range(most, 0, -1):
+      for holds in (True, False) if case.parameters else (False,):
+        one = dataclasses.replace(
+          tile, resident=resident, holds_parameters=holds
+        )
+        room = _room(case, chip, one) // (groups * _bytes(case, one))
+        stages = _stages(room, chip, one, case)
+        found.append(dataclasses.replace(one, stages=stages))
+  return found
+
+
+def _tiles(case: Case) -> list[Config]:
+  """Tiles and warpgroups, the rest to be filled in."""
+  itemsize, vector = jnp.dtype(case.inputs[0]).itemsize, case.vector
+  if case.size <= IN_WARP:
+    width = max(min(_power_of_2(case.size), PIECE), LEAST)
+    rows = 4 * 32 // min(32, width // vector)
+    tiles = -(-case.size // width)
+    while tiles == 1 and rows * width * itemsize < 4096:
+      rows *= 2
+    return [
+      Config(rows, width, tiles, groups, False, 0, 0, False)
+      for groups in (4, 3, 2)
+    ]
+  if not case.sums:
+    rows, groups = 16 // itemsize, min(-(-case.size // 4096), 4)
+    return [_shared(case.size, groups, rows)]
+  # Each program writes out its sums over rows, so programs are few and large.
+  choices = [
+    _shared(case.size, groups, rows)
+    for groups in (4, 3, 2, 1)
+    for rows in range(16 // itemsize, 3, -4)
+  ]
+  most = SUMS[itemsize] * THREADS // (case.sums * PIECE)
+  choices = [c for c in choices if c.tiles * c.rows <= most]
+  return sorted(choices, key=lambda c: c.row_width)[:1]
+
+
+def _shared(size: int, groups: int, rows: int) -> Config:
+  """Warpgroups that share a row."""
+  tiles = -(-size // (rows * PIECE * groups))
+  return Config(rows, PIECE, tiles, groups, True, 0, 0, False)
+
+
+def _room(case: Case, chip: Chip, found: Config) -> int:
+  """Bytes for the rings of a program."""
+  of_tile = found.rows * found.width
+  outputs = OUTPUT_TILES * sum(jnp.dtype(d).itemsize for d in case.outputs)
+  fixed = found.warpgroups * of_tile * outputs
+  if found.holds_parameters:
+    itemsizes = sum(jnp.dtype(d).itemsize for d in case.parameters)
+    fixed += found.row_width * itemsizes
+  if case.sums and not found.is_shared:
+    fixed += found.warpgroups * of_tile * 4
+  return chip.shared // found.resident - fixed - SLACK
+
+
+def _bytes(case: Case, found: Config) -> int:
+  """Of a tile of every input."""
+  itemsizes = sum(jnp.dtype(d).itemsize for d in case.inputs)
+  return found.rows * found.width * itemsizes
+
+
+def _stages(room: int, chip: Chip, found: Config, case: Case) -> int:
+  """Three rows' tiles, or what is to be under way; as far as they fit."""
+  each = found.resident * found.warpgroups * _bytes(case, found)
+  wanted = found.tiles + -(-2 * chip.under_way // each)
+  return min(room, max(3 * found.tiles, wanted), BARRIERS)
+
+
+def under_way(case: Case, found: Config, resident: int) -> int:
+  """Bytes on their way to a multiprocessor while a row is worked on.
+
+  Args:
+    case: the case.
+    found: its config.
+    resident: programs that fit on a multiprocessor, by registers too.
+  """
+  ahead = found.stages - found.tiles
+  return resident * found.warpgroups * ahead * _bytes(case, found)
+
+
+def _power_of_2(size: int) -> int:
+  return 1 << (size - 1).bit_length()

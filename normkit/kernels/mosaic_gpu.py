@@ -1,0 +1,328 @@
+"""Norms on Hopper and Blackwell: a row is read once, into shared memory.
+
+Programs stay and take row after row. Asynchronous copies bring the next rows,
+tile by tile, into a ring of each warpgroup, while a row is worked on. Short
+rows lie in the lanes of a warp, several at a time; longer ones in a warpgroup,
+or in several. Pallas, lowered to Mosaic GPU.
+"""
+
+from collections.abc import Callable
+import functools
+import math
+import threading
+from typing import Any
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as gpu
+import jax.numpy as jnp
+import numpy as np
+
+from normkit._types import Array
+from normkit.kernels import configs, dispatch, rows
+from normkit.kernels.configs import OUTPUT_TILES, PIECE, Case, Config
+from normkit.kernels.rows import Spec
+from normkit.kernels.warpgroups import (
+  INPUTS,
+  OUTPUTS,
+  PARAMETERS,
+  Arrays,
+  Statistics,
+  Tile,
+  Work,
+  store_sum,
+)
+
+
+@functools.partial(
+  jax.jit, static_argnames=('spec', 'with_statistics', 'interpret')
+)
+def forward(
+  given: Arrays,
+  spec: Spec,
+  with_statistics: bool = False,
+  interpret: bool = False,
+) -> Arrays:
+  """The norm of each row; see `normkit.kernels.triton.forward`."""
+  x = given['x']
+  results = {'y': spec.dtype}
+  if 'residual' in given:
+    results['total'] = x.dtype
+  stats = rows.statistics(spec) if with_statistics else ()
+  found = _call(_forward, given, results, (), stats, spec, interpret)
+  sets = (*x.shape[:-1], 1)
+  return {
+    n: a.reshape(sets if n in stats else x.shape) for n, a in found.items()
+  }
+
+
+@functools.partial(jax.jit, static_argnames=('spec', 'wanted', 'interpret'))
+def backward(
+  given: Arrays, spec: Spec, wanted: tuple[str, ...], interpret: bool = False
+) -> Arrays:
+  """Gradients of the norm; see `normkit.kernels.triton.backward`."""
+  x = given['x']
+  sums = tuple(name for name in wanted if name != 'dx')
+  found = _call(_backward, given, {'dx': x.dtype}, sums, (), spec, interpret)
+  return {n: a.reshape(x.shape) if n == 'dx' else a for n, a in found.items()}
+
+
+def _call(
+  body: Callable[..., None],
+  given: Arrays,
+  results: dict[str, Any],
+  sums: tuple[str, ...],
+  stats: tuple[str, ...],
+  spec: Spec,
+  interpret: bool,
+) -> Arrays:
+  """Runs a kernel on x as rows; sums over these come as one row."""
+  x = given['x']
+  size = x.shape[-1]
+  count = x.size // size
+  inputs = {n: given[n] for n in INPUTS if n in given}
+  used = PARAMETERS if body is _forward or spec.activation else PARAMETERS[:1]
+  parameters = {n: given[n] for n in used if n in given}
+  case = Case(
+    size,
+    tuple(a.dtype for a in inputs.values()),
+    tuple(results.values()),
+    tuple(a.dtype for a in parameters.values()),
+    len(sums),
+  )
+  chip = 10 if 10 <= dispatch.oldest_gpu() < math.inf else 9
+  config = configs.config(case, chip)
+  assert config is not None
+  tasks = pl.cdiv(count, config.rows_at_once)
+  programs = config.resident * configs.CHIPS[chip].processors
+  programs = min(programs, pl.cdiv(tasks, config.workers))
+  # An asynchronous copy fills up with zeros, and leaves out, what lies beyond
+  # an array; rows of a multiple of 16 bytes are all that it asks. The
+  # interpreter asks for whole tiles.
+  vector = 16 // min(jnp.dtype(d).itemsize for d in case.inputs + case.outputs)
+  height, width = count, pl.cdiv(size, vector) * vector
+  if interpret:
+    height, width = tasks * config.rows_at_once, config.row_width
+  shape = _viewed((height, width), size, config)
+  arguments = {
+    n: _padded(a.reshape(count, size), (height, width)).reshape(shape)
+    for n, a in inputs.items()
+  }
+  tiles: tuple[int, ...] = (config.row_width // config.width, config.width)
+  if config.is_shared:
+    tiles = (tiles[0] // config.rows, config.rows, config.width)
+  arguments |= {
+    n: _padded(a, (config.row_width,)).reshape(tiles)
+    for n, a in parameters.items()
+  }
+  outs = {n: rows.result(x, shape, d) for n, d in results.items()}
+  each = (count,) if config.is_shared else (tasks, config.rows)
+  outs |= dict.fromkeys(stats, rows.result(x, each, jnp.float32))
+  partial = rows.result(x, (programs, *tiles), jnp.float32)
+  outs |= dict.fromkeys(sums, partial)
+  scratch = _scratch(case, config, arguments, outs, sums)
+
+  def kernel(*refs: Any) -> None:
+    names = (*arguments, *outs, *scratch)
+    named = dict(zip(names, refs, strict=True))
+    body(Work(named, config, case, shape, tasks, programs, spec, interpret))
+
+  kernel.__name__ = f'normkit{body.__name__}'
+  run = gpu.kernel(
+    kernel,
+    out_type=tuple(outs.values()),
+    grid=(programs,),
+    grid_names=('program',),
+    num_threads=config.warpgroups,
+    thread_name='warpgroup',
+    scratch_types=tuple(scratch.values()),
+    **_options(interpret),
+  )
+  if interpret:
+    run = functools.partial(_interpreted, run, tuple(outs.values()))
+  found = run(*arguments.values())
+  named = dict(zip(outs, found, strict=True))
+  for name in results:
+    named[name] = named[name].reshape(height, width)[:count, :size]
+  for name in stats:
+    named[name] = named[name].reshape(-1)[:count]
+  for name in sums:
+    parts = named[name].reshape(programs, -1)
+    named[name] = parts[:, :size].sum(0)
+  return named
+
+
+def _options(interpret: bool) -> dict[str, Any]:
+  if interpret:
+    return {'interpret': interpreter()}
+  semantics = gpu.LoweringSemantics.Lane
+  # No sum over a tile needs scratch: warps meet in `parts`.
+  return {
+    'compiler_params': gpu.CompilerParams(
+      lowering_semantics=semantics, reduction_scratch_bytes=0
+    )
+  }
+
+
+def interpreter(**options: Any) -> Any:
+  """What runs shared memory, barriers and copies on any device."""
+  from jax._src.pallas.mosaic_gpu.interpret import params  # noqa: PLC0415
+
+  return params.InterpretGPUParams(**options)
+
+
+INTERPRETING = threading.Lock()
+
+
+def _interpreted(
+  run: Callable[..., Any], results: tuple[Any, ...], *arguments: Array
+) -> Any:
+  """One kernel at a time, on a device of its own.
+
+  The interpreter calls Python in a certain order, which is not allowed where a
+  norm may stand, and has one shared memory.
+  """
+
+  def call(*arguments: Any) -> Any:
+    with INTERPRETING, jax.default_device(jax.local_devices()[-1]):
+      return jax.tree.map(np.asarray, jax.jit(run)(*arguments))
+
+  return jax.pure_callback(
+    call,
+    [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in results],
+    *arguments,
+    vmap_method='sequential',
+  )
+
+
+def _viewed(
+  shape: tuple[int, int], size: int, config: Config
+) -> tuple[int, ...]:
+  """Rows, in pieces where each is a multiple of these."""
+  if config.is_shared and size % PIECE == 0:
+    return (shape[0], shape[1] // PIECE, PIECE)
+  return shape
+
+
+def _padded(array: Array, shape: tuple[int, ...]) -> Array:
+  if array.shape == shape:
+    return array
+  pairs = zip(array.shape, shape, strict=True)
+  return jnp.pad(array, [(0, to - of) for of, to in pairs])
+
+
+def _scratch(
+  case: Case,
+  config: Config,
+  arguments: Arrays,
+  outs: Arrays,
+  sums: tuple[str, ...],
+) -> Arrays:
+  """Shared memory: rings, outputs on their way, parameters; and barriers."""
+  groups, tile = config.warpgroups, (config.rows, config.width)
+  found: Arrays = {}
+  for name, a in arguments.items():
+    if name in INPUTS:
+      ring = (groups, config.stages, *tile)
+      found[f'{name} ring'] = gpu.SMEM(ring, a.dtype)
+    elif config.holds_parameters:
+      found[f'{name} held'] = gpu.SMEM(a.shape, a.dtype)
+  for name, a in outs.items():
+    if name in OUTPUTS:
+      found[f'{name} out'] = gpu.SMEM((groups, OUTPUT_TILES, *tile), a.dtype)
+  if config.is_shared:
+    parts = 2, 2, groups * config.rows
+    found['parts'] = gpu.SMEM(parts, jnp.float32)
+  elif sums:
+    found['fold'] = gpu.SMEM((groups, *tile), jnp.float32)
+  copies = len(case.inputs)
+  if config.is_shared and case.size % PIECE:
+    copies *= config.rows
+  barriers = min(groups, config.groups_an_array) * config.stages
+  for index in range(config.barrier_arrays):
+    found[f'arrived {index}'] = gpu.Barrier(
+      num_arrivals=copies, num_barriers=barriers
+    )
+  found['met'] = gpu.Barrier(num_arrivals=groups)
+  if config.holds_parameters:
+    found['loaded'] = gpu.Barrier(num_arrivals=len(case.parameters))
+  return found
+
+
+def _forward(work: Work) -> None:
+  spec = work.spec
+
+  def task(turn: Any, _: Any) -> None:
+    def x(block: Any) -> Tile:
+      value = work.load('x', turn, block)
+      if 'residual' in work.refs:
+        value = value + work.load('residual', turn, block)
+      return value
+
+    stats = Statistics(work, turn, x)
+
+    def write(block: Any, _: Any) -> None:
+      xhat = stats.standardized(block)
+      values = {'y': rows.outputs(xhat, work.affine(block), spec)}
+      if 'total' in work.refs:
+        values['total'] = x(block)
+      work.write(turn, block, values)
+
+    work.each(write, None)
+    work.write_statistics(turn, stats.values)
+
+  work.run(task, None, 2 if spec.center else 1)
+
+
+def _backward(work: Work) -> None:
+  spec, config = work.spec, work.config
+  size = work.case.size
+  sums = tuple(n for n in ('dscale', 'dbias') if n in work.refs)
+
+  def task(turn: Any, totals: Any) -> Any:
+    def x(block: Any) -> Tile:
+      return work.load('x', turn, block)
+
+    def slopes(block: Any) -> tuple[Tile, Tile, Tile]:
+      xhat = stats.standardized(block)
+      g = rows.slope_of(
+        work.load('dy', turn, block), xhat, work.affine(block), spec
+      )
+      scale = work.parameter('scale', block)
+      h = g if scale is None else g * scale
+      return xhat, g, work.masked(h, block)
+
+    stats = Statistics(work, turn, x)
+
+    def add(block: Any, found: Any) -> Any:
+      xhat, _, h = slopes(block)
+      slope = found[-1] + h * work.masked(xhat, block)
+      return (found[0] + h, slope) if spec.center else (slope,)
+
+    zeros = (work.full(0),) * (2 if spec.center else 1)
+    *shift, slope = (
+      work.spread(n / size) for n in work.added(turn, *work.each(add, zeros))
+    )
+    now = list[Any]()
+    for index in range(config.tiles):
+      block = jnp.int32(index)
+      xhat, g, h = slopes(block)
+      # Added now: later, xhat and g would take registers until then.
+      terms = {'dscale': g * xhat, 'dbias': g}
+      pairs = zip(sums, totals[index], strict=True)
+      now.append(
+        lax.optimization_barrier(tuple(t + terms[n] for n, t in pairs))
+      )
+      dx = h - xhat * slope
+      dx = (dx - shift[0] if spec.center else dx) * stats.root
+      if 'dtotal' in work.refs:
+        dx = dx + work.load('dtotal', turn, block)
+      work.write(turn, block, {'dx': dx})
+    return tuple(now)
+
+  zeros = tuple(tuple(work.full(0) for _ in sums) for _ in range(config.tiles))
+  totals = work.run(task, zeros, 3 if spec.center else 2)
+  for index in range(config.tiles):
+    for name, total in zip(sums, totals[index], strict=True):
+      store_sum(work, work.refs[name], index, total)

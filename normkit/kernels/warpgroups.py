@@ -1,0 +1,378 @@
+"""What a warpgroup does with rows that pass through shared memory.
+
+A tile is (rows, width): rows of x, each in the lanes of a warp; or, where the
+warpgroups of a program share one long row, pieces of that.
+"""
+
+from collections.abc import Callable
+import functools
+import inspect
+from typing import Any
+
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as gpu
+import jax.numpy as jnp
+
+from normkit._types import Array
+from normkit.kernels import rows
+from normkit.kernels.configs import OUTPUT_TILES, Case, Config
+from normkit.kernels.rows import Spec
+
+# `load` takes an index in JAX 0.10, and a part of the array later.
+IS_INDEXED = 'idx' in inspect.signature(gpu.load).parameters
+UNROLLED = 2  # tiles of a row, of which each has its own code
+INPUTS, OUTPUTS = ('x', 'residual', 'dy', 'dtotal'), ('y', 'total', 'dx')
+PARAMETERS = 'scale', 'bias'
+Arrays = dict[str, Any]
+Tile = Any
+
+
+def _layout(width: int, vector: int) -> Any:
+  """Each row of a tile in the lanes of a warp, in vectors of 16 bytes."""
+  lanes = min(32, width // vector)
+  most, high = lanes * vector, 32 // lanes
+  if high == 1:
+    tiling = gpu.Tiling(((4, most), (vector,)))
+    return gpu.Layout.TILED(tiling, (-3,), (-2,), -1)
+  tiling = gpu.Tiling(((4 * high, most), (high, most), (vector,)))
+  return gpu.Layout.TILED(tiling, (-5,), (-3, -2), -1)
+
+
+class Work:
+  """What a warpgroup has at hand: arrays, shared memory, its place."""
+
+  def __init__(
+    self,
+    refs: Arrays,
+    config: Config,
+    case: Case,
+    shape: tuple[int, ...],
+    tasks: int,
+    programs: int,
+    spec: Spec,
+    interpret: bool,
+  ) -> None:
+    self.refs, self.config, self.case, self.spec = refs, config, case, spec
+    self.shape, self.interpret = shape, interpret
+    self.tile = config.rows, config.width
+    self.layout = _layout(config.width, case.vector)
+    self.program = lax.axis_index('program')
+    self.group = lax.axis_index('warpgroup')
+    # Tasks, one row or some, go round among all that take them.
+    workers = programs * config.workers
+    self.first, self.step = self.program, workers
+    if not config.is_shared:
+      self.first = self.program * config.warpgroups + self.group
+    turns = lax.div(tasks - self.first + (workers - 1), workers)
+    self.turns = jnp.maximum(turns, 0)
+    self.inputs = [n for n in INPUTS if n in refs]
+    self.parameters = [n for n in PARAMETERS if n in refs]
+    self.sums_so_far = 0
+
+  def cast(self, value: Tile, layout: Any = None) -> Tile:
+    """The interpreter knows no layouts."""
+    if self.interpret:
+      return value
+    return gpu.layout_cast(value, self.layout if layout is None else layout)
+
+  def full(self, value: Any) -> Tile:
+    """A tile of one number."""
+    return self.cast(jnp.full(self.tile, value, jnp.float32))
+
+  def start(self) -> None:
+    """Parameters, and the first tiles of the ring, are on their way."""
+    if self.config.holds_parameters:
+
+      @pl.when(self.group == 0)
+      def _() -> None:
+        for name in self.parameters:
+          held = self.refs[f'{name} held']
+          gpu.copy_gmem_to_smem(self.refs[name], held, self.refs['loaded'])
+
+    def fetch(index: Array, _: Any) -> None:
+      self.fetch(index)
+
+    lax.fori_loop(0, self.config.stages, fetch, None)
+    if self.config.holds_parameters:
+      gpu.barrier_wait(self.refs['loaded'])
+
+  def fetch(self, index: Array) -> None:
+    """Has a tile brought, of all this warpgroup's the so-manieth."""
+
+    @pl.when(index < self.turns * self.config.tiles)
+    def _() -> None:
+      turn = lax.div(index, self.config.tiles)
+      block = lax.rem(index, self.config.tiles)
+      slot = lax.rem(index, self.config.stages)
+
+      def bring(arrived: Any) -> None:
+        for name in self.inputs:
+          ring = self.refs[f'{name} ring'].at[self.group, slot]
+          for of, to in self.places(self.refs[name], ring, turn, block):
+            gpu.copy_gmem_to_smem(of, to, arrived)
+
+      self.with_barrier(slot, bring)
+
+  def with_barrier(self, slot: Array, run: Callable[[Any], None]) -> None:
+    """Runs what needs the barrier of a tile of this warpgroup's ring."""
+    config = self.config
+    each = config.groups_an_array
+    place = lax.rem(self.group, each) * config.stages + slot
+    for index in range(config.barrier_arrays):
+      barrier = self.refs[f'arrived {index}'].at[place]
+      if config.barrier_arrays == 1:
+        run(barrier)
+      else:
+        mine = lax.div(self.group, each) == index
+        pl.when(mine)(functools.partial(run, barrier))
+
+  def number(self, block: Any) -> Any:
+    """Of a row's tiles, which is this warpgroup's so-manieth."""
+    if not self.config.is_shared:
+      return block
+    return block * self.config.warpgroups + self.group
+
+  def places(
+    self, array: Any, tile: Any, turn: Any, block: Any
+  ) -> list[tuple[Any, Any]]:
+    """Pairs of what is copied: parts of an array, and of a tile."""
+    task, number = self.first + turn * self.step, self.number(block)
+    height, width = self.tile
+    if not self.config.is_shared:
+      at = pl.ds(task * height, height), pl.ds(number * width, width)
+      return [(array.at[at], tile)]
+    if len(self.shape) == 3:
+      return [(array.at[task, pl.ds(number * height, height)], tile)]
+    return [
+      (
+        array.at[task, pl.ds((number * height + piece) * width, width)],
+        tile.at[piece],
+      )
+      for piece in range(height)
+    ]
+
+  def load(self, name: str, turn: Any, block: Any) -> Tile:
+    """A tile of an input, which has arrived, in float32."""
+    slot = lax.rem(turn * self.config.tiles + block, self.config.stages)
+    ring, at = self.refs[f'{name} ring'], (self.group, slot)
+    return self.part(ring, at, self.layout).astype(jnp.float32)
+
+  def wait(self, turn: Any) -> None:
+    """Until the tiles of a task are there."""
+
+    def one(block: Any, _: Any) -> None:
+      index = turn * self.config.tiles + block
+      self.with_barrier(lax.rem(index, self.config.stages), gpu.barrier_wait)
+
+    self.each(one, None)
+
+  def each(self, body: Callable[..., Any], carry: Any) -> Any:
+    """`body(block, carry)` for the tiles of a task."""
+    tiles = self.config.tiles
+    if tiles > UNROLLED:
+      return lax.fori_loop(0, tiles, body, carry)
+    for block in range(tiles):
+      carry = body(jnp.int32(block), carry)
+    return carry
+
+  def parameter(self, name: str, block: Any) -> Tile | None:
+    """A tile of scale or bias, in float32."""
+    if name not in self.refs:
+      return None
+    number, layout = self.number(block), self.layout
+    if not self.config.is_shared:
+      layout = layout.reduce(0)
+    held = f'{name} held' if self.config.holds_parameters else name
+    value = self.part(self.refs[held], number, layout).astype(jnp.float32)
+    if not self.config.is_shared:
+      value = self.cast(lax.broadcast_in_dim(value, self.tile, (1,)))
+    return value
+
+  def part(self, ref: Any, index: Any, layout: Any) -> Tile:
+    """What lies at an index of an array or of shared memory."""
+    if self.interpret:
+      return ref[index]
+    options = {'layout': layout, 'optimized': False}
+    if IS_INDEXED:
+      return gpu.load(ref, index, **options)  # type: ignore[call-arg]
+    return gpu.load(ref.at[index], **options)
+
+  def affine(self, block: Any) -> rows.Parameters:
+    """Tiles of scale and bias."""
+    return rows.Parameters(*(self.parameter(n, block) for n in PARAMETERS))
+
+  def masked(self, value: Tile, block: Any) -> Tile:
+    """Zero beyond the row."""
+    config, size = self.config, self.case.size
+    if config.row_width == size:
+      return value
+    axes = [
+      self.cast(lax.broadcasted_iota(jnp.int32, self.tile, axis))
+      for axis in range(2)
+    ]
+    at = axes[1] + self.number(block) * config.width
+    if config.is_shared:
+      first = self.number(block) * (config.rows * config.width)
+      at = axes[0] * config.width + axes[1] + first
+    return jnp.where(at < size, value, self.full(0))
+
+  def added(self, turn: Any, *values: Tile) -> list[Array]:
+    """Sums over each row: an array of them, or the one of a shared row."""
+    sums = [jnp.sum(value, 1) for value in values]
+    if not self.config.is_shared:
+      return sums
+    # Each warpgroup writes what it has, and reads what all have, in one of two
+    # buffers, of which the other may still be read.
+    height, groups = self.config.rows, self.config.warpgroups
+    buffer = lax.rem(turn * self.meetings + self.sums_so_far, 2)
+    self.sums_so_far += 1
+    for index, value in enumerate(sums):
+      for group in range(groups):
+
+        @pl.when(self.group == group)
+        def _(index: int = index, value: Array = value, g: int = group) -> None:
+          place = pl.ds(g * height, height)
+          self.refs['parts'][buffer, index, place] = value
+
+    self.meet()
+    every = gpu.Replicated
+    layout = gpu.Layout.TILED(
+      gpu.Tiling(((4,),)), (every(4),), (every(32),), -1
+    )
+    return [
+      jnp.sum(self.part(self.refs['parts'], (buffer, index), layout))
+      for index in range(len(sums))
+    ]
+
+  def meet(self) -> None:
+    """All warpgroups of the program come here before one goes on."""
+    gpu.barrier_arrive(self.refs['met'])
+    gpu.barrier_wait(self.refs['met'])
+
+  def spread(self, value: Array) -> Tile:
+    """One number a row, or one, to all of a tile."""
+    if self.config.is_shared:
+      return self.cast(jnp.broadcast_to(value, self.tile))
+    return self.cast(lax.broadcast_in_dim(value, self.tile, (0,)))
+
+  def write(self, turn: Any, block: Any, values: dict[str, Tile]) -> None:
+    """Sends tiles of the results off, and has the next ones brought."""
+    index = turn * self.config.tiles + block
+    slot = lax.rem(index, OUTPUT_TILES)
+    gpu.wait_smem_to_gmem(OUTPUT_TILES - 1, wait_read_only=True)
+    for name, value in values.items():
+      ring = self.refs[f'{name} out']
+      ring[self.group, slot] = value.astype(ring.dtype)
+    gpu.commit_smem()
+    for name in values:
+      tile = self.refs[f'{name} out'].at[self.group, slot]
+      for to, of in self.places(self.refs[name], tile, turn, block):
+        gpu.copy_smem_to_gmem(of, to, commit_group=False)
+    gpu.commit_smem_to_gmem_group()
+    self.fetch(index + self.config.stages)
+
+  def write_statistics(self, turn: Any, values: Any) -> None:
+    """Those of a task, where they are wanted."""
+    task = self.first + turn * self.step
+    for name, value in zip(rows.statistics(self.spec), values, strict=True):
+      if name in self.refs:
+        if not self.config.is_shared:
+          self.refs[name][task] = value
+          continue
+
+        @pl.when(self.group == 0)
+        def _(name: str = name, value: Array = value) -> None:
+          self.refs[name][task] = value
+
+  def run(self, body: Callable[..., Any], carry: Any, meetings: int) -> Any:
+    """`body(turn, carry)` for each task, with so many sums of all in each."""
+    self.meetings = meetings
+
+    def one(turn: Any, carry: Any) -> Any:
+      self.sums_so_far = 0
+      self.wait(turn)
+      return body(turn, carry)
+
+    self.start()
+    carry = lax.fori_loop(0, self.turns, one, carry)
+    gpu.wait_smem_to_gmem(0)
+    return carry
+
+
+class Statistics:
+  """Of a task: mean and variance, from sums about the mean of a part."""
+
+  def __init__(self, work: Work, turn: Any, x: Callable[[Any], Tile]) -> None:
+    self.work, self.x = work, x
+    config, size = work.config, work.case.size
+    self.center = work.spec.center
+    if self.center:
+      first = config.row_width // config.tiles
+      (part,) = work.added(turn, work.masked(x(jnp.int32(0)), jnp.int32(0)))
+      self.pivot = part / min(first, size)
+    self.pivots = work.spread(self.pivot) if self.center else None
+
+    def add(block: Any, sums: Any) -> Any:
+      d = self.distance(block)
+      squares = sums[-1] + d * d
+      return (sums[0] + d, squares) if self.center else (squares,)
+
+    zeros = (work.full(0),) * (2 if self.center else 1)
+    *sums, squares = work.added(turn, *work.each(add, zeros))
+    var = squares / size
+    self.values: tuple[Array, ...] = (var,)
+    if self.center:
+      offset = sums[0] / size
+      var = jnp.maximum(var - offset * offset, 0)
+      self.values = self.pivot, offset, var
+    root = rows.root_of(var, work.spec.epsilon)
+    self.root = work.spread(root)
+    self.offsets = work.spread(offset) if self.center else None
+
+  def distance(self, block: Any) -> Tile:
+    """From the pivot."""
+    x = self.x(block)
+    if self.center:
+      x = x - self.pivots
+    return self.work.masked(x, block)
+
+  def standardized(self, block: Any) -> Tile:
+    """Beyond the row it may be anything."""
+    x = self.x(block)
+    if self.center:
+      x = (x - self.pivots) - self.offsets
+    return x * self.root
+
+
+def store_sum(work: Work, ref: Any, block: int, total: Tile) -> None:
+  """A program's share of a sum over rows."""
+  config = work.config
+  if config.is_shared:
+    ref[work.program, work.number(block)] = total
+    return
+  fold = work.refs['fold']
+  fold[work.group] = total
+  work.meet()
+  lanes = min(32, config.width)
+  vector = min(4, config.width // lanes)
+  layout = gpu.Layout.TILED(
+    gpu.Tiling(((lanes * vector,), (vector,))),
+    (gpu.Replicated(4),),
+    (-2,) if lanes == 32 else (gpu.Replicated(32 // lanes), -2),
+    -1,
+  )
+
+  @pl.when(work.group == 0)
+  def _() -> None:
+    def add(row: Any, total: Any) -> Any:
+      parts = [
+        work.part(fold, (group, row), layout)
+        for group in range(config.warpgroups)
+      ]
+      return total + rows.added(parts)
+
+    zero = work.cast(jnp.zeros(config.width, jnp.float32), layout)
+    ref[work.program, block] = lax.fori_loop(0, config.rows, add, zero)
+
+  work.meet()

@@ -1,0 +1,346 @@
+"""Norms by Mosaic GPU: interpreted on the CPU, compiled for H200 and B200.
+
+Interpreted, shared memory, barriers and copies run as on the device, and the
+numbers are held to float64; compiled, programs are held to the bytes that they
+may move, NVIDIA's assembler says what registers they take, and its input how
+they load and store.
+"""
+
+import dataclasses
+import functools
+import importlib
+import itertools
+import re
+
+from cases import CASES, draw
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_conformance import (
+  assert_close,
+  assert_gradients,
+  expected,
+  inputs,
+  train_and_eval,
+)
+from test_kernels import DTYPES, Rows, assert_norm, assert_right, norm_of
+from tiers import thinned
+
+from benchmarks import layers, models, targets, traffic
+from benchmarks.registers import CHIPS, KINDS, SIZES, is_taken, report
+import normkit as nk
+from normkit.kernels import cases, configs, dispatch, mosaic_gpu
+from normkit.kernels.rows import Spec
+
+NAME = 'mosaic_gpu'
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+  """Its kernels run interpreted on the CPU."""
+  jax.clear_caches()
+  monkeypatch.setattr(dispatch, 'interpreted', NAME)
+  yield
+  jax.clear_caches()
+
+
+@pytest.mark.parametrize(
+  ('shape', 'center', 'dtype'),
+  [
+    ((5, 100), True, 'float32'),
+    ((3, 2, 1300), False, 'bfloat16'),
+    *thinned(
+      [(1,), (40, 1), (1, 7), (37, 768), (3, 1024), (2, 9000)],
+      [True, False],
+      DTYPES,
+      every=1000,
+    )[1:],
+  ],
+  ids=str,
+)
+def test_values_and_gradients(interpreted, shape, center, dtype):
+  """Rows of a part of a warp, of a warp, of one warpgroup and of several."""
+  del interpreted
+  reference = functools.partial(Rows, center=center)
+  assert_norm(norm_of(center, NAME), reference, shape, dtype)
+
+
+def test_statistics_and_sums(interpreted):
+  """A residual, and two warpgroups on a row; far from zero too."""
+  del interpreted
+  x = 1e3 + draw((2, 5000))
+  spec = Spec(1e-6, True, jnp.dtype(jnp.float32))
+  residual = draw(x.shape, seed=1)
+  given = {'x': x, 'residual': residual}
+  found = mosaic_gpu.forward(given, spec, with_statistics=True, interpret=True)
+  exact = np.asarray(x + residual, np.float64)
+  mean = np.asarray(found['pivot'], np.float64) + found['offset']
+  assert_right(found['total'], exact, 1e-7)
+  assert_right(found['y'], Rows(exact, 1.0, 0.0, True).y, 1e-5)
+  assert_right(mean, exact.mean(-1, keepdims=True), 1e-7)
+  assert_right(found['var'], exact.var(-1, keepdims=True), 1e-5)
+
+
+def test_gradients_of_sums(interpreted):
+  """Of the norm and of the sum before it."""
+  del interpreted
+  x, residual, dy, dtotal = (draw((5, 40), seed=i) for i in range(4))
+  scale = draw(40, seed=4)
+  add = functools.partial(nk.add_rms_norm, implementation=NAME)
+  pull = jax.vjp(add, x, residual, scale)[1]
+  dx, dscale, _ = Rows(x + residual, scale, 0.0, False).gradients(dy)
+  desired = dx + dtotal, dx + dtotal, dscale
+  for actual, value in zip(pull((dy, dtotal)), desired, strict=True):
+    assert_right(actual, value, 1e-5)
+
+
+@pytest.mark.second_tier
+@pytest.mark.parametrize('name', ['layer_norm', 'rms_norm'])
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_conformance(interpreted, name, dtype):
+  """The suite of all norms, values and gradients."""
+  del interpreted
+  (case,) = (c for c in CASES if c.name == name)
+  transform = dataclasses.replace(case.transform, implementation=NAME)
+  case = case._replace(transform=transform)
+  args = inputs(case, jnp.dtype(dtype))
+  outputs, _ = jax.jit(train_and_eval(case))(*args)
+  chex.assert_type(outputs, jnp.dtype(dtype))
+  assert_close(outputs, expected(case, *args)[0], DTYPES[dtype])
+  if dtype == 'float32':
+    assert_gradients(case, args)
+
+
+@pytest.mark.second_tier
+@pytest.mark.parametrize('named', [True, False])
+def test_transformed(interpreted, named):
+  """vmap of x and of the parameters, and a preference instead of a name."""
+  del interpreted
+  x, scale, dy = draw((3, 4, 40)), draw((3, 40), seed=1), draw((3, 4, 40))
+  norm = functools.partial(nk.rms_norm, implementation=NAME if named else None)
+
+  def gradients(x, scale, dy):
+    return jax.vjp(norm, x, scale)[1](dy)
+
+  with nk.implementation(NAME):
+    found = jax.jit(jax.vmap(gradients))(x, scale, dy)
+  each = [
+    Rows(*a, 0.0, False).gradients(d)
+    for *a, d in zip(x, scale, dy, strict=True)
+  ]
+  for index, actual in enumerate(found):
+    assert_right(actual, np.stack([e[index] for e in each]), 1e-5)
+
+
+SHAPES = [(3, 5120), (40, 100)]
+
+
+def run_all(shape):
+  """Both kernels, all that they may do."""
+  x, scale = draw(shape), draw(shape[-1], seed=1)
+  spec = Spec(1e-6, True, x.dtype)
+  given = {'x': x, 'scale': scale, 'bias': scale, 'residual': x}
+  found = mosaic_gpu.forward(given, spec, with_statistics=True, interpret=True)
+  given = {'x': x, 'scale': scale, 'dy': x, 'dtotal': x}
+  wanted = 'dx', 'dscale', 'dbias'
+  found |= mosaic_gpu.backward(given, spec, wanted, interpret=True)
+  jax.block_until_ready(found)
+
+
+@pytest.fixture
+def races(monkeypatch):
+  """The interpreter looks for races; whether it has found one."""
+  callbacks = importlib.import_module(
+    'jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks'
+  )
+  options = {'detect_races': True}
+  made = mosaic_gpu.interpreter(**options)
+  monkeypatch.setattr(mosaic_gpu, 'interpreter', lambda: made)
+  jax.clear_caches()
+  yield lambda: callbacks.get_races().races_found
+  jax.clear_caches()
+
+
+@pytest.mark.second_tier
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
+def test_no_races(races, shape):
+  run_all(shape)
+  assert not races()
+
+
+# Compiled for devices that are not here.
+
+
+# Each row's statistics are 12 bytes, and each program's sums two rows.
+LIMITS = {'forward': 2.01, 'training forward': 2.1, 'backward': 3.15}
+
+
+CHOSEN = [
+  pytest.param(*row, marks=marks)
+  for row in itertools.product(KINDS, SIZES, DTYPES)
+  for marks in (
+    ()
+    if row in [('backward', 768, 'float32'), ('forward', 1000, 'bfloat16')]
+    else (pytest.mark.second_tier,),
+  )
+  if is_taken(*row)
+]
+
+
+COMPILERS = [
+  pytest.param(
+    target,
+    marks=[
+      pytest.mark.skipif(
+        not targets.is_installed(target),
+        reason=f'no compiler for {target}: pip install -e ".[targets]"',
+      ),
+      *([] if target == 'h200' else [pytest.mark.second_tier]),
+    ],
+  )
+  for target in CHIPS
+]
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize('target', COMPILERS)
+@pytest.mark.parametrize(('kind', 'size', 'dtype'), CHOSEN)
+def test_compiled(target, kind, size, dtype):
+  """Bytes, registers, loads and stores, and what is under way."""
+  found = report(target, kind, size, dtype)
+  itemsize = jnp.dtype(dtype).itemsize
+  is_padded = size * itemsize % 16 != 0
+  assert found.spilled == 0
+  if not is_padded:
+    assert found.moved <= LIMITS[kind]
+  assert_wide(found.code)
+  assert found.under_way >= configs.CHIPS[CHIPS[target]].under_way
+
+
+def assert_wide(code):
+  """What is as large as x comes and goes by asynchronous copies alone."""
+  assert 'cp.async.bulk.tensor' in code
+  body = code[code.index('.entry') :]
+  narrow = re.findall(
+    r'\bld\.global(?!\.(nc\.)?v(4\.b32|2\.b64|4\.f32|2\.f64|4\.u32))\S*', body
+  )
+  assert not narrow, set(narrow)
+
+
+LAYERS, TOKENS, WIDTH = 12, 8192, 2048
+
+
+@pytest.mark.second_tier
+@pytest.mark.optimized
+@pytest.mark.parametrize('target', COMPILERS[:1])
+@pytest.mark.parametrize('norm', layers.ROWS)
+def test_scan(target, norm):
+  """What a loop saved is read where it lies, if XLA is told that it may be.
+
+  Then the kernels add fewer bytes than XLA's form, and otherwise one pass more.
+  """
+
+  def added(name, options=None):
+    jax.clear_caches()
+    library = 'normkit' if name else 'none'
+    of = norm if name else ''
+    function, given = models.transformer_step(
+      library, of, TOKENS, WIDTH, LAYERS
+    )
+    with nk.implementation(name or 'xla'):
+      made = targets.compile_for(target, function, *given, options=options)
+    return traffic.measure(made.as_text()).bytes
+
+  n = LAYERS * TOKENS * WIDTH * 2
+  in_place = {'xla_gpu_enable_dynamic_slice_fusion': True}
+  by_xla = added('xla')
+  assert added(NAME, in_place) <= by_xla - 0.9 * n
+  assert added(NAME) <= by_xla + 1.2 * n
+  assert added(NAME, in_place) - added(None) <= 10.4 * n
+
+
+@pytest.mark.parametrize(
+  ('size', 'given', 'wanted'),
+  [
+    (7, 'float32', 'float32'),
+    (100, 'bfloat16', 'float32'),
+    (5000, 'bfloat16', 'bfloat16'),
+    (20_000, 'float16', 'float16'),
+  ],
+)
+def test_lowered(size, given, wanted):
+  """By every version of JAX, without a compiler: as far as it can go."""
+  x = jax.ShapeDtypeStruct((3, size), given)
+
+  def step(x):
+    norm = functools.partial(
+      nk.layer_norm, dtype=jnp.dtype(wanted), implementation=NAME
+    )
+    y, pull = jax.vjp(norm, x, jnp.ones(size))
+    return pull(y)
+
+  made = jax.jit(step).trace(x).lower(lowering_platforms=('cuda',))
+  calls = made.as_text().count('mosaic_gpu_v2')
+  has_backward = cases.has_backward(NAME, x.shape, x.dtype)
+  assert calls == (2 if has_backward else 1)
+
+
+REFUSED = {
+  'activation': (dict(activation=jnp.tanh), 'an activation'),
+  'fit': (dict(x=jnp.ones((1, 65_536))), 'shared memory'),
+}
+
+
+@pytest.mark.parametrize(('given', 'match'), REFUSED.values(), ids=REFUSED)
+def test_refused(given, match):
+  """By name with the reason; a preference gives way to XLA's form."""
+  given = {'x': jnp.ones((2, 4)), 'implementation': NAME} | given
+  given['residual'] = given['x']
+  with pytest.raises(NotImplementedError, match=match):
+    jax.make_jaxpr(lambda: nk.add_layer_norm(**given))()
+  del given['implementation']
+  with nk.implementation(NAME):
+    made = jax.jit(lambda: nk.add_layer_norm(**given)).trace()
+    text = made.lower(lowering_platforms=('cuda',)).as_text()
+  assert 'mosaic_gpu' not in text
+
+
+def test_refused_groups():
+  x = jnp.ones((2, 4, 6))
+  with pytest.raises(NotImplementedError, match='groups of channels'):
+    nk.group_norm(x, num_groups=2, implementation=NAME)
+
+
+@pytest.mark.parametrize('capability', [9, 10])
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
+def test_what_is_taken_fits(dtype, capability):
+  """Whatever comes along with x, there is a `Config`."""
+  dtype, wide = jnp.dtype(dtype), jnp.dtype(jnp.float32)
+  x = (dtype,)
+
+  def fits(*case):
+    return configs.config(configs.Case(*case), capability) is not None
+
+  for size in [1, 65, 500, 1025, *range(2048, 65_537, 2048)]:
+    case = NAME, (2, size), dtype
+    for out in dtype, wide:
+      if cases.refusal(*case) is None:
+        assert fits(size, x, (out,), (wide, wide))
+      if cases.refusal(*case, residual=True) is None:
+        assert fits(size, x * 2, (out, dtype), (wide, wide))
+      if cases.has_backward(*case):
+        assert fits(size, (*x, out, dtype), x, (wide,), 2)
+        assert fits(size, (*x, out), x)
+
+
+@pytest.mark.parametrize(
+  ('capability', 'match'), [(8.0, 'capability 9'), (12.0, 'B200')]
+)
+def test_other_chips(monkeypatch, capability, match):
+  monkeypatch.setattr(dispatch, 'oldest_gpu', lambda: capability)
+  x = jax.ShapeDtypeStruct((64, 256), jnp.bfloat16)
+  norm = functools.partial(nk.layer_norm, implementation=NAME)
+  with pytest.raises(NotImplementedError, match=match):
+    jax.jit(norm).trace(x).lower(lowering_platforms=('cuda',))
