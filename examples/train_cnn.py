@@ -218,8 +218,8 @@ def evaluate(model: CNN, variables: Any, split: Split) -> tuple[float, float]:
 # cosine, the same for all. Without a norm the signal shrinks from layer to
 # layer, from 0.5 to 0.03, as Flax's initial weights reckon with no ReLU, the
 # gradient with it, and the network hardly starts. Larger rates serve it better:
-# with `--norm none --lr 0.03 --seeds 5` it ends at 92 %, with 0.1 between 60 and
-# 98 %, one seed of five at 95 % in time.
+# with `--norm none --lr 0.03 --seeds 5` it ends at 92 %, with 0.1 between 60
+# and 98 %, one seed of five at 95 % in time.
 #
 # The training loss is kept at every step, the validation loss and accuracy once
 # an epoch.
