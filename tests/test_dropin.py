@@ -32,7 +32,7 @@ from normkit import linen
 KEY = jax.random.key(0)
 # Of each module, some of them equal; `python -m benchmarks dropin` compares
 # more.
-USES = [2, second_tier(8)]
+USES = [4, second_tier(8)]
 
 
 @pytest.mark.parametrize('uses', USES)

@@ -296,7 +296,8 @@ class Deaf(nk.GatedRMSNorm):
 def test_check_norm_gives_a_gate():
   x = draw((4, 6))
   reference = family.gated_rms_norm()
-  testing.check_norm(nk.GatedRMSNorm(), x, reference, gate=jnp.positive)
+  grows = {'gate': jnp.positive, 'normalizes': False}
+  testing.check_norm(nk.GatedRMSNorm(), x, reference, **grows)
   testing.check_norm(Deaf(), x)  # it is never given one
   with pytest.raises(AssertionError, match='Deaf, derivatives'):
     testing.check_norm(Deaf(), x, gate=jnp.sin)

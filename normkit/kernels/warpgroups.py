@@ -19,8 +19,9 @@ from normkit.kernels import rows
 from normkit.kernels.configs import OUTPUT_TILES, Case, Config
 from normkit.kernels.rows import Spec
 
-# `load` takes an index in JAX 0.10, and a part of the array later.
-IS_INDEXED = 'idx' in inspect.signature(gpu.load).parameters
+# `load` wants an index in JAX 0.10, and a part of the array later.
+_INDEX = inspect.signature(gpu.load).parameters.get('idx')
+IS_INDEXED = _INDEX is not None and _INDEX.default is inspect.Parameter.empty
 UNROLLED = 2  # tiles of a row, of which each has its own code
 INPUTS, OUTPUTS = ('x', 'residual', 'dy', 'dtotal'), ('y', 'total', 'dx')
 PARAMETERS = 'scale', 'bias'
