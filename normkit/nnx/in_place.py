@@ -9,6 +9,7 @@ from flax import nnx
 from normkit import _in_place, _types
 from normkit._in_place import InPlace
 from normkit.nnx import norms
+from normkit.nnx._shared import calls_super
 
 Model = TypeVar('Model', bound=nnx.Module)
 
@@ -78,7 +79,7 @@ def in_place_of_flax(model: Model, **options: Any) -> tuple[Model, InPlace]:
     if flax is None or issubclass(kind, norms.DropIn):
       continue
     name = '/'.join(map(str, path))
-    if not _calls_super(kind, flax):
+    if not calls_super(kind, flax):
       found.kept[name] = kind.__name__
       continue
     found.swapped[name], bases[name] = kind.__name__, flax.__name__
@@ -108,16 +109,6 @@ def _joined(kind: Any, ours: Any) -> Any:
     return ours
   names = {'__module__': kind.__module__, '__qualname__': kind.__qualname__}
   return type(kind.__name__, (kind, ours), names)
-
-
-def _calls_super(kind: type, flax: type) -> bool:
-  """Whether each class above Flax's leaves the call to it, or calls it."""
-  for base in kind.__mro__[: kind.__mro__.index(flax)]:
-    call = vars(base).get('__call__')
-    code = getattr(inspect.unwrap(call), '__code__', None) if call else None
-    if call and not {'super', '__call__'} <= {*getattr(code, 'co_names', ())}:
-      return False
-  return True
 
 
 @functools.cache
