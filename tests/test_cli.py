@@ -332,6 +332,15 @@ def test_other_numbers_are_refused(zoo, capsys, dtype):
   assert 'floating (4,) in the model' in capsys.readouterr().err
 
 
+def test_a_picture_has_the_ending_of_one(zoo, capsys):
+  """And that is found out first, before the weights are read."""
+  data = ['--data', 'images.npz', '--figure', 'layers.jpgg']
+  assert run('inspect', 'none.safetensors', *MODEL, *data) == 2
+  told = capsys.readouterr().err
+  assert "'layers.jpgg' has no ending" in told
+  assert '.png' in told
+
+
 def test_data_of_another_shape(zoo, capsys):
   assert run(*CONVERT, *MODEL) == 0
   np.savez('small.npz', images=np.ones((4, 6, 6, 2), np.float32))

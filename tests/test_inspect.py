@@ -510,6 +510,38 @@ def test_unseen(healthy, data):
     framework='flax',
   )
   assert [(f.layer, f.code) for f in found.advice] == [('head', 'unseen')]
+  initial = {'mean': jnp.zeros(2), 'var': jnp.ones(2)}
+  stats = {**variables['batch_stats'], 'head': initial}
+  found = inspect(
+    training_call(net), {**variables, 'batch_stats': stats}, data[1]
+  )
+  assert [(f.layer, f.code) for f in found.advice] == [('head', 'unseen')]
+
+
+def test_zeros_that_residual_blocks_begin_with(healthy, data):
+  """No fault; but an input that does not vary is one, whatever the scale."""
+  net, variables = healthy
+  params = variables['params']
+  last = jax.tree.map(jnp.zeros_like, params['BatchNorm_1'])
+  variables = {**variables, 'params': {**params, 'BatchNorm_1': last}}
+  found = inspect(training_call(net), variables, data[1])
+  assert not found.advice
+  assert not found.layers[1].dead.any()
+  assert not found.layers[1].small.any()
+  still = jax.tree.map(jnp.zeros_like, params['Conv_1'])
+  params = {**variables['params'], 'Conv_1': still}
+  found = inspect(training_call(net), {**variables, 'params': params}, data[1])
+  assert found.layers[1].dead.all()
+
+
+def test_evaluation_is_told(healthy, data):
+  net, variables = healthy
+  found = inspect(training_call(net, train=False), variables, data[1])
+  assert codes(found) == {'evaluation'}
+  assert found.advice[0].level == 'warning'
+  assert not any(
+    n.evaluated for n in inspect(training_call(net), variables, data[1]).layers
+  )
 
 
 # nnx, lifted layers, output.

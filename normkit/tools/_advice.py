@@ -31,6 +31,9 @@ _MESSAGES = {
   'mutable': 'updated statistics do not come back from call: say mutable=['
   "'batch_stats'] in apply, return (outputs, updates), and in training put "
   "updates['batch_stats'] into the variables at each step",
+  'evaluation': 'call ran all layers in evaluation mode, with their running '
+  'statistics: what was seen of a layer comes from those before it as they are '
+  'evaluated. Run the model in training mode, train=True',
   'unseen': '{layer} is not run by call, or is no batch norm of Flax or '
   'normkit',
   'not_updated': '{layer} has its initial statistics, mean 0 and variance 1, '
@@ -82,7 +85,7 @@ def problems(
     yield 'nonfinite', {'channels': _channels(~layer.finite)}
   shift, stretch = rms(layer.shift), rms(layer.stretch)
   if not layer.updated:
-    if not layer.seen or max(shift, stretch) > FAR / 5:
+    if layer.seen and max(shift, stretch) > FAR / 5:
       yield 'not_updated', {}
   elif max(shift, stretch) > FAR:
     yield 'gap', {'shift': shift, 'factor': 2**stretch}

@@ -76,6 +76,19 @@ def figure(layers: tuple[Layer, ...]) -> Any:
   return figure
 
 
+def check_ending(path: Any) -> None:
+  """Raises unless figures can be written to files of this ending."""
+  with needed('tools'):
+    from matplotlib.backend_bases import FigureCanvasBase  # noqa: PLC0415
+
+  known = FigureCanvasBase.get_supported_filetypes()
+  if path.suffix[1:].lower() not in known:
+    raise ValueError(
+      f'{str(path)!r} has no ending of a picture. Give one of '
+      f'{", ".join(f".{name}" for name in sorted(known))}.'
+    )
+
+
 def _told(found: Inspection) -> list[str]:
   return [*map(str, found.advice)] or ['nothing seems wrong']
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import normkit
-from normkit.tools import convert, files
+from normkit.tools import _views, convert, files
 from normkit.tools._extras import needed
 from normkit.tools._template import template_of
 from normkit.tools.fold import fold
@@ -248,6 +248,7 @@ def _convert(args: argparse.Namespace) -> None:
 def _inspect(args: argparse.Namespace) -> int:
   if args.figure is not None:
     _check_free(args.overwrite, args.figure)
+    _views.check_ending(args.figure)
   model = _load_model(args.model, args.input)
   variables = _restore(args.source, model)
   found = inspect(

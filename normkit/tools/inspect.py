@@ -60,11 +60,12 @@ def inspect(
   batches like those of training are enough, as large as in training.
 
   What advice may say, by code: 'mutable' (updated statistics do not come back),
-  'unseen' (a layer did not run), 'not_updated' (statistics are still the
-  initial ones), 'nonfinite', 'gap' (evaluation differs from training),
-  'momentum' (too high for the steps, or PyTorch's), 'one_element' (a batch of
-  one), 'devices' (statistics differ between devices), 'epsilon' (another
-  framework's), and 'dead', 'exploding', 'scale', 'saturated' channels.
+  'evaluation' (all layers ran in evaluation mode), 'unseen' (a layer did not
+  run), 'not_updated' (statistics are still the initial ones), 'nonfinite',
+  'gap' (evaluation differs from training), 'momentum' (too high for the steps,
+  or PyTorch's), 'one_element' (a batch of one), 'devices' (statistics differ
+  between devices), 'epsilon' (another framework's), and 'dead', 'exploding',
+  'scale', 'saturated' channels.
 
   Weights before norms are found by their gradients: the loss in training mode
   does not change with the size of such a weight, so that each output's column
@@ -127,6 +128,8 @@ def inspect(
   found: list[tuple[str, str, dict[str, Any]]] = []
   if not mutable:
     found.append(('', 'mutable', {}))
+  if any(n.seen for n in layers) and all(n.evaluated for n in layers if n.seen):
+    found.append(('', 'evaluation', {}))
   found += [
     (_layers.name(path), 'devices', {})
     for path, stats in _layers.layers(variables).items()
@@ -216,6 +219,7 @@ def _layer(
     debias=bool(seen['debias'].any()),
     updated=bool(old['mean'].any() or (old['var'] != 1).any()),
     gradient=sum(own) if own else math.nan,
+    evaluated=ran and bool(seen['evaluated'].min() == 1),
   )
 
 
