@@ -39,6 +39,7 @@ LAYERS = (
   ('tools._planner', 'tools._layouts', 'tools._gradients'),
   ('tools._statistics', 'tools._inspection', 'tools._seen'),
   ('tools._plan', 'tools._template', 'tools._layers', 'tools._views'),
+  ('tools._stateless',),
   ('tools._chains', 'tools._advice', 'tools._options', 'tools._classes'),
   ('tools._frameworks',),
   ('tools._program', 'tools.files'),

@@ -79,12 +79,12 @@ def nnx_options(module: nnx.Module) -> Any | None:
   return options(module, base.__call__)
 
 
-def base_of(kind: Any) -> Any | None:
+def base_of(kind: Any, calls: Any = _CALLS) -> Any | None:
   """The first class among those of `kind` whose call is known, or wrapped."""
   for base in kind.__mro__:
     call = vars(base).get('__call__')
     wraps = '_normkit_original' in vars(base)
-    if call and (wraps or inspect.unwrap(call) in _CALLS):
+    if call and (wraps or inspect.unwrap(call) in calls):
       return base
   return None
 
@@ -95,9 +95,11 @@ def has_own_call(kind: Any) -> bool:
   return base is None or original(kind).__call__ is not base.__call__
 
 
-def wrapped(kind: Any, around: Callable[[Any], Callable[..., Any]]) -> Any:
+def wrapped(
+  kind: Any, around: Callable[[Any], Callable[..., Any]], calls: Any = _CALLS
+) -> Any:
   """A class like `kind`, whose norm is called as `around(base)` says."""
-  base: Any = base_of(kind)
+  base: Any = base_of(kind, calls)
   made = {'_normkit_original': original(kind)}
   between = type(base.__name__, (base,), made | {'__call__': around(base)})
   if kind is base:

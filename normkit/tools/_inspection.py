@@ -8,6 +8,7 @@ import numpy as np
 
 from normkit.tools import _views
 from normkit.tools._advice import EXPLODING, SMALL, Flags, Floats, rms
+from normkit.tools._stateless import Norm
 
 _QUIET = np.errstate(all='ignore')  # of infinities, which are reported
 
@@ -188,6 +189,7 @@ class Inspection:
     layers: the layers with running statistics, by name.
     weights: the weights before norms, found where a loss is given.
     advice: what seems wrong, and what mends it; empty if nothing does.
+    norms: layer, RMS, group and instance norms, in the order of the program.
 
   Examples:
     >>> from normkit.tools.inspect import Inspection
@@ -199,6 +201,7 @@ class Inspection:
   layers: tuple[Layer, ...]
   weights: tuple[Weight, ...]
   advice: list[Finding]
+  norms: tuple[Norm, ...] = ()
 
   def __str__(self) -> str:
     return _views.text(self)

@@ -88,26 +88,29 @@ class Watch(NamedTuple):
   update: Callable[[Stats, Call], Stats]
 
 
-def layers(model: Model) -> dict[Path, Stats]:
+def found(model: Model) -> dict[Path, Stats]:
   """The statistics of each layer, and what watches have put beside them.
 
   A layer is what holds `mean` and `var` side by side.
 
   Raises:
     TypeError: if the model is neither variables nor an `nnx.Module`.
-    ValueError: if no layer has running statistics.
   """
-  found = {
+  return {
     path: stats
     for path, stats in _groups(model)
     if {'mean', 'var'} <= stats.keys()
   }
-  if not found:
+
+
+def layers(model: Model) -> dict[Path, Stats]:
+  """As `found`; raises a ValueError if no layer has running statistics."""
+  if not (here := found(model)):
     raise ValueError(
       'the model has no layer with running statistics: nothing holds mean and '
       'var in batch_stats. Give all variables, with batch_stats.'
     )
-  return found
+  return here
 
 
 def replace(model: Model, new: Mapping[Path, Stats]) -> Model:
