@@ -315,8 +315,8 @@ def test_a_norm_with_maths_of_its_own_is_refused():
   linen = nn.Sequential([LinenOwn(), nn.BatchNorm(False)])
   x = jnp.ones((2, 2))
   with (
-    frozen(),
     pytest.raises(ValueError, match="'layers_0' cannot be frozen: LinenOwn"),
+    frozen(),
   ):
     jax.eval_shape(linen.init, jax.random.key(0), x)
   with frozen('layers_1'):
