@@ -29,6 +29,16 @@ class Net(nn.Module):
 def net():
   return Net()
 
+class Up(nn.Module):
+  @nn.compact
+  def __call__(self, x, *, train):
+    x = nn.ConvTranspose(2, (3, 3), name='up')(x)
+    x = normkit.linen.BatchNorm(not train, momentum=None, name='bn')(x)
+    return nn.Dense(3, name='fc')(x.reshape(len(x), -1))
+
+def up():
+  return Up()
+
 class Small(nnx.Module):
   def __init__(self):
     self.fc = nnx.Linear(6, 4, rngs=nnx.Rngs(0))
@@ -77,6 +87,92 @@ def state(rng):
   }
   arrays = {k: np.float32(rng.normal(size=s)) for k, s in shapes.items()}
   return arrays | {'bn.running_var': np.float32(rng.uniform(0.5, 2, 4))}
+
+
+# What each option of each command is given; it has to change something.
+CHANGES = {
+  'convert': {
+    '--overwrite': [],
+    '--model': ['zoo_of_cli:net'],
+    '--input': ['5x6x6x3'],
+    '--from': ['keras'],
+    '--names': ['names.json'],
+    '--flatten': ['fc=6x6x2'],
+    '--ignore': ['extra'],
+    '--transposed': ['up'],
+    '--count': ['3'],
+    '--add-to-scale': ['b*=1'],
+  },
+  'inspect': {
+    '--overwrite': [],
+    '--model': ['zoo_of_cli:small'],
+    '--input': ['4x6x6x2'],
+    '--data': ['torch.safetensors'],
+    '--steps': ['3'],
+    '--framework': ['keras'],
+    '--figure': ['new.png'],
+  },
+  'fold': {
+    '--overwrite': [],
+    '--model': ['zoo_of_cli:small'],
+    '--input': ['5x5x6x2'],
+    '--data': ['images.npz'],
+    '--program': ['folded.jax'],
+  },
+}
+
+
+def options_of(command):
+  commands = cli._parser()._subparsers._group_actions[0].choices
+  actions = commands[command]._actions
+  names = {a.option_strings[-1] for a in actions if a.option_strings}
+  return names - {'--help'}
+
+
+@pytest.mark.parametrize('command', CHANGES)
+def test_every_option_changes_something(zoo, capsys, command):
+  assert options_of(command) == {*CHANGES[command]}
+  rng = np.random.default_rng(0)
+  up = {
+    'up.weight': rng.normal(size=(2, 2, 3, 3)),
+    'up.bias': rng.normal(size=2),
+    'fc.weight': rng.normal(size=(3, 72)),
+    'fc.bias': rng.normal(size=3),
+    **{f'bn.{name}': np.ones(2) for name in ('weight', 'bias')},
+    **{f'bn.running_{name}': np.ones(2) for name in ('mean', 'var')},
+  }
+  files.save_arrays('up.safetensors', {k: np.float32(v) for k, v in up.items()})
+  files.save_arrays(
+    'more.safetensors',
+    files.load_arrays('up.safetensors') | {'extra': np.ones(1)},
+  )
+  run(*CONVERT, *MODEL)
+  model = ['--model', 'zoo_of_cli:up', *MODEL[2:]]
+  base = {
+    'convert': ['up.safetensors', 'out', *model, '--count', '1'],
+    'inspect': ['flax.safetensors', *MODEL, '--data', 'images.npz'],
+    'fold': ['flax.safetensors', 'out', *MODEL],
+  }[command]
+
+  def outcome(*args):
+    capsys.readouterr()
+    kept = {*zoo.iterdir()}
+    status = run(command, *args)
+    written = {
+      p: p.read_bytes() for p in {*zoo.iterdir()} - kept if p.is_file()
+    }
+    for path in written:
+      path.unlink()
+    return status, capsys.readouterr().out, written
+
+  (zoo / 'old.png').touch()
+  old = ['--figure', 'old.png'] if command == 'inspect' else []
+  there = [*base, *old] if old else [base[0], 'old.png', *base[2:]]
+  others = {'--ignore': ['more.safetensors', *base[1:]], '--overwrite': there}
+  for option, value in CHANGES[command].items():
+    args = others.get(option, base)
+    before, after = outcome(*args), outcome(*args, option, *value)
+    assert before != after, option
 
 
 def by_hand(arrays, images):
@@ -234,6 +330,15 @@ def test_other_numbers_are_refused(zoo, capsys, dtype):
   files.save_arrays('cast.safetensors', cast)
   assert run('fold', 'cast.safetensors', 'out', *MODEL) == 2
   assert 'floating (4,) in the model' in capsys.readouterr().err
+
+
+def test_a_picture_has_the_ending_of_one(zoo, capsys):
+  """And that is found out first, before the weights are read."""
+  data = ['--data', 'images.npz', '--figure', 'layers.jpgg']
+  assert run('inspect', 'none.safetensors', *MODEL, *data) == 2
+  told = capsys.readouterr().err
+  assert "'layers.jpgg' has no ending" in told
+  assert '.png' in told
 
 
 def test_data_of_another_shape(zoo, capsys):

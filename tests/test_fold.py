@@ -498,12 +498,71 @@ def test_outputs_that_overflow_are_refused(gains):
     fold(call, v, jnp.ones((4, 3), jnp.float16))
 
 
+def haiku_like(v, x):
+  """As Haiku computes and names it; no package needed."""
+  params, state = v
+  norm = params['net/~/batch_norm']
+  var = state['net/~/batch_norm/~/var_ema']['average']
+  mean = state['net/~/batch_norm/~/mean_ema']['average']
+  y = x @ params['net/~/linear']['w'] - mean
+  y = jnp.tanh(y * (norm['scale'] * jax.lax.rsqrt(var + 1e-5)))
+  with jax.named_scope('net'), jax.named_scope('rms_norm'):
+    square = jnp.square(y).mean(-1, keepdims=True)
+    return y * params['net/~/rms_norm']['scale'] * jax.lax.rsqrt(square + 1e-5)
+
+
+def equinox_like(v, x):
+  """As Equinox does: the state is a tree of leaves without names."""
+  model, state = v
+  mean, var = state[1]
+  y = (x @ model['linear'] - mean) / jnp.sqrt(var + 1e-5)
+  return y * model['norm']['weight'] * model['gain']['weight']
+
+
+def test_a_norm_whose_statistics_lie_elsewhere_stands_once():
+  x, row, var = image(4, 3), image(1, 2), jnp.full((1, 2), 2.0)
+  names = 'batch_norm', 'rms_norm'
+  params = {f'net/~/{name}': {'scale': row} for name in names}
+  params['net/~/linear'] = {'w': image(3, 2)}
+  state = {
+    'net/~/batch_norm/~/mean_ema': {'average': row},
+    'net/~/batch_norm/~/var_ema': {'average': var},
+  }
+  rows = fold(haiku_like, (params, state), x).report.rows
+  assert [r[:2] for r in rows] == [
+    ('0/net/~/batch_norm', '0/net/~/linear'),
+    ('net/rms_norm', None),
+  ]
+  model = {'linear': image(3, 2), 'norm': {'weight': row}}
+  model['gain'] = {'weight': row + 1}
+  state = [jnp.zeros(2, bool), (row, var)]
+  rows = fold(equinox_like, (model, state), x).report.rows
+  assert [r.norm for r in rows] == ['0/norm', '0/gain']
+
+
+def test_another_module_after_a_norm_without_scale_keeps_its_name():
+  def call(v, x):
+    y = x @ v['kernel'] * jax.lax.rsqrt(v['norm']['var'] + 1e-5)
+    return y * v['gain']['scale']
+
+  var, row = jnp.full((1, 2), 2.0), image(1, 2)
+  v = {'kernel': image(3, 2), 'norm': {'var': var}, 'gain': {'scale': row}}
+  rows = fold(call, v, image(4, 3)).report.rows
+  assert [r.norm for r in rows] == ['norm', 'gain']
+
+
 def test_channels_that_are_zero():
   """All of them: there is no largest output to measure the error by."""
   v = {'kernel': image(3, 2), 'gain': jnp.zeros((1, 2))}
   folded = fold(dense, v, image(4, 3))
   assert folded.report.rows == (('gain', 'kernel', ''),)
   assert folded.report.error == 0
+  assert not folded.report.compared
+  assert 'do not depend on x' in str(folded.report)
+  exact = fold(dense, v | {'gain': jnp.full((1, 2), 2.0)}, image(4, 3))
+  assert exact.report.error == 0
+  assert exact.report.compared
+  assert 'error 0e+00' in str(exact.report)
   assert not folded.apply(folded.params, image(4, 3)).any()
 
 

@@ -276,6 +276,53 @@ def test_subclass_and_mask(data):
   equal(updates['batch_stats'], variables['batch_stats'])
 
 
+@pytest.mark.parametrize('package', [nnx, normkit.nnx])
+def test_nnx_subclass(package):
+  """All that it does is kept, and it learns nothing more."""
+
+  class Rectified(package.BatchNorm):
+    def __call__(self, x):
+      return nnx.relu(super().__call__(2 * x))
+
+  norm = Rectified(2, rngs=nnx.Rngs(0))
+  norm.mean[...] = jnp.array([1.0, -1.0])
+  held = freeze(norm)
+  x = np.array([[1.0, 2.0], [3.0, -4.0]], np.float32)
+  y = nnx.jit(lambda norm, x: norm(x))(held, x)
+  close(y, np.maximum((2 * x - [1, -1]) / np.sqrt(1 + 1e-5), 0))
+  equal(nnx.state(held), nnx.state(norm))
+  assert isinstance(freeze(held), Rectified)
+  assert type(unfreeze(held)) is Rectified
+
+
+def test_a_norm_with_maths_of_its_own_is_refused():
+  class Own(nnx.BatchNorm):
+    def __call__(self, x):
+      return x - self.mean[...]
+
+  model = nnx.Sequential(
+    Own(2, rngs=nnx.Rngs(0)), nnx.BatchNorm(2, rngs=nnx.Rngs(0))
+  )
+  with pytest.raises(ValueError, match="'layers/0' cannot be frozen: Own"):
+    freeze(model)
+  freeze(model, 'layers/1')
+
+  class LinenOwn(nn.BatchNorm):
+    @nn.compact
+    def __call__(self, x):
+      return x + self.variable('batch_stats', 'mean', jnp.zeros, (1, 2)).value
+
+  linen = nn.Sequential([LinenOwn(), nn.BatchNorm(False)])
+  x = jnp.ones((2, 2))
+  with (
+    pytest.raises(ValueError, match="'layers_0' cannot be frozen: LinenOwn"),
+    frozen(),
+  ):
+    jax.eval_shape(linen.init, jax.random.key(0), x)
+  with frozen('layers_1'):
+    jax.eval_shape(linen.init, jax.random.key(0), x)
+
+
 @pytest.mark.parametrize('params', [True, False])
 def test_nnx(trained_nnx, data, params):
   before = nnx.clone(trained_nnx)

@@ -510,6 +510,38 @@ def test_unseen(healthy, data):
     framework='flax',
   )
   assert [(f.layer, f.code) for f in found.advice] == [('head', 'unseen')]
+  initial = {'mean': jnp.zeros(2), 'var': jnp.ones(2)}
+  stats = {**variables['batch_stats'], 'head': initial}
+  found = inspect(
+    training_call(net), {**variables, 'batch_stats': stats}, data[1]
+  )
+  assert [(f.layer, f.code) for f in found.advice] == [('head', 'unseen')]
+
+
+def test_zeros_that_residual_blocks_begin_with(healthy, data):
+  """No fault; but an input that does not vary is one, whatever the scale."""
+  net, variables = healthy
+  params = variables['params']
+  last = jax.tree.map(jnp.zeros_like, params['BatchNorm_1'])
+  variables = {**variables, 'params': {**params, 'BatchNorm_1': last}}
+  found = inspect(training_call(net), variables, data[1])
+  assert not found.advice
+  assert not found.layers[1].dead.any()
+  assert not found.layers[1].small.any()
+  still = jax.tree.map(jnp.zeros_like, params['Conv_1'])
+  params = {**variables['params'], 'Conv_1': still}
+  found = inspect(training_call(net), {**variables, 'params': params}, data[1])
+  assert found.layers[1].dead.all()
+
+
+def test_evaluation_is_told(healthy, data):
+  net, variables = healthy
+  found = inspect(training_call(net, train=False), variables, data[1])
+  assert codes(found) == {'evaluation'}
+  assert found.advice[0].level == 'warning'
+  assert not any(
+    n.evaluated for n in inspect(training_call(net), variables, data[1]).layers
+  )
 
 
 # nnx, lifted layers, output.
@@ -616,6 +648,107 @@ def test_output(healthy, data, tmp_path):
   figure.savefig(tmp_path / 'norms.pdf')
   marks = [line.get_ydata() for line in figure.axes[0].lines]
   chex.assert_trees_all_equal(marks, [layer.shift for layer in found.layers])
+
+
+# Norms without running statistics.
+
+
+class Stateless(nn.Module):
+  """A transformer's norms, and convolutions', with the faults asked for."""
+
+  fault: str = ''
+
+  @nn.compact
+  def __call__(self, x):
+    epsilon = 1e-12 if self.fault == 'epsilon' else 1e-6
+    axis = (0, 2) if self.fault == 'axis' else -1
+    y = nn.LayerNorm(reduction_axes=axis, epsilon=epsilon)(x)
+    if self.fault == 'doubled':
+      y = nn.RMSNorm()(y)
+    y = jnp.tanh(normkit.linen.RMSNorm(name='rms')(nn.Dense(8)(y)))
+    groups = 8 if self.fault == 'one_element' else 2
+    y = y[:, 0] if self.fault == 'one_element' else y
+    return nn.GroupNorm(num_groups=groups)(y)
+
+
+def test_norms_without_statistics():
+  x = np.random.default_rng(0).normal(size=(3, 5, 8)).astype(np.float16)
+  variables = jax.jit(Stateless().init)(jax.random.key(0), x)
+  call = jax.jit(Stateless().apply)
+  call(variables, x)  # compiled before
+  for _ in range(2):  # and with what inspects it
+    found = inspect(call, variables, [x, x + 1])
+    assert not found.advice
+    assert not found.layers
+    told = [(n.name, n.kind, n.elements) for n in found.norms]
+    assert told == [
+      ('LayerNorm_0', 'LayerNorm', 8),
+      ('rms', 'RMSNorm', 8),
+      ('GroupNorm_0', 'GroupNorm', 20),
+    ]
+  assert found.norms[0].examples == 30
+  y = nn.LayerNorm().apply(
+    {'params': variables['params']['LayerNorm_0']}, np.stack([x, x + 1])
+  )
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5)
+  close(found.norms[0].high, y.max((0, 1, 2)))
+  close(found.norms[0].low, y.min((0, 1, 2)))
+  lines = str(found).splitlines()
+  assert lines[0].split() == ['norm', 'kind', 'elements', 'epsilon', 'dead']
+  assert lines[-1] == 'nothing seems wrong'
+
+
+@pytest.mark.parametrize(
+  ('fault', 'layer'),
+  [
+    ('axis', 'LayerNorm_0'),
+    ('doubled', 'RMSNorm_0'),
+    ('epsilon', 'LayerNorm_0'),
+    ('one_element', 'GroupNorm_0'),
+    ('dead', 'LayerNorm_0'),
+  ],
+)
+def test_faults_of_norms_without_statistics(fault, layer):
+  x = np.random.default_rng(0).normal(size=(3, 5, 8)).astype(np.float16)
+  model = Stateless(fault)
+  variables = jax.jit(model.init)(jax.random.key(0), x)
+  if fault == 'dead':
+    params = variables['params']
+    scale = params[layer]['scale'].at[:3].set(0)
+    params = {**params, layer: {**params[layer], 'scale': scale}}
+    variables = {'params': params}
+  found = inspect(jax.jit(model.apply), variables, [x])
+  assert [(f.layer, f.code) for f in found.advice] == [(layer, fault)]
+  assert found.advice[0].level == (
+    'error' if fault == 'one_element' else 'warning'
+  )
+
+
+def test_nnx_norms_without_statistics():
+  class Rectified(nnx.LayerNorm):
+    def __call__(self, x):
+      return nnx.relu(super().__call__(x))
+
+  rngs = nnx.Rngs(0)
+  images = np.random.default_rng(0).normal(size=(2, 4, 8, 8))
+  model = nnx.Sequential(
+    nnx.GroupNorm(8, 2, rngs=rngs),
+    nnx.BatchNorm(8, rngs=rngs),
+    Rectified(8, rngs=rngs),
+  )
+  found = inspect(
+    lambda model, x: nnx.jit(lambda model, x: model(x))(model, x),
+    model,
+    [np.float32(images)],
+  )
+  assert [n.name for n in found.norms] == ['layers/0', 'layers/2']
+  assert [layer.name for layer in found.layers] == ['layers/1']
+  assert ('layers/0', 'axis') in [(f.layer, f.code) for f in found.advice]
+  assert 'channels were first' in str(found)
+  assert type(model.layers[0]) is nnx.GroupNorm
+  assert not hasattr(model.layers[0], '_normkit_path')
+  with pytest.raises(ValueError, match='no layer with running'):
+    inspect(lambda model, x: x, nnx.Linear(2, 2, rngs=rngs), [images])
 
 
 # What is refused.

@@ -415,9 +415,19 @@ def test_subclasses():
   after = run(Doubled(False), parts)
   close(stats(after), moments([2 * p for p in parts]))
 
-  class Own(nnx.BatchNorm):
+  class NnxDoubled(nnx.BatchNorm):
     def __call__(self, x):
       return super().__call__(2 * x)
+
+  norm = NnxDoubled(3, rngs=nnx.Rngs(0))
+  after = recalibrate(lambda n, x: n(x), norm, parts)
+  assert type(after) is NnxDoubled
+  doubled = moments([2 * p for p in parts])
+  close({'mean': after.mean[...], 'var': after.var[...]}, doubled)
+
+  class Own(nnx.BatchNorm):
+    def __call__(self, x):
+      return x - self.mean[...].reshape(1, 3)
 
   with pytest.raises(ValueError, match='saw nothing'):
     recalibrate(lambda n, x: n(x), Own(3, rngs=nnx.Rngs(0)), parts)

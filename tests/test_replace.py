@@ -278,6 +278,49 @@ def test_nnx_batch_norms_pool_over_devices(module):
   close(y[:, 0], expected)
 
 
+def test_a_linen_subclass_keeps_what_it_adds():
+  class Rectified(nn.BatchNorm):
+    def __call__(self, x):
+      return nn.relu(super().__call__(x, use_running_average=True))
+
+  model = Rectified()
+  variables = noise(model.init(KEY, X))
+  with replace.replacing_norms(GROUPS):
+    y = model.apply(variables, X)
+  expected = reference_group_norm(X, **variables['params'], groups=2)
+  close(y, np.maximum(expected, 0))
+
+
+def test_subclasses_whose_rest_would_be_lost_are_refused():
+  class Own(nn.BatchNorm):
+    @nn.compact
+    def __call__(self, x):
+      return x * self.param('scale', self.scale_init, (1, 1, 1, 8))
+
+  with (
+    replace.replacing_norms(GROUPS),
+    pytest.raises(ValueError, match='is a Own'),
+  ):
+    jax.eval_shape(Own().init, KEY, X)
+  with replace.replacing_norms(GROUPS, where=lambda name: name[-1] == '1'):
+    jax.eval_shape(nn.Sequential([Own(), nn.BatchNorm(True)]).init, KEY, X)
+
+  class Rectified(nnx.BatchNorm):
+    def __call__(self, x):
+      return nnx.relu(super().__call__(x))
+
+  class Named(nnx.BatchNorm):
+    pass
+
+  model = nnx.List([Rectified(8, rngs=RNGS), Named(8, rngs=RNGS)])
+  model = nnx.Sequential(*model)
+  with pytest.raises(ValueError, match="'layers/0' is a Rectified"):
+    replace.replace_norms(model, GROUPS)
+  replaced = replace.replace_norms(model, GROUPS, where=lambda n: n[-1] == '1')
+  assert isinstance(replaced.layers[0], Rectified)
+  assert isinstance(replaced.layers[1], normkit.nnx.Norm)
+
+
 def test_the_attribute_is_back_after_an_error():
   seen = []
 

@@ -6,6 +6,7 @@ here.
 """
 
 from normkit.linen.gated import GatedRMSNorm
+from normkit.linen.in_place import in_place_of_flax
 from normkit.linen.norm import Norm
 from normkit.linen.norms import (
   BatchNorm,
@@ -43,4 +44,5 @@ __all__ = [
   'SpectralNorm',
   'WeightNorm',
   'WeightStandardization',
+  'in_place_of_flax',
 ]

@@ -5,6 +5,7 @@ The norms are Flax's classes with normkit's call, so that changing
 """
 
 from normkit.nnx.gated import GatedRMSNorm
+from normkit.nnx.in_place import in_place_of_flax
 from normkit.nnx.norm import Norm
 from normkit.nnx.norms import (
   BatchNorm,
@@ -42,4 +43,5 @@ __all__ = [
   'SpectralNorm',
   'WeightNorm',
   'WeightStandardization',
+  'in_place_of_flax',
 ]

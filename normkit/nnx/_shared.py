@@ -136,3 +136,13 @@ def check_width(width: int, x: Array, axes: tuple[int, ...]) -> None:
       f'{width}. Make the module with num_features={math.prod(shape)}.'
       f'{arguments.other_axis((width,), np.shape(x), axes)}'
     )
+
+
+def calls_super(kind: type, base: type) -> bool:
+  """Whether each class above `base` leaves the call to it, or calls it."""
+  for cls in kind.__mro__[: kind.__mro__.index(base)]:
+    call = vars(cls).get('__call__')
+    code = getattr(inspect.unwrap(call), '__code__', None) if call else None
+    if call and not {'super', '__call__'} <= {*getattr(code, 'co_names', ())}:
+      return False
+  return True

@@ -41,7 +41,7 @@ from normkit.norms import (
 )
 
 
-class _DropIn(_words.OwnWords, nnx.Module):
+class DropIn(nnx.Module, _words.OwnWords):
   """What the five share: Flax's constructor, checked, and one option more."""
 
   axis_index_groups: Any
@@ -92,7 +92,7 @@ class _DropIn(_words.OwnWords, nnx.Module):
 
 @documented(nnx.BatchNorm, batch.BatchNorm)
 @with_signature_of(nnx.BatchNorm)
-class BatchNorm(_DropIn, nnx.BatchNorm, Running):
+class BatchNorm(DropIn, nnx.BatchNorm, Running):
   """Batch normalization, in place of `flax.nnx.BatchNorm`.
 
   Args:
@@ -133,6 +133,10 @@ class BatchNorm(_DropIn, nnx.BatchNorm, Running):
     self.unbiased = unbiased
     self.skip_nonfinite = skip_nonfinite
     self.virtual_batch_size = virtual_batch_size
+    self.make_count(num_features)
+
+  def make_count(self, num_features: int) -> None:
+    """Makes the variable that counts updates, if one is needed."""
     self.count: Any = nnx.data(None)
     if self._needs_count():
       self.count = nnx.BatchStat(jnp.zeros((num_features,), jnp.int32))
@@ -164,7 +168,7 @@ class BatchNorm(_DropIn, nnx.BatchNorm, Running):
 
 @documented(nnx.BatchNorm, renorm.BatchRenorm)
 @with_signature_of(nnx.BatchNorm)
-class BatchRenorm(_DropIn, nnx.BatchNorm, Running):
+class BatchRenorm(DropIn, nnx.BatchNorm, Running):
   """Batch renormalization, called as `flax.nnx.BatchNorm` is.
 
   Args:
@@ -247,7 +251,7 @@ def _running_norm(
 
 @documented(nnx.LayerNorm, layer.LayerNorm)
 @with_signature_of(nnx.LayerNorm)
-class LayerNorm(_DropIn, nnx.LayerNorm):
+class LayerNorm(DropIn, nnx.LayerNorm):
   """Layer normalization, in place of `flax.nnx.LayerNorm`.
 
   Args:
@@ -281,7 +285,7 @@ class LayerNorm(_DropIn, nnx.LayerNorm):
 
 @documented(nnx.RMSNorm, rms.RMSNorm)
 @with_signature_of(nnx.RMSNorm)
-class RMSNorm(_DropIn, nnx.RMSNorm):
+class RMSNorm(DropIn, nnx.RMSNorm):
   """Root mean square normalization, in place of `flax.nnx.RMSNorm`.
 
   Args:
@@ -320,7 +324,7 @@ class RMSNorm(_DropIn, nnx.RMSNorm):
 
 @documented(nnx.GroupNorm, group.GroupNorm)
 @with_signature_of(nnx.GroupNorm)
-class GroupNorm(_DropIn, nnx.GroupNorm):
+class GroupNorm(DropIn, nnx.GroupNorm):
   """Group normalization, in place of `flax.nnx.GroupNorm`.
 
   Attributes:
@@ -361,7 +365,7 @@ class GroupNorm(_DropIn, nnx.GroupNorm):
 
 @documented(nnx.InstanceNorm, instance.InstanceNorm)
 @with_signature_of(nnx.InstanceNorm)
-class InstanceNorm(_DropIn, nnx.InstanceNorm):
+class InstanceNorm(DropIn, nnx.InstanceNorm):
   """Instance normalization, in place of `flax.nnx.InstanceNorm`.
 
   Args:

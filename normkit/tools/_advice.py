@@ -31,6 +31,9 @@ _MESSAGES = {
   'mutable': 'updated statistics do not come back from call: say mutable=['
   "'batch_stats'] in apply, return (outputs, updates), and in training put "
   "updates['batch_stats'] into the variables at each step",
+  'evaluation': 'call ran all layers in evaluation mode, with their running '
+  'statistics: what was seen of a layer comes from those before it as they are '
+  'evaluated. Run the model in training mode, train=True',
   'unseen': '{layer} is not run by call, or is no batch norm of Flax or '
   'normkit',
   'not_updated': '{layer} has its initial statistics, mean 0 and variance 1, '
@@ -57,6 +60,21 @@ _MESSAGES = {
   'one_element/example': '{layer} sees one example at once, so that it '
   'normalizes each by itself in training: use larger batches, pool over '
   'devices by axis_name, or use a norm without statistics of the batch',
+  'one_element/set': '{layer} normalizes one element by itself, so that it '
+  'gives its bias alone: look at its axes and groups, and at the shape before '
+  'it',
+  'axis': '{layer} takes statistics over the first axis of its input, '
+  '{shape}: if that is the batch, examples change with those beside them; name '
+  'the axes of one example',
+  'axis/channels': '{layer} has an input of {shape}, which looks as if the '
+  'channels were first, and takes the last axis for them: move them to the end',
+  'doubled': '{layer} normalizes what {after} has normalized: leave one out',
+  'epsilon/dtype': '{layer} has epsilon={epsilon:g}, too small for {dtype}: '
+  'where an input does not vary, 1 / sqrt(epsilon) is more than that holds, '
+  'and gradients are infinite; give a larger one',
+  'dead/feature': '{layer} has {share:.0%} features whose output does not '
+  'vary, {channels}: look at its scale, and at weight decay on it; see '
+  'normkit.masks',
   'devices': '{layer} has different statistics on different devices: give it '
   'the axis_name of the devices, and recalibrate over all of them',
   'epsilon': '{layer} has epsilon={epsilon:g}, and weights of {framework} come '
@@ -82,7 +100,7 @@ def problems(
     yield 'nonfinite', {'channels': _channels(~layer.finite)}
   shift, stretch = rms(layer.shift), rms(layer.stretch)
   if not layer.updated:
-    if not layer.seen or max(shift, stretch) > FAR / 5:
+    if layer.seen and max(shift, stretch) > FAR / 5:
       yield 'not_updated', {}
   elif max(shift, stretch) > FAR:
     yield 'gap', {'shift': shift, 'factor': 2**stretch}
@@ -125,6 +143,14 @@ def _channel_problems(layer: Layer) -> Iterator[tuple[str, dict[str, Any]]]:
   share = mean(layer.saturated)
   if share > MANY:
     yield 'saturated', {'share': share}
+
+
+def feature_problem(dead: Flags) -> dict[str, Any] | None:
+  """What to tell of features that do not vary, if they are many."""
+  share = float(dead.mean())
+  if share <= MANY:
+    return None
+  return {'share': share, 'channels': _channels(dead)}
 
 
 def finding(

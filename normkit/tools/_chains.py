@@ -76,9 +76,17 @@ class Chain:
 
   def owners(self) -> list[str]:
     """Whose variables it multiplies by, its norms: empty if it has none."""
-    scales = [s.constant for s in self.steps.values() if s.name in _SCALES]
-    owners = (leaf.owner for c in scales if c for leaf in c.leaves)
-    return list(dict.fromkeys(owners))
+    found: list[str] = []
+    held: list[str] = []  # whose variance is the last that was divided by
+    for step in self.steps.values():
+      if step.name not in _SCALES or not step.constant:
+        continue
+      rooted, plain = _owners(step.constant)
+      if plain:
+        held = [n for n in (*held, *rooted) if not _is_state(n, plain)]
+      found += [*held, *plain] if plain else []
+      held = [] if plain else [*held, *rooted]
+    return list(dict.fromkeys([*found, *held]))
 
   def shifts(self) -> bool:
     return any(step.name in {'add', 'sub'} for step in self.steps.values())
@@ -255,3 +263,42 @@ def spread(values: Array, axes: Axes, rank: int) -> Array:
   values = values.transpose([kept.index(axis) for axis in order])
   placed = set(axes.values())
   return lax.expand_dims(values, [a for a in range(rank) if a not in placed])
+
+
+def _owners(constant: Value) -> tuple[list[str], list[str]]:
+  """Whose variables a constant takes the root of, and whose it takes else."""
+  rooted: list[str] = []
+  plain: list[str] = []
+  seen = set()
+  found = [(constant, False)]
+  while found:
+    value, is_rooted = found.pop()
+    if (value, is_rooted) in seen:
+      continue
+    seen.add((value, is_rooted))
+    if value.source is None:
+      owners = (leaf.owner for leaf in value.leaves)
+      (rooted if is_rooted else plain).extend(owners)
+      continue
+    is_rooted |= value.source.name in ('rsqrt', 'sqrt')
+    found += [(v, is_rooted) for v in value.source.inputs]
+  return [n for n in rooted if n not in plain], plain
+
+
+def _is_state(name: str, plain: list[str]) -> bool:
+  """Whether the statistics lie in a tree beside that of the parameters.
+
+  Haiku's have the name of the module in them, Equinox' numbers alone.
+  """
+  if all(part.isdecimal() for part in name.split('/')) and '/' in name:
+    return not any(other.startswith(name[:2]) for other in plain)
+  module, _, average = name.rpartition('/~/')
+  return average == 'var_ema' and any(
+    without_place(module) == without_place(other) for other in plain
+  )
+
+
+def without_place(name: str) -> str:
+  """A name without that of a tuple's element before it, and Haiku's '~'."""
+  first, _, rest = name.partition('/')
+  return (rest if first.isdecimal() else name).replace('/~', '')

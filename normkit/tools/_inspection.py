@@ -8,6 +8,7 @@ import numpy as np
 
 from normkit.tools import _views
 from normkit.tools._advice import EXPLODING, SMALL, Flags, Floats, rms
+from normkit.tools._stateless import Norm
 
 _QUIET = np.errstate(all='ignore')  # of infinities, which are reported
 
@@ -58,6 +59,7 @@ class Layer(NamedTuple):
     updated: whether its statistics are other than the initial ones.
     gradient: the share of scale and bias in the squared norm of the loss's
       gradient; NaN without a loss.
+    evaluated: whether it ran in evaluation mode, each time.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -84,6 +86,7 @@ class Layer(NamedTuple):
   debias: bool
   updated: bool
   gradient: float
+  evaluated: bool
 
   @property
   def seen(self) -> bool:
@@ -127,8 +130,13 @@ class Layer(NamedTuple):
 
   @property
   def dead(self) -> Flags:
-    """Channels without a positive output, or whose inputs do not vary."""
-    negative: Flags = self.positive == 0
+    """Channels without a positive output, or whose inputs do not vary.
+
+    Where all scales are zero, as the last ones of residual blocks begin, no
+    channel is judged by its outputs.
+    """
+    begins = self.scale is not None and not self.scale.any()
+    negative: Flags = (self.positive == 0) & (not begins)
     constant: Flags = self.batch_var < 1e-3 * self.epsilon
     return (negative | constant) & self.finite
 
@@ -146,8 +154,8 @@ class Layer(NamedTuple):
 
   @property
   def small(self) -> Flags:
-    """Channels with a scale under a hundredth of the layer's."""
-    if self.scale is None:
+    """Channels with a scale under a hundredth of the layer's, if not all 0."""
+    if self.scale is None or not self.scale.any():
       return np.zeros(self.mean.shape, bool)
     return np.abs(self.scale) <= SMALL * rms(self.scale)
 
@@ -181,6 +189,7 @@ class Inspection:
     layers: the layers with running statistics, by name.
     weights: the weights before norms, found where a loss is given.
     advice: what seems wrong, and what mends it; empty if nothing does.
+    norms: layer, RMS, group and instance norms, in the order of the program.
 
   Examples:
     >>> from normkit.tools.inspect import Inspection
@@ -192,6 +201,7 @@ class Inspection:
   layers: tuple[Layer, ...]
   weights: tuple[Weight, ...]
   advice: list[Finding]
+  norms: tuple[Norm, ...] = ()
 
   def __str__(self) -> str:
     return _views.text(self)

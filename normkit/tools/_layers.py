@@ -12,7 +12,6 @@ a new one is returned. Layers go by their path, a tuple of names.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 import functools
-import inspect
 from typing import Any, NamedTuple, TypeAlias
 
 from flax import core, linen, nnx, traverse_util
@@ -22,27 +21,14 @@ import jax.numpy as jnp
 from normkit import _types
 from normkit._types import Array
 from normkit.centred import Centred, centred
-import normkit.linen
-import normkit.nnx
-from normkit.norms._running import RunningOptions
 from normkit.pooling import pool
+from normkit.tools import _classes
 
 Model: TypeAlias = Any
 Path: TypeAlias = tuple[Any, ...]
 Stats: TypeAlias = dict[str, Array]
 Run: TypeAlias = Callable[[Model, Any], Any]
 Batches: TypeAlias = Iterable[Any] | Callable[[], Iterable[Any]]
-
-_BATCH_NORMS = (
-  linen.BatchNorm,
-  normkit.linen.BatchNorm,
-  normkit.linen.BatchRenorm,
-  nnx.BatchNorm,
-  normkit.nnx.BatchNorm,
-  normkit.nnx.BatchRenorm,
-)
-_NORMS = normkit.linen.Norm, normkit.nnx.Norm
-_CALLS = {inspect.unwrap(kind.__call__) for kind in (*_BATCH_NORMS, *_NORMS)}
 
 
 class Call(NamedTuple):
@@ -102,40 +88,29 @@ class Watch(NamedTuple):
   update: Callable[[Stats, Call], Stats]
 
 
-def options(module: Any, method: Callable[..., Any]) -> Any | None:
-  """What holds the options of a layer with running statistics, else None.
-
-  `method` is the one that runs; of a subclass with another `__call__`, the call
-  of its base class counts, which sees what the layer normalizes.
-  """
-  if inspect.unwrap(method) not in _CALLS:
-    return None
-  if isinstance(module, _NORMS):
-    is_running = isinstance(module.transform, RunningOptions)
-    return module.transform if is_running else None
-  return module
-
-
-def layers(model: Model) -> dict[Path, Stats]:
+def found(model: Model) -> dict[Path, Stats]:
   """The statistics of each layer, and what watches have put beside them.
 
   A layer is what holds `mean` and `var` side by side.
 
   Raises:
     TypeError: if the model is neither variables nor an `nnx.Module`.
-    ValueError: if no layer has running statistics.
   """
-  found = {
+  return {
     path: stats
     for path, stats in _groups(model)
     if {'mean', 'var'} <= stats.keys()
   }
-  if not found:
+
+
+def layers(model: Model) -> dict[Path, Stats]:
+  """As `found`; raises a ValueError if no layer has running statistics."""
+  if not (here := found(model)):
     raise ValueError(
       'the model has no layer with running statistics: nothing holds mean and '
       'var in batch_stats. Give all variables, with batch_stats.'
     )
-  return found
+  return here
 
 
 def replace(model: Model, new: Mapping[Path, Stats]) -> Model:
@@ -295,27 +270,6 @@ def nnx_layers(model: nnx.Module) -> dict[Path, Any]:
   }
 
 
-def nnx_options(module: nnx.Module) -> Any | None:
-  """As `options`, of an nnx module; None if its `__call__` is its own."""
-  return options(module, original(type(module)).__call__)
-
-
-def wrapped(kind: Any, call: Callable[..., Any]) -> Any:
-  """A class of nnx modules like `kind`, with another `__call__`."""
-  made = {'__call__': call, '_normkit_original': original(kind)}
-  return type(kind.__name__, (kind,), made)
-
-
-def original(kind: Any) -> Any:
-  """The class that `wrapped` was first given, or any other as it is."""
-  return getattr(kind, '_normkit_original', kind)
-
-
-def set_class(module: nnx.Module, kind: Any) -> None:
-  """Makes a module one of a class that differs in methods alone."""
-  object.__setattr__(module, '__class__', kind)
-
-
 def _groups(model: Model) -> Iterator[tuple[Path, Stats]]:
   """Leaves of batch statistics, by what holds them."""
   if isinstance(model, nnx.Module):
@@ -354,7 +308,7 @@ def _run_linen(call: Run, state: Model, batch: Any, watch: Watch) -> Model:
 
   def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
     module = context.module
-    layer = options(module, context.orig_method.func)
+    layer = _classes.options(module, context.orig_method.func)
     before = dict(module.variables.get('batch_stats', {}))
     y = next_fun(*args, **kwargs)
     if layer is not None and module.is_mutable_collection('batch_stats'):
@@ -372,9 +326,9 @@ def _run_nnx(call: Run, state: Model, batch: Any, watch: Watch) -> Model:
   """A copy of the model that `call` ran, with what the watch gathered."""
   model = nnx.clone(state)
   for module in nnx_layers(model).values():
-    if nnx_options(module) is not None:
+    if _classes.nnx_options(module) is not None:
       kind: Any = type(module)
-      set_class(module, _watching(kind, watch))
+      _classes.set_class(module, _watching(kind, watch))
   call(model, batch)
   return model
 
@@ -383,17 +337,20 @@ def _run_nnx(call: Run, state: Model, batch: Any, watch: Watch) -> Model:
 def _watching(kind: Any, watch: Watch) -> Any:
   """A module class whose calls the watch sees."""
 
-  def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-    before = {n: v[...] for n, v in _variables(self).items()}
-    y = kind.__call__(self, *args, **kwargs)
-    stats = {n: v[...] for n, v in _variables(self).items()}
-    layer = nnx_options(self)
-    new = _watched(watch, layer, before, stats, y, *args, **kwargs)
-    for name, value in new.items():
-      getattr(self, name)[...] = value
-    return y
+  def around(base: Any) -> Run:
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+      before = {n: v[...] for n, v in _variables(self).items()}
+      y = base.__call__(self, *args, **kwargs)
+      stats = {n: v[...] for n, v in _variables(self).items()}
+      layer = _classes.nnx_options(self)
+      new = _watched(watch, layer, before, stats, y, *args, **kwargs)
+      for name, value in new.items():
+        getattr(self, name)[...] = value
+      return y
 
-  return wrapped(kind, __call__)
+    return __call__
+
+  return _classes.wrapped(kind, around)
 
 
 def _watched(

@@ -7,7 +7,13 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from normkit.tools._chains import Chain, Layer, as_layer, chains
+from normkit.tools._chains import (
+  Chain,
+  Layer,
+  as_layer,
+  chains,
+  without_place,
+)
 from normkit.tools._plan import Fold, Plan, Row, label
 from normkit.tools._program import Call, Graph, Op, Value, struct, trace
 from normkit.tools._statistics import BATCH, own_statistics
@@ -66,7 +72,7 @@ def _plan(graph: Graph, forward: bool, overflows: frozenset[str]) -> Plan:
       setattr(fold, 'after' if layer else 'before', chain)
     into = ' + '.join(_owner(layers[op].kernel) for op in takers)
     for name in names:
-      if takers or name not in own:
+      if takers or not own.intersection((name, without_place(name))):
         row = Row(name, into or None, reason)
         rows.append((order[chain.ops[0]], row))
   for op, fold in folds.items():

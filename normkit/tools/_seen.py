@@ -19,7 +19,8 @@ def _init(mean: Array) -> Stats:
   real = jnp.zeros(mean.shape, _types.real_dtype(dtype))
   moments = dict.fromkeys(('pivot', 'offset'), jnp.zeros(mean.shape, dtype))
   sums = dict.fromkeys(('var', 'count', 'positive', 'saturated'), real)
-  fewest = dict.fromkeys(('elements', 'examples'), real + jnp.inf)
+  least = ('elements', 'examples', 'evaluated')
+  fewest = dict.fromkeys(least, real + jnp.inf)
   told = dict.fromkeys(('epsilon', 'momentum', 'debias', 'scale_offset'), real)
   return {**moments, **sums, **fewest, **told}
 
@@ -46,6 +47,7 @@ def _update(seen: Stats, call: Call) -> Stats:
     'saturated': seen['saturated'] + _number_of(jnp.abs(y) > SATURATED, call),
     'elements': jnp.minimum(seen['elements'], elements),
     'examples': jnp.minimum(seen['examples'], examples),
+    'evaluated': jnp.minimum(seen['evaluated'], float(call.evaluates)),
   }
 
 

@@ -76,6 +76,19 @@ def figure(layers: tuple[Layer, ...]) -> Any:
   return figure
 
 
+def check_ending(path: Any) -> None:
+  """Raises unless figures can be written to files of this ending."""
+  with needed('tools'):
+    from matplotlib.backend_bases import FigureCanvasBase  # noqa: PLC0415
+
+  known = FigureCanvasBase.get_supported_filetypes()
+  if path.suffix[1:].lower() not in known:
+    raise ValueError(
+      f'{str(path)!r} has no ending of a picture. Give one of '
+      f'{", ".join(f".{name}" for name in sorted(known))}.'
+    )
+
+
 def _told(found: Inspection) -> list[str]:
   return [*map(str, found.advice)] or ['nothing seems wrong']
 
@@ -83,7 +96,20 @@ def _told(found: Inspection) -> list[str]:
 def _tables(found: Inspection) -> list[list[tuple[str, ...]]]:
   """Cells of the layers, and of the weights if there are any, with heads."""
   layers: list[tuple[str, ...]] = [_HEAD, *map(_cells, found.layers)]
-  tables = [layers]
+  tables = [layers] if found.layers or not found.norms else []
+  if found.norms:
+    told: tuple[str, ...] = 'norm', 'kind', 'elements', 'epsilon', 'dead'
+    others: list[tuple[str, ...]] = [
+      (
+        n.name or '.',
+        n.kind,
+        f'{n.elements}',
+        f'{n.epsilon:g}',
+        _percent(float(n.dead.mean())),
+      )
+      for n in found.norms
+    ]
+    tables.append([told, *others])
   if found.weights:
     head: tuple[str, ...]
     head = 'weight before a norm', 'norm', 'gradient', 'learning rate / norm²'

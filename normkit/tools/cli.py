@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import normkit
-from normkit.tools import convert, files
+from normkit.tools import _views, convert, files
 from normkit.tools._extras import needed
 from normkit.tools._template import template_of
 from normkit.tools.fold import fold
@@ -109,23 +109,27 @@ def _add_convert(commands: Any) -> None:
   made.add_argument(
     '--flatten',
     nargs='*',
-    type=_named_shape,
+    type=_named(_shape),
     default=[],
     metavar='LAYER=CxHxW',
     help='PyTorch: the shape that was flattened before a dense layer',
   )
   made.add_argument(
-    '--ignore',
-    nargs='*',
-    default=[],
-    metavar='PATTERN',
-    help='names in the file to leave out',
+    '--ignore', nargs='*', default=[], metavar='NAME', help='names to leave out'
   )
   made.add_argument(
     '--transposed',
     nargs='*',
     metavar='PATTERN',
-    help='PyTorch: layers here that are transposed convolutions',
+    help='layers here that are transposed convolutions, if not by that name',
+  )
+  made.add_argument(
+    '--add-to-scale',
+    nargs='*',
+    type=_named(float),
+    default=[],
+    metavar='PATTERN=NUMBER',
+    help='norms here whose scales in the file lie around another number',
   )
   made.add_argument(
     '--count', type=int, help='updates to store where a batch norm counts them'
@@ -219,7 +223,14 @@ def _add_data(parser: argparse.ArgumentParser, required: bool) -> None:
 def _convert(args: argparse.Namespace) -> None:
   _check_free(args.overwrite, args.target)
   model = _load_model(args.model, args.input)
-  options: dict[str, Any] = {'names': _names(args.names), 'ignore': args.ignore}
+  options: dict[str, Any] = {
+    'names': _names(args.names),
+    'ignore': args.ignore,
+    'count': args.count,
+    'add_to_scale': dict(args.add_to_scale),
+  }
+  if args.transposed is not None:
+    options['transposed'] = args.transposed
   if args.framework == 'torch':
     options['flatten'] = dict(args.flatten)
   elif args.flatten:
@@ -237,6 +248,7 @@ def _convert(args: argparse.Namespace) -> None:
 def _inspect(args: argparse.Namespace) -> int:
   if args.figure is not None:
     _check_free(args.overwrite, args.figure)
+    _views.check_ending(args.figure)
   model = _load_model(args.model, args.input)
   variables = _restore(args.source, model)
   found = inspect(
@@ -428,6 +440,11 @@ def _shape(text: str) -> tuple[int, ...]:
   return shape
 
 
-def _named_shape(text: str) -> tuple[str, tuple[int, ...]]:
-  name, _, shape = text.rpartition('=')
-  return name, _shape(shape)
+def _named(read: Callable[[str], Any]) -> Callable[[str], tuple[str, Any]]:
+  """The type of an option NAME=VALUE."""
+
+  def value(text: str) -> tuple[str, Any]:
+    name, _, rest = text.rpartition('=')
+    return name, read(rest)
+
+  return value

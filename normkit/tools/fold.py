@@ -38,6 +38,8 @@ class Report:
       folded one, as a share of the largest output. Of several arrays, that of
       the one nearest to its tolerance.
     tolerance: the largest error allowed there.
+    compared: whether the outputs depend on x at all. Where they do not, as
+      those of a last layer of zeros, the error says nothing.
 
   Examples:
     >>> from normkit.tools import fold
@@ -50,6 +52,7 @@ class Report:
   rows: tuple[Row, ...]
   error: float
   tolerance: float
+  compared: bool = True
 
   def __str__(self) -> str:
     cells = [('norm', 'folded into')]
@@ -57,6 +60,11 @@ class Report:
     width = max(len(norm) for norm, _ in cells)
     lines = [f'{norm:{width}}  {fate}' for norm, fate in cells]
     end = f'error {self.error:.0e}, tolerance {self.tolerance:.0e}'
+    if not self.compared:
+      end = (
+        'nothing compared: the outputs do not depend on x. Give variables '
+        'whose last layer is not zero'
+      )
     return '\n'.join([*lines, end])
 
 
@@ -277,7 +285,23 @@ def _attempt(
       'fold what gives the scores, and take classes from them afterwards.'
     )
   error, limit = max(pairs, key=lambda pair: pair[0] / pair[1])
-  return Folded(params, Report(tuple(plan.rows), error, limit), plan, plans)
+  compared = error > 0 or not _same(
+    wanted, jax.tree.leaves(jax.jit(call)(variables, _changed(x)))
+  )
+  report = Report(tuple(plan.rows), error, limit, compared)
+  return Folded(params, report, plan, plans)
+
+
+def _changed(x: Any) -> Any:
+  """Another input: floats moved, all else in another order."""
+  return jax.tree.map(
+    lambda a: 1 - a / 2 if jnp.issubdtype(a.dtype, jnp.floating) else a[::-1],
+    x,
+  )
+
+
+def _same(wanted: list[Array], given: list[Array]) -> bool:
+  return all(np.array_equal(y, z) for y, z in zip(wanted, given, strict=True))
 
 
 def _tolerance(*dtypes: Any) -> float:

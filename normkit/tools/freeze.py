@@ -18,7 +18,7 @@ import jax
 
 from normkit._types import Array
 import normkit.linen
-from normkit.tools import _layers
+from normkit.tools import _classes, _layers
 from normkit.tools._layers import Model, Path
 
 Match: TypeAlias = str | Collection[str] | Callable[[str], bool]
@@ -50,7 +50,8 @@ def frozen(
   Raises:
     TypeError: if `match` is not what it should be.
     ValueError: at the end, if a pattern, or the function, matched no layer
-      with running statistics that ran inside, now or with this match before.
+      with running statistics that ran inside, now or with this match before; at
+      the call of one that does not call the batch norm that it derives from.
 
   References:
     He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition"
@@ -89,7 +90,7 @@ def freeze(model: nnx.Module, match: Match = '*') -> nnx.Module:
   Raises:
     TypeError: if `model` is no `nnx.Module`, or `match` not what it should be.
     ValueError: if a pattern, or the function, matches no layer with running
-      statistics.
+      statistics, or one that does not call the batch norm that it derives from.
 
   Examples:
     >>> import jax.numpy as jnp, normkit.nnx
@@ -102,10 +103,12 @@ def freeze(model: nnx.Module, match: Match = '*') -> nnx.Module:
     [0.0]
   """
   model = _copy(model)
-  layers = _nnx_norms(model)
+  layers = _layers.nnx_layers(model)
   for path in _select(layers, match):
-    kind: Any = type(layers[path])
-    _layers.set_class(layers[path], _frozen_class(_layers.original(kind)))
+    kind: Any = _classes.original(type(layers[path]))
+    if _classes.nnx_options(layers[path]) is None:
+      raise ValueError(_own_call(path, kind))
+    _classes.set_class(layers[path], _frozen_class(kind))
   return model
 
 
@@ -130,9 +133,9 @@ def unfreeze(model: nnx.Module) -> nnx.Module:
     True
   """
   model = _copy(model)
-  for layer in _nnx_norms(model).values():
+  for layer in _layers.nnx_layers(model).values():
     kind: Any = type(layer)
-    _layers.set_class(layer, _layers.original(kind))
+    _classes.set_class(layer, _classes.original(kind))
   return model
 
 
@@ -218,15 +221,20 @@ def _frozen(
   key = match if isinstance(match, str) or callable(match) else tuple(match)
   ran = _ran(key)
 
-  def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-    module = context.module
-    if _layers.options(module, context.orig_method.func) is None:
-      return next_fun(*args, **kwargs)
-    ran.add(module.path)
-    if not any(matcher(_layers.name(module.path)) for matcher in matches):
-      return next_fun(*args, **kwargs)
-    return _evaluate(next_fun, module, *args, **kwargs)
+  def is_chosen(module: Any) -> bool:
+    return any(matcher(_layers.name(module.path)) for matcher in matches)
 
+  def evaluated(module: Any, call: Any, args: Any, kwargs: Any) -> Any:
+    ran.add(module.path)
+    if is_chosen(module):
+      return _evaluate(call, module, *args, **kwargs)
+    return call(*args, **kwargs)
+
+  def missed(module: Any) -> None:
+    if is_chosen(module):
+      raise ValueError(_own_call(module.path, type(module)))
+
+  intercept = _classes.intercepting(evaluated, missed)
   compiled = _COMPILED((*_COMPILED.value, key))
   with linen.intercept_methods(intercept), compiled:
     yield
@@ -292,19 +300,30 @@ def _ran(key: Any) -> set[Path]:
 def _frozen_class(kind: Any) -> Any:
   """The class of the frozen layers of a class."""
 
-  def __call__(
-    self: Any,
-    x: Array,
-    use_running_average: bool | None = None,
-    *,
-    mask: Array | None = None,
-  ) -> Array:
-    """Normalizes x with the running statistics."""
-    del use_running_average
-    y: Array = kind.__call__(self, x, True, mask=mask)
-    return y
+  def around(base: Any) -> Callable[..., Any]:
+    def __call__(
+      self: Any,
+      x: Array,
+      use_running_average: bool | None = None,
+      *,
+      mask: Array | None = None,
+    ) -> Array:
+      """Normalizes x with the running statistics."""
+      del use_running_average
+      y: Array = base.__call__(self, x, True, mask=mask)
+      return y
 
-  return _layers.wrapped(kind, __call__)
+    return __call__
+
+  return _classes.wrapped(kind, around)
+
+
+def _own_call(path: Path, kind: type) -> str:
+  return (
+    f'the layer {_layers.name(path)!r} cannot be frozen: {kind.__name__} does '
+    'not call super().__call__, the call of a batch norm of Flax or normkit. '
+    'Leave it out by match=, and run it in evaluation.'
+  )
 
 
 def _copy(model: nnx.Module) -> nnx.Module:
@@ -315,14 +334,6 @@ def _copy(model: nnx.Module) -> nnx.Module:
     )
   copy: nnx.Module = nnx.clone(model)
   return copy
-
-
-def _nnx_norms(model: nnx.Module) -> dict[Path, Any]:
-  return {
-    path: layer
-    for path, layer in _layers.nnx_layers(model).items()
-    if _layers.nnx_options(layer) is not None
-  }
 
 
 def _params(model: Model) -> Any:

@@ -14,7 +14,7 @@ from flax import errors, nnx
 import numpy as np
 
 from normkit import _types
-from normkit.tools import _advice, _layers
+from normkit.tools import _advice, _layers, _stateless
 from normkit.tools._advice import (  # noqa: F401, limits to be read here
   EXPLODING,
   INVARIANT,
@@ -37,8 +37,9 @@ from normkit.tools._gradients import (
 from normkit.tools._inspection import Finding, Inspection, Layer, Weight
 from normkit.tools._layers import Batches, Model, Path, Run, Stats
 from normkit.tools._seen import WATCH
+from normkit.tools._stateless import Norm
 
-__all__ = ['Finding', 'Inspection', 'Layer', 'Weight', 'inspect']
+__all__ = ['Finding', 'Inspection', 'Layer', 'Norm', 'Weight', 'inspect']
 
 
 def inspect(
@@ -52,7 +53,7 @@ def inspect(
   framework: str | None = None,
   stacked: bool = False,
 ) -> Inspection:
-  """Looks at the layers with running statistics while a model runs.
+  """Looks at the norms of a model while it runs.
 
   The running statistics of each layer are held against the mean and variance of
   all elements that it sees in the batches. Run the model in training mode, so
@@ -60,11 +61,17 @@ def inspect(
   batches like those of training are enough, as large as in training.
 
   What advice may say, by code: 'mutable' (updated statistics do not come back),
-  'unseen' (a layer did not run), 'not_updated' (statistics are still the
-  initial ones), 'nonfinite', 'gap' (evaluation differs from training),
-  'momentum' (too high for the steps, or PyTorch's), 'one_element' (a batch of
-  one), 'devices' (statistics differ between devices), 'epsilon' (another
-  framework's), and 'dead', 'exploding', 'scale', 'saturated' channels.
+  'evaluation' (all layers ran in evaluation mode), 'unseen' (a layer did not
+  run), 'not_updated' (statistics are still the initial ones), 'nonfinite',
+  'gap' (evaluation differs from training), 'momentum' (too high for the steps,
+  or PyTorch's), 'one_element' (a batch of one), 'devices' (statistics differ
+  between devices), 'epsilon' (another framework's), and 'dead', 'exploding',
+  'scale', 'saturated' channels.
+
+  Of layer, RMS, group and instance norms of Flax and normkit: 'axis'
+  (statistics over the first axis, or channels that seem to lie elsewhere),
+  'doubled' (a norm of a norm), 'epsilon' (too small for the dtype),
+  'one_element', and 'dead' features, whose output does not vary.
 
   Weights before norms are found by their gradients: the loss in training mode
   does not change with the size of such a weight, so that each output's column
@@ -87,12 +94,12 @@ def inspect(
     stacked: whether variables have a leading axis of devices, as for `pmap`.
 
   Returns:
-    The inspection: `layers`, `weights`, `advice`, `table()`, `figure()`.
+    The inspection: `layers`, `norms`, `weights`, `advice`, `table()`,
+    `figure()`.
 
   Raises:
     TypeError: if an argument is not what it should be.
-    ValueError: if there is no batch, no layer with running statistics, or an
-      argument is out of range.
+    ValueError: if there is no batch, no norm, or an argument is out of range.
 
   References:
     Effective learning rates: van Laarhoven, "L2 Regularization versus Batch and
@@ -115,21 +122,23 @@ def inspect(
     'not_updated'
   """
   _check(call, batches, loss, learning_rate, steps, framework, stacked)
-  state, gradients, mutable = _run(call, variables, batches, loss)
+  state, gradients, mutable, norms = _run(call, variables, batches, loss)
   values = values_of(variables)
   shares = shares_of(gradients)
   layers = tuple(
     _layer(path, stats, values, shares)
     for path, stats in sorted(
-      _layers.layers(state).items(), key=lambda item: natural(item[0])
+      _layers.found(state).items(), key=lambda item: natural(item[0])
     )
   )
   found: list[tuple[str, str, dict[str, Any]]] = []
   if not mutable:
     found.append(('', 'mutable', {}))
+  if any(n.seen for n in layers) and all(n.evaluated for n in layers if n.seen):
+    found.append(('', 'evaluation', {}))
   found += [
     (_layers.name(path), 'devices', {})
-    for path, stats in _layers.layers(variables).items()
+    for path, stats in _layers.found(variables).items()
     if any(_differs(stats[name], stacked) for name in ('mean', 'var'))
   ]
   for layer in layers:
@@ -139,10 +148,14 @@ def inspect(
       for code, details in problems
       if mutable or code != 'unseen'
     ]
+  for norm in norms:
+    told = _stateless.problems(norm)
+    found += [(norm.name, code, details) for code, details in told]
   return Inspection(
     layers,
     tuple(weights_of(values, gradients, shares, learning_rate)),
     [Finding(*_advice.finding(*problem)) for problem in found],
+    norms,
   )
 
 
@@ -152,23 +165,44 @@ class _NotMutableError(Exception):
 
 def _run(
   call: Run, variables: Model, batches: Batches, loss: Loss | None
-) -> tuple[Model, Tree, bool]:
-  """What the watch gathered, the summed gradients, whether updates came."""
-  state = _layers.start(variables, WATCH)
+) -> tuple[Model, Tree, bool, tuple[Norm, ...]]:
+  """What was gathered, summed gradients, whether updates came, other norms."""
+  has_stats = bool(_layers.found(variables))
+  state = _stateless.prepared(variables)
+  state = _layers.start(state, WATCH) if has_stats else state
   gradients: Tree = {}
-  empty = True
-  for batch in _layers.read(batches):
-    empty = False
-    try:
-      state = _layers.update(_mutable(call), state, batch, WATCH)
-    except (_NotMutableError, errors.ModifyScopeVariableError):
-      return state, {}, False
-    if loss is not None:
-      new = gradient_of(loss, variables, batch)
-      gradients = {p: gradients.get(p, 0) + g for p, g in new.items()}
+  empty = mutable = True
+  with _stateless.watching() as norms:
+    for batch in _layers.read(batches):
+      empty = False
+      try:
+        state = _after(call, state, batch, has_stats)
+      except (_NotMutableError, errors.ModifyScopeVariableError):
+        mutable = False
+        break
+      _stateless.forget()
+      if loss is not None:
+        new = gradient_of(loss, variables, batch)
+        gradients = {p: gradients.get(p, 0) + g for p, g in new.items()}
   if empty:
     raise ValueError('batches is empty. Give at least one batch.')
-  return state, gradients, True
+  if not has_stats and not norms:
+    _layers.layers(variables)  # raises
+  return state, gradients if mutable else {}, mutable, tuple(norms.values())
+
+
+def _after(call: Run, state: Model, batch: Any, has_stats: bool) -> Model:
+  """The state after a batch."""
+  if has_stats:
+    return _layers.update(_mutable(call), state, batch, WATCH)
+  try:
+    call(nnx.clone(state) if isinstance(state, nnx.Module) else state, batch)
+  except errors.FlaxError as error:
+    raise ValueError(
+      'variables hold no layer with running statistics, and call does not run '
+      f'with them: {error}'
+    ) from error
+  return state
 
 
 def _mutable(call: Run) -> Run:
@@ -216,6 +250,7 @@ def _layer(
     debias=bool(seen['debias'].any()),
     updated=bool(old['mean'].any() or (old['var'] != 1).any()),
     gradient=sum(own) if own else math.nan,
+    evaluated=ran and bool(seen['evaluated'].min() == 1),
   )
 
 

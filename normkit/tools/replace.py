@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from normkit import nnx as modules
 from normkit._types import Array, AxisName
 from normkit.norms.global_response import GlobalResponseNorm
+from normkit.tools import _classes
 
 Where: TypeAlias = Callable[[str], bool]
 Model = TypeVar('Model', bound=nnx.Module)
@@ -47,7 +48,8 @@ def replace_norms(
       or knows no scale and bias, or is global response norm, whose scale
       weighs a response.
     ValueError: if there is no batch norm, one normalizes another axis than the
-      last, or the transform has no place for its scale or bias.
+      last, is of a class with a `__call__` of its own, or the transform has no
+      place for its scale or bias.
 
   References:
     Wu and He, "Group Normalization" (2018), section 4.
@@ -70,6 +72,8 @@ def replace_norms(
   offset = getattr(transform, 'scale_offset', 0.0)
 
   def replaced(name: str, old: Any) -> nnx.Module:
+    if _classes.has_own_call(type(old)):
+      raise ValueError(_own_call(name, type(old)))
     x = jax.ShapeDtypeStruct((1, 1, 1, old.num_features), jnp.float32)
     params, _ = _init(name, transform, x, old.axis)
     new = modules.Norm(
@@ -130,12 +134,13 @@ def replacing_norms(
   """Runs linen models with another norm for each batch norm.
 
   Inside the context `init` and `apply` use the transform with the scale and
-  bias of the batch norm, under their names; statistics are neither made, read
-  nor written, and `{'params': variables['params']}` is all that is needed,
-  but for what the transform has beside scale and bias, such as the alpha of
-  `normkit.Derf()`: `init` inside the context makes it. A jitted function keeps
-  the norms that it was first traced with: trace it inside, or put the context
-  into it.
+  bias of the batch norm, under their names, also where a class derives from one
+  and calls it by `super().__call__`, whose rest stays. Statistics are neither
+  made, read nor written, and `{'params': variables['params']}` is all that is
+  needed, but for what the transform has beside scale and bias, such as the
+  alpha of `normkit.Derf()`: `init` inside the context makes it. A jitted
+  function keeps the norms that it was first traced with: trace it inside, or
+  put the context into it.
 
   Args:
     transform: as `replace_norms` takes it, without `scale_offset`, since the
@@ -149,7 +154,8 @@ def replacing_norms(
   Raises:
     TypeError: at the call, as `replace_norms` raises it.
     ValueError: at the call, if a batch norm normalizes another axis than the
-      last, the transform has no place for its scale or bias, or an offset, or
+      last, or is of a class that does not call the one it derives from; if
+      the transform has no place for its scale or bias, or an offset, or
       a parameter of its own is not there; at the end, if batch norms were
       called and `where` chose none.
 
@@ -198,11 +204,19 @@ def replacing_norms(
     return y
 
   def instead(module: Any, call: Any, args: Any, kwargs: Any) -> Any:
-    del call
+    if not choose(module):
+      return call(*args, **kwargs)
     x = args[0] if args else kwargs['x']
     return replaced(module, x, kwargs.get('mask'))
 
-  with _intercepting(instead, where):
+  def missed(module: Any) -> None:
+    if choose(module):
+      raise ValueError(_own_call('/'.join(module.path), type(module)))
+
+  with (
+    _choosing(where) as choose,
+    nn.intercept_methods(_classes.intercepting(instead, missed)),
+  ):
     yield
 
 
@@ -242,7 +256,10 @@ def synchronizing_norms(
     [-1.0, 1.0]
   """
 
-  def pooled(module: Any, call: Any, args: Any, kwargs: Any) -> Any:
+  def pooled(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    module = context.module
+    if context.method_name != '__call__' or not choose(module):
+      return call(*args, **kwargs)
     before = module.axis_name
     # A bound module is frozen, and its copy would need variables of its own.
     object.__setattr__(module, 'axis_name', axis_name)
@@ -251,7 +268,7 @@ def synchronizing_norms(
     finally:
       object.__setattr__(module, 'axis_name', before)
 
-  with _intercepting(pooled, where):
+  with _choosing(where) as choose, nn.intercept_methods(pooled):
     yield
 
 
@@ -282,25 +299,18 @@ def _mapped(
 
 
 @contextlib.contextmanager
-def _intercepting(
-  instead: Callable[..., Any], where: Where | None
-) -> Iterator[None]:
-  """Calls another function in place of the chosen batch norms of linen."""
+def _choosing(where: Where | None) -> Iterator[Callable[[Any], bool]]:
+  """Whether a linen module is a batch norm that is chosen; at least one is."""
   chosen: dict[str, bool] = {}
 
-  def intercept(
-    call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
-  ) -> Any:
-    module = context.module
-    if isinstance(module, nn.BatchNorm) and context.method_name == '__call__':
-      name = '/'.join(module.path)
-      chosen[name] = where is None or where(name)
-      if chosen[name]:
-        return instead(module, call, args, kwargs)
-    return call(*args, **kwargs)
+  def choose(module: Any) -> bool:
+    if not isinstance(module, nn.BatchNorm):
+      return False
+    name = '/'.join(module.path)
+    chosen[name] = where is None or where(name)
+    return chosen[name]
 
-  with nn.intercept_methods(intercept):
-    yield
+  yield choose
   if chosen and not any(chosen.values()):
     raise ValueError(f'where= chose none of the batch norms {[*chosen]}.')
 
@@ -349,6 +359,14 @@ def _init(name: str, transform: Any, x: Any, axis: Any) -> tuple[Any, Any]:
       f'one number a channel, {x.shape[-1:]}. Give a norm over the last axis.'
     )
   return params, state
+
+
+def _own_call(name: str, kind: type) -> str:
+  return (
+    f'{name!r} is a {kind.__name__}, whose __call__ is its own: what it does '
+    'beside its norm would be lost. Leave it out by where=, or make the norm '
+    'an attribute of it.'
+  )
 
 
 def _no_place(name: str, field: str, transform: Any) -> str:
