@@ -56,19 +56,6 @@ def test_one_input_is_kept(name, dtype, masked):
   assert size <= kept(apply, params, x) <= 1.1 * size
 
 
-@pytest.mark.second_tier
-@pytest.mark.parametrize('case', cases.NORMS, ids=lambda case: case.name)
-def test_no_tracer_leaks(case):
-  x = jnp.ones(case.shape)
-  params, state = case.transform.init(x)
-
-  def loss(params, x):
-    return case.transform.apply(params, state, x, train=True)[0].sum()
-
-  with jax.checking_leaks():
-    jax.jit(jax.grad(loss, (0, 1))).lower(params, x)
-
-
 def test_the_test_can_fail():
   """The same formula without a rule keeps several times as much."""
 
