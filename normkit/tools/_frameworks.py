@@ -35,9 +35,10 @@ TORCH_NAMES = {
   **{leaf: name for name, leaf in _TORCH_LEAVES.items()},
 }
 _TORCH_REFUSED = re.compile(
-  r'(^|\.)(in_proj_(weight|bias)$|(weight|bias)_[ih]h|weight_[gv]$|'
-  r'parametrizations\.)'
+  r'(^|\.)((weight|bias)_[ih]h|weight_[gv]$|parametrizations\.)'
 )
+# Those of `MultiheadAttention` that belong to no layer of their own.
+_TORCH_PROJECTION = re.compile(r'(.*\b[qkv]_proj|.*\bin_proj)_(weight|bias)')
 _KERAS_LEAVES = {
   'kernel': 'weight',
   'embeddings': 'embedding',
@@ -77,13 +78,16 @@ def read_torch(state: Mapping[str, Any]) -> list[Source]:
   files.check_names(state)
   if refused := [key for key in state if _TORCH_REFUSED.search(key)]:
     raise ValueError(
-      f'{refused!s:.300} are of recurrent layers, MultiheadAttention or '
-      'parametrizations, which are not converted. Leave them out by ignore, '
-      'and for a parametrization remove it first.'
+      f'{refused!s:.300} are of recurrent layers or parametrizations, which '
+      'are not converted. Leave them out by ignore, and for a parametrization '
+      'remove it first.'
     )
   sources = []
   for key, value in state.items():
-    layer, _, leaf = key.rpartition('.')
+    if found := _TORCH_PROJECTION.fullmatch(key):
+      layer, leaf = found.groups()
+    else:
+      layer, _, leaf = key.rpartition('.')
     leaf = _TORCH_LEAVES.get(leaf, leaf)
     sources.append(Source(key, layer, leaf, files.as_numpy(key, value)))
   return sources
@@ -213,9 +217,57 @@ def flipped(value: np.ndarray) -> np.ndarray:
   return np.flip(value, tuple(range(value.ndim - 2)))
 
 
-def from_torch_transposed(value: np.ndarray) -> np.ndarray:
-  """(in, out, *spatial), flipped, of ConvTranspose."""
-  return flipped(np.moveaxis(value, (0, 1), (-2, -1)))
+def from_torch_transposed(
+  value: np.ndarray, shape: tuple[int, ...]
+) -> np.ndarray:
+  """(in, out, *spatial), flipped, of ConvTranspose.
+
+  The kernel of one in groups, (in, out / groups, *spatial), becomes that of one
+  without, zero between groups, which is what Flax has; or of a convolution in
+  groups, (*spatial, in / groups, out), with dilated inputs.
+  """
+  value = flipped(np.moveaxis(value, (0, 1), (-2, -1)))
+  *spatial, ins, outs = value.shape
+  groups = shape[-1] // outs
+  if groups < 2 or groups * outs != shape[-1] or ins % groups:
+    return value
+  blocks = np.split(value, groups, -2)
+  if shape[-2] != ins:
+    return np.concatenate(blocks, -1)
+  whole = np.zeros((*spatial, ins, shape[-1]), value.dtype)
+  for i, block in enumerate(blocks):
+    whole[_block(i, groups, whole)] = block
+  return whole
+
+
+def in_groups(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+  """(in, out, *spatial) as (in, out / groups, *spatial), where it is that."""
+  ins, outs, *spatial = value.shape
+  if outs % shape[1] or [*shape[2:]] != spatial:
+    return value
+  groups = outs // shape[1]
+  if shape[0] == ins * groups:  # a convolution in groups here
+    return np.concatenate(np.split(value, groups, 1))
+  if shape[0] != ins or ins % groups:
+    return value
+  last = np.moveaxis(value, (0, 1), (-2, -1)).copy()
+  blocks = []
+  for i in range(groups):
+    blocks.append(last[_block(i, groups, last)].copy())
+    last[_block(i, groups, last)] = 0
+  if last.any():  # not zero between groups
+    return value
+  return np.moveaxis(np.concatenate(blocks, -2), (-2, -1), (0, 1))
+
+
+def _block(i: int, groups: int, value: np.ndarray) -> tuple[Any, ...]:
+  """Where group `i` is in a kernel (*spatial, in, out)."""
+  ins, outs = (n // groups for n in value.shape[-2:])
+  inputs, outputs = (
+    slice(i * ins, (i + 1) * ins),
+    slice(i * outs, (i + 1) * outs),
+  )
+  return ..., inputs, outputs
 
 
 def to_torch_transposed(value: np.ndarray) -> np.ndarray:

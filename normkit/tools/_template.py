@@ -6,6 +6,7 @@ Layers are named by their paths, 'Block_0/Conv_1', in linen and in nnx alike.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import fnmatch
+import functools
 import math
 import re
 from typing import Any, TypeAlias
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from normkit import _types
+from normkit.tools import _attention
 from normkit.tools._frameworks import Source
 
 Names: TypeAlias = Mapping[str, str] | Callable[[str], str] | str | None
@@ -40,11 +42,24 @@ class Template:
     leaves: arrays, or their shapes and dtypes.
     rebuild: makes the model of new leaves.
     transposed: the layers that are seen to be transposed convolutions.
+    general: the layers that are seen to have several axes of inputs or of
+      outputs: how many are of inputs.
   """
 
   leaves: Mapping[Leaf, Any]
   rebuild: Callable[[Mapping[Leaf, Any]], Any]
   transposed: frozenset[str] = frozenset()
+  general: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+  @functools.cached_property
+  def heads(self) -> Mapping[str, int]:
+    """The layers whose kernels have heads: how many axes are of inputs."""
+    return _attention.heads(self.leaves) | {**self.general}
+
+  @functools.cached_property
+  def layers(self) -> frozenset[str]:
+    """The paths of all layers."""
+    return frozenset(layer for layer, _ in self.leaves)
 
   def shape(self, leaf: Leaf) -> tuple[int, ...]:
     """The shape of a leaf."""
@@ -89,10 +104,12 @@ def _of_module(model: nnx.Module) -> Template:
     nnx.update(copy, nnx.from_flat_state(new))
     return copy
 
-  transposed = set()
+  transposed, general = set(), {}
   for path, module in nnx.iter_modules(model):
+    name = '/'.join(map(str, path))
+    if isinstance(module, nnx.LinearGeneral) and not module.batch_axis:
+      general[name] = len(module.axis)
     if isinstance(module, nnx.ConvTranspose):
-      name = '/'.join(map(str, path))
       transposed.add(name)
       if module.transpose_kernel:
         raise ValueError(
@@ -100,7 +117,7 @@ def _of_module(model: nnx.Module) -> Template:
           'it with False.'
         )
   leaves = {leaf: jax.tree.leaves(flat[paths[leaf]])[0] for leaf in paths}
-  return Template(leaves, rebuild, frozenset(transposed))
+  return Template(leaves, rebuild, frozenset(transposed), general)
 
 
 def _unique(paths: Iterable[tuple[Any, Any]], sep: str) -> dict[Leaf, Any]:
@@ -141,26 +158,24 @@ def fill(
   origin: dict[Leaf, str] = {}
   faults = []
   for source in sources:
-    layer = rename(source.layer)
-    leaf = layer, leaf_of(source.leaf, layer, template)
-    if leaf in origin:
-      raise ValueError(
-        f'{origin[leaf]!r} and {source.key!r} both go to {"/".join(leaf)!r}. '
-        'Mend names.'
-      )
-    origin[leaf] = source.key
-    if leaf in template.leaves:
-      struct = template.leaves[leaf]
-      value = _laid_out(source, leaf, struct, layout)
-      faults += _faults(source, leaf, value, template)
-      if leaf[1] == 'scale' and layer in added:
-        wide = np.promote_types(struct.dtype, np.float64)
-        value = value.astype(wide) + added[layer]
-      values[leaf] = value
-    elif source.leaf != 'count':
-      faults.append(
-        f'extra: {source.key!r} {source.value.shape}, for {"/".join(leaf)!r}'
-      )
+    for leaf, value in _placed(source, rename(source.layer), template, layout):
+      if leaf in origin:
+        raise ValueError(
+          f'{origin[leaf]!r} and {source.key!r} both go to {"/".join(leaf)!r}. '
+          'Mend names.'
+        )
+      origin[leaf] = source.key
+      if leaf in template.leaves:
+        faults += _faults(source, leaf, value, template)
+        if leaf[1] == 'scale' and leaf[0] in added:
+          wide = np.promote_types(template.leaves[leaf].dtype, np.float64)
+          values[leaf] = value.astype(wide) + added[leaf[0]]
+        else:
+          values[leaf] = value
+      elif source.leaf != 'count':
+        faults.append(
+          f'extra: {source.key!r} {source.value.shape}, for {"/".join(leaf)!r}'
+        )
   for leaf, struct in template.leaves.items():
     if leaf[1] == 'count' and leaf not in values and count is not None:
       values[leaf] = np.full(struct.shape, count)
@@ -174,6 +189,49 @@ def fill(
   return template.rebuild(
     {leaf: jnp.array(values[leaf], struct.dtype) for leaf, struct in leaves}
   )
+
+
+def targets(source: Source, layer: str, template: Template) -> list[Leaf]:
+  """The leaves that an array for a layer goes to, of which it may be a part."""
+  layers = _attention.targets(layer, template.layers)
+  return [(here, leaf_of(source.leaf, here, template)) for here in layers]
+
+
+def _placed(
+  source: Source, layer: str, template: Template, layout: Layout
+) -> list[tuple[Leaf, np.ndarray]]:
+  """The leaves that a source goes to, each with its value as Flax has it."""
+  leaves = targets(source, layer, template)
+  held = [leaf for leaf in leaves if leaf in template.leaves]
+  if not held:
+    return [(leaves[0], source.value)]
+  value = _laid_out(source, held[0], template, layout)
+  if len(held) < len(leaves):
+    return [(leaf, value) for leaf in leaves]
+  if len(leaves) > 1:
+    sizes = [_outputs(leaf, template) for leaf in leaves]
+    if value.ndim and value.shape[-1] == sum(sizes):
+      parts = np.split(value, np.cumsum(sizes)[:-1], -1)
+      return [
+        (leaf, _with_heads(leaf, part, template))
+        for leaf, part in zip(leaves, parts, strict=True)
+      ]
+  return [(leaves[0], _with_heads(leaves[0], value, template))]
+
+
+def _outputs(leaf: Leaf, template: Template) -> int:
+  """How many outputs a kernel or a bias has, those of all heads."""
+  inputs = template.heads.get(leaf[0], 1) if leaf[1] == 'kernel' else 0
+  return math.prod(template.shape(leaf)[inputs:])
+
+
+def _with_heads(
+  leaf: Leaf, value: np.ndarray, template: Template
+) -> np.ndarray:
+  if leaf[0] not in template.heads:
+    return value
+  inputs, shape = template.heads[leaf[0]], template.shape(leaf)
+  return _attention.with_heads(leaf[1], value, shape, inputs)
 
 
 def leaf_of(leaf: str, layer: str, template: Template) -> str:
@@ -197,10 +255,10 @@ def leaf_of(leaf: str, layer: str, template: Template) -> str:
 
 
 def _laid_out(
-  source: Source, leaf: Leaf, struct: Any, layout: Layout
+  source: Source, leaf: Leaf, template: Template, layout: Layout
 ) -> np.ndarray:
   """A value as Flax has it; axes of one element come and go in vectors."""
-  value, shape = source.value, tuple(struct.shape)
+  value, shape = source.value, template.shape(leaf)
   if leaf[1] == 'count' and value.ndim == 0:
     return np.broadcast_to(value, shape)
   if source.leaf != leaf[1]:  # what has Flax's name there goes as it is

@@ -51,6 +51,7 @@ def from_torch(
   names: Names = None,
   flatten: Shapes | None = None,
   transposed: Sequence[str] = TRANSPOSED,
+  inputs_first: Sequence[str] = (),
   ignore: Sequence[str] = (),
   count: int | None = None,
   add_to_scale: Mapping[str, float] | None = None,
@@ -61,14 +62,21 @@ def from_torch(
   transposed), embeddings, and norms: batch, layer, RMS, gated, group, instance,
   global response (whose gamma and beta may have axes of one element), DyT and
   Derf. Any other parameter goes as it is to one of the same name and shape.
-  Not converted are recurrent layers and `MultiheadAttention`, which pack
-  several kernels in one.
+  Not converted are recurrent layers, which pack several kernels in one.
+
+  Attention: a linear layer goes to a kernel with heads, (D, heads, head_dim) or
+  (heads, head_dim, D). `MultiheadAttention`, and query, key and value one after
+  the other in a layer called `qkv`, `in_proj`, `c_attn` and the like, go to
+  Flax's `MultiHeadDotProductAttention` (nnx: `MultiHeadAttention`), or to
+  layers of such names beside each other. Some names go without being given: to
+  `out` goes what is called `out_proj`, `proj` or `c_proj` there.
 
   A linear layer that follows a flatten sees its inputs in another order where
   channels are last: `flatten={'fc1': (C, H, W)}` gives the shape before it.
   Flax pads a transposed convolution by its own rule: for PyTorch's padding p
   and kernel size k give `padding=((k - 1 - p, k - 1 - p), ...)`, and the
-  output_padding in addition to the second.
+  output_padding in addition to the second. One in groups fills a kernel that is
+  zero between groups, since Flax has none.
 
   Args:
     state: arrays by name: `model.state_dict()`, or what `load_arrays` gives.
@@ -85,6 +93,9 @@ def from_torch(
     transposed: patterns of the paths here that are transposed convolutions
       (with `transpose_kernel=False`), which no array tells; in an
       `nnx.Module` they are seen.
+    inputs_first: patterns of the paths here whose matrices are (in, out) there,
+      as those of `Conv1D` in Hugging Face's GPT-2, where PyTorch's linear
+      layers have (out, in). Of a square one no array tells.
     ignore: patterns of names in `state` that are left out on purpose.
     count: the number of updates to store where a batch norm here counts them
       and the other framework did not.
@@ -119,7 +130,10 @@ def from_torch(
   """
   template = template_of(variables)
   shapes = _layouts.check_flatten(flatten, template)
-  layout = _layouts.channels_first(shapes, template.is_transposed(transposed))
+  _layouts.check_inputs_first(inputs_first, template)
+  layout = _layouts.channels_first(
+    shapes, template.is_transposed(transposed), inputs_first
+  )
   sources = _frameworks.read_torch(_without(state, ignore))
   return _fill(template, sources, names, '.', layout, count, add_to_scale)
 
@@ -130,6 +144,7 @@ def to_torch(
   names: Names = None,
   flatten: Shapes | None = None,
   transposed: Sequence[str] = TRANSPOSED,
+  inputs_first: Sequence[str] = (),
   add_to_scale: Mapping[str, float] | None = None,
   like: Mapping[str, Any] | None = None,
 ) -> dict[str, np.ndarray]:
@@ -137,7 +152,9 @@ def to_torch(
 
   The inverse of `from_torch`, given the same arguments. Without `like`, every
   kernel and scale becomes a `weight`, also one that is a `kernel` or a `gamma`
-  in PyTorch, and has the dtype and the axes that it has here. Load it by
+  in PyTorch, and has the dtype and the axes that it has here; what is in one
+  array there, as query, key and value of `MultiheadAttention`, comes apart.
+  Kernels with heads become matrices. Load it by
   `model.load_state_dict({k: torch.from_numpy(v) for k, v in state.items()})`.
 
   Args:
@@ -147,6 +164,7 @@ def to_torch(
       `from_torch` takes.
     flatten: as in `from_torch`.
     transposed: as in `from_torch`.
+    inputs_first: as in `from_torch`.
     add_to_scale: as in `from_torch`, and is subtracted here.
     like: the state dict that the weights came from, or that of the model they
       go to: its names, shapes and dtypes are taken.
@@ -174,11 +192,14 @@ def to_torch(
   shapes = _layouts.check_flatten(flatten, template)
   added = check_added(add_to_scale, template)
   is_transposed = template.is_transposed(transposed)
-  arrays = _torch.unfilled(template, is_transposed, shapes, added)
+  _layouts.check_inputs_first(inputs_first, template)
+  arrays = _torch.unfilled(template, is_transposed, shapes, added, inputs_first)
   if like is not None:
     sources = _frameworks.read_torch(like)
     rename = _renamer(template, sources, names, '.')
-    return _torch.alike(template, arrays, sources, rename)
+    return _torch.alike(
+      template, arrays, sources, rename, is_transposed, inputs_first
+    )
   if isinstance(names, Mapping):
     names = {path: name for name, path in names.items()}
   return _torch.named(template, arrays, renamer(names, '/', '.'))
