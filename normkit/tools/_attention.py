@@ -8,11 +8,14 @@ import numpy as np
 
 # What the projections are called, Flax's names first.
 _ROLES = (
-  ('query', 'q_proj', 'query_proj', 'q', 'to_q', 'wq'),
-  ('key', 'k_proj', 'key_proj', 'k', 'to_k', 'wk'),
-  ('value', 'v_proj', 'value_proj', 'v', 'to_v', 'wv'),
+  ('query', 'q_proj', 'query_proj', 'query_dense', 'q', 'to_q', 'wq'),
+  ('key', 'k_proj', 'key_proj', 'key_dense', 'k', 'to_k', 'wk'),
+  ('value', 'v_proj', 'value_proj', 'value_dense', 'v', 'to_v', 'wv'),
 )
-_OUT = ('out', 'out_proj', 'output_proj', 'proj', 'c_proj', 'o_proj', 'linear')
+_OUT = (
+  *('out', 'out_proj', 'output_proj', 'proj', 'c_proj', 'o_proj', 'linear'),
+  *('output_dense', 'attention_output'),
+)
 # Those that hold query, key and value one after the other. In others, such as
 # the `query_key_value` of GPT-NeoX, each head has its three, which no file
 # tells.

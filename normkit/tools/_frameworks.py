@@ -29,6 +29,8 @@ _TORCH_LEAVES = {
   'running_var': 'var',
   'num_batches_tracked': 'count',
 }
+# Where a checkpoint of training holds the state dict.
+_TORCH_WRAPPERS = ('state_dict', 'model_state_dict', 'model', 'module', 'net')
 # The names in PyTorch of the leaves of Flax.
 TORCH_NAMES = {
   **dict.fromkeys(('kernel', 'embedding', 'scale'), 'weight'),
@@ -46,6 +48,7 @@ _KERAS_LEAVES = {
   'beta': 'bias',
   'moving_mean': 'mean',
   'moving_variance': 'var',
+  'depthwise_kernel': 'weight',
 }
 _HAIKU_LEAVES = {
   'w': 'weight',
@@ -71,6 +74,32 @@ class Source:
   layer: str
   leaf: str
   value: np.ndarray
+
+
+def unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:
+  """A state dict without what training saves around it, its parts joined."""
+  if not isinstance(state, Mapping):
+    raise TypeError(
+      'the state must be a mapping of arrays by name, as model.state_dict() '
+      f'gives it, got {type(state).__name__}.'
+    )
+  nested = [key for key, value in state.items() if isinstance(value, Mapping)]
+  held = [key for key in _TORCH_WRAPPERS if key in nested]
+  if len(held) > 1:
+    raise ValueError(
+      f'several in this checkpoint may be the state dict: {held}. Give one of '
+      f'them, state[{held[0]!r}].'
+    )
+  if held:
+    return unwrapped(state[held[0]])
+  flat = {}
+  for key, value in state.items():
+    if isinstance(value, Mapping):
+      inner = unwrapped(value)
+      flat.update({f'{key}.{name}': array for name, array in inner.items()})
+    else:
+      flat[key] = value
+  return flat
 
 
 def read_torch(state: Mapping[str, Any]) -> list[Source]:
@@ -109,6 +138,11 @@ def read_keras(weights: Mapping[str, Any]) -> list[Source]:
         leaf = str(_KERAS_LEAVES.get(variable, variable))
         sources.append(Source(key, name, leaf, files.as_numpy(key, array)))
       continue
+    if legacy := _legacy_keras(name):
+      layer, leaf = legacy
+      if layer:
+        sources.append(Source(name, layer, leaf, files.as_numpy(name, value)))
+      continue
     *path, vars_, place = ['', *name.split('/')]
     if vars_ != 'vars' or not place.isdecimal():
       raise ValueError(
@@ -121,6 +155,29 @@ def read_keras(weights: Mapping[str, Any]) -> list[Source]:
     layer = '/'.join(part for part in path if part not in ('', 'layers'))
     sources.append(Source(name, layer, place, files.as_numpy(name, value)))
   return sources
+
+
+def _legacy_keras(name: str) -> tuple[str, str] | None:
+  """The layer and the leaf of a name in a `.h5` file, of Keras 2 or 3.
+
+  Such a name is the layer's, then a path of the model that may begin with it
+  again: 'model_weights/dense/net/dense/kernel:0'. The layer is empty where the
+  array is none of a layer; another name gives None.
+  """
+  top, *path = name.split('/')
+  if top == 'optimizer_weights':
+    return '', ''
+  if top != 'model_weights':
+    path = [top, *path]
+  variable = path.pop().partition(':')[0] if path else ''
+  known = variable == 'bias' or variable in _KERAS_LEAVES
+  if not path or not (known or top == 'model_weights'):
+    return None
+  if path[0] == 'top_level_model_weights':
+    return '', ''
+  again = max(i for i, part in enumerate(path) if part == path[0])
+  layer = '/'.join([path[0], *path[again + 1 :]])
+  return layer, _KERAS_LEAVES.get(variable, variable)
 
 
 def read_haiku(
@@ -157,7 +214,7 @@ def read_equinox(model: Any, state: Any) -> list[Source]:
   for path, node in jax.tree_util.tree_leaves_with_path(
     model, is_leaf=is_batch_norm
   ):
-    names = [_path_part(part) for part in path]
+    names = [path_part(part) for part in path]
     leaves = {names[-1] if names else '': node}
     if is_batch_norm(node):
       leaves = dict(_equinox_batch_norm('.'.join(names), node, state))
@@ -171,7 +228,8 @@ def read_equinox(model: Any, state: Any) -> list[Source]:
   return sources
 
 
-def _path_part(part: Any) -> str:
+def path_part(part: Any) -> str:
+  """The name of a step in the path of a leaf."""
   for name in ('name', 'key', 'idx'):
     if hasattr(part, name):
       return str(getattr(part, name))

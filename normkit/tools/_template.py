@@ -8,10 +8,9 @@ import dataclasses
 import fnmatch
 import functools
 import math
-import re
 from typing import Any, TypeAlias
 
-from flax import nnx, traverse_util
+from flax import nnx
 from flax.core import meta
 import jax
 import jax.numpy as jnp
@@ -19,9 +18,8 @@ import numpy as np
 
 from normkit import _types
 from normkit.tools import _attention
-from normkit.tools._frameworks import Source
+from normkit.tools._frameworks import Source, path_part
 
-Names: TypeAlias = Mapping[str, str] | Callable[[str], str] | str | None
 Leaf: TypeAlias = tuple[str, str]  # the layer's path, the leaf's name
 # What a layer here is given, its leaf and its shape: an array as Flax has it.
 Layout: TypeAlias = Callable[
@@ -75,20 +73,43 @@ def template_of(variables: Any) -> Template:
   if isinstance(variables, nnx.Module):
     return _of_module(variables)
   if not isinstance(variables, Mapping) or not all(
-    isinstance(tree, Mapping) for tree in variables.values()
+    tree is None or isinstance(tree, Mapping) for tree in variables.values()
   ):
     raise TypeError(
       'variables must be an nnx.Module or linen variables, '
       f"{{'params': {{...}}, ...}}, got {type(variables).__name__}."
     )
-  flat = traverse_util.flatten_dict(meta.unbox(variables))
+  nodes, tree = jax.tree_util.tree_flatten_with_path(variables, is_leaf=_is_box)
+  flat = {tuple(map(path_part, path)): node for path, node in nodes}
   paths = _unique(((path[1:], path) for path in flat), '/')
+  leaf_at = {path: leaf for leaf, path in paths.items()}
 
   def rebuild(leaves: Mapping[Leaf, Any]) -> Any:
-    new = {paths[leaf]: value for leaf, value in leaves.items()}
-    return traverse_util.unflatten_dict(new)
+    new = [_boxed(node, leaves[leaf_at[path]]) for path, node in flat.items()]
+    return jax.tree.unflatten(tree, new)
 
-  return Template({leaf: flat[path] for leaf, path in paths.items()}, rebuild)
+  return Template(
+    {leaf: _unboxed(flat[path]) for leaf, path in paths.items()}, rebuild
+  )
+
+
+def _is_box(node: Any) -> bool:
+  return isinstance(node, meta.AxisMetadata)
+
+
+def _unboxed(node: Any) -> Any:
+  """What is in a box, such as `nn.Partitioned`, and was not moved by it."""
+  while _is_box(node):
+    node = node.value if hasattr(node, 'value') else node.unbox()
+  return node
+
+
+def _boxed(node: Any, value: Any) -> Any:
+  """A value in boxes like those of a node."""
+  if not _is_box(node):
+    return value
+  inside = node.value if hasattr(node, 'value') else node.unbox()
+  return node.replace_boxed(_boxed(inside, value))
 
 
 def _of_module(model: nnx.Module) -> Template:
@@ -187,8 +208,19 @@ def fill(
     raise ValueError(report(faults))
   leaves = template.leaves.items()
   return template.rebuild(
-    {leaf: jnp.array(values[leaf], struct.dtype) for leaf, struct in leaves}
+    {leaf: _put(values[leaf], struct) for leaf, struct in leaves}
   )
+
+
+def _put(value: Any, struct: Any) -> jax.Array:
+  """An array of the dtype of another, or of its shape, and where that is."""
+  sharding = getattr(struct, 'sharding', None)
+  mesh = getattr(sharding, 'mesh', None)
+  is_somewhere = not isinstance(mesh, jax.sharding.AbstractMesh)
+  if sharding is None or not getattr(struct, 'committed', is_somewhere):
+    return jnp.array(value, struct.dtype)
+  array: jax.Array = jax.device_put(np.asarray(value, struct.dtype), sharding)
+  return array
 
 
 def targets(source: Source, layer: str, template: Template) -> list[Leaf]:
@@ -336,91 +368,3 @@ def check_added(
           'Make its patterns match less.'
         )
   return added
-
-
-def renamer(names: Names, old: str, new: str) -> Callable[[str], str]:
-  """The function from one side's layer names, with `old` between parts."""
-  if callable(names):
-    return names
-  if names is not None and not isinstance(names, Mapping):
-    raise ValueError(
-      f"names must be None, a mapping, a function or 'order', got {names!r}."
-    )
-  prefixes = names or {}
-
-  def rename(layer: str) -> str:
-    parts = layer.split(old)
-    for end in range(len(parts), 0, -1):
-      prefix = old.join(parts[:end])
-      if prefix in prefixes:
-        return new.join(filter(None, (prefixes[prefix], *parts[end:])))
-    return new.join(parts)
-
-  return rename
-
-
-def in_order(
-  template: Template, sources: Sequence[Source]
-) -> Callable[[str], str]:
-  """Pairs the layers of each kind in natural order of their names."""
-  given = _kinds((s.layer, s.leaf, s.value.shape) for s in sources)
-  held = _kinds(
-    (layer, leaf, array.shape)
-    for (layer, leaf), array in template.leaves.items()
-  )
-  for kind in sorted({*given, *held}):
-    theirs, ours = given.get(kind, []), held.get(kind, [])
-    if len(theirs) != len(ours):
-      raise ValueError(
-        f"names='order' finds {len(theirs)} layers of the kind {kind!r} "
-        f'there, {theirs}, but {len(ours)} here, {ours}. Name them.'
-      )
-  pairs = {
-    theirs: ours
-    for kind in held
-    for theirs, ours in zip(given[kind], held[kind], strict=True)
-  }
-  return pairs.__getitem__
-
-
-def _kinds(
-  leaves: Iterable[tuple[str, str, tuple[int, ...]]],
-) -> dict[str, list[str]]:
-  """The layers of each kind, in natural order."""
-  layers: dict[str, dict[str, tuple[int, ...]]] = {}
-  for layer, leaf, shape in leaves:
-    layers.setdefault(layer, {})[leaf] = tuple(shape)
-  kinds: dict[str, list[str]] = {}
-  first: dict[frozenset[Any], str] = {}
-  for layer in sorted(layers, key=_natural):
-    shapes = layers[layer]
-    alike = first.setdefault(frozenset(shapes.items()), layer)
-    if _unnumbered(alike) != _unnumbered(layer):
-      raise ValueError(
-        f"names='order' cannot tell which of {alike!r} and {layer!r} comes "
-        'first: they have the same shapes, and their names differ in more '
-        'than numbers. Give names= as a mapping.'
-      )
-    kinds.setdefault(_kind(shapes), []).append(layer)
-  return kinds
-
-
-def _kind(shapes: Mapping[str, tuple[int, ...]]) -> str:
-  """The kind of a layer, by what both sides know of its leaves."""
-  if 'mean' in shapes or {'0', '1', '2'} <= shapes.keys():
-    return 'batch norm'
-  rank = max(len(shape) for shape in shapes.values())
-  return {1: 'norm', 2: 'matrix'}.get(rank, f'kernel of rank {rank}')
-
-
-def _unnumbered(name: str) -> str:
-  """A name without its numbers: that of 'dense_1' is that of 'dense'."""
-  return re.sub(r'_?\d+', '', name)
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-  """A key that sorts numbers in names as numbers."""
-  return [
-    (int(part), '') if part.isdecimal() else (-1, part)
-    for part in re.split(r'(\d+)', name)
-  ]

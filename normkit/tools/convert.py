@@ -14,16 +14,14 @@ import numpy as np
 from normkit.tools import _frameworks, _layouts, _torch
 from normkit.tools._frameworks import Source
 from normkit.tools._layouts import Shapes
+from normkit.tools._names import Names, in_order, renamer, without_prefix
 from normkit.tools._options import batch_norm_options
 from normkit.tools._template import (
   Layout,
-  Names,
   Template,
   check_added,
   fill,
-  in_order,
   matches,
-  renamer,
   template_of,
 )
 from normkit.tools.files import load_arrays, save_arrays
@@ -79,7 +77,10 @@ def from_torch(
   zero between groups, since Flax has none.
 
   Args:
-    state: arrays by name: `model.state_dict()`, or what `load_arrays` gives.
+    state: arrays by name: `model.state_dict()`, or what `load_arrays` gives;
+      also a checkpoint that holds one, {'state_dict': {...}, 'epoch': 3}. The
+      prefix that a wrapper gave to all names ('module.', 'model.') is dropped,
+      unless `names` or the model here has it.
     variables: the model to fill: linen variables, of arrays or of
       `jax.ShapeDtypeStruct` as `jax.eval_shape` gives them, or an
       `nnx.Module`. It is not changed.
@@ -106,8 +107,9 @@ def from_torch(
       with `scale_offset=1.0`.
 
   Returns:
-    The model filled, of the kind of `variables`: linen variables of arrays, or
-    a new module.
+    The model filled, of the kind of `variables`: a tree of the same dicts
+    and boxes (`nn.Partitioned`), or a new module. Arrays are placed where those
+    of `variables` are, or as the sharding of a `jax.ShapeDtypeStruct` says.
 
   Raises:
     TypeError: if something is not an array of numbers, or not a model.
@@ -134,7 +136,9 @@ def from_torch(
   layout = _layouts.channels_first(
     shapes, template.is_transposed(transposed), inputs_first
   )
-  sources = _frameworks.read_torch(_without(state, ignore))
+  kept = _without(_frameworks.unwrapped(state), ignore)
+  sources = _frameworks.read_torch(kept)
+  sources = without_prefix(sources, names, template)
   return _fill(template, sources, names, '.', layout, count, add_to_scale)
 
 
@@ -195,7 +199,8 @@ def to_torch(
   _layouts.check_inputs_first(inputs_first, template)
   arrays = _torch.unfilled(template, is_transposed, shapes, added, inputs_first)
   if like is not None:
-    sources = _frameworks.read_torch(like)
+    sources = _frameworks.read_torch(_frameworks.unwrapped(like))
+    sources = without_prefix(sources, names, template)
     rename = _renamer(template, sources, names, '.')
     return _torch.alike(
       template, arrays, sources, rename, is_transposed, inputs_first
@@ -217,7 +222,8 @@ def from_keras(
 ) -> Model:
   """Fills a Flax model with the weights of a Keras 3 model.
 
-  A layer's arrays have no names in a file of Keras, only an order. They go to
+  A layer's arrays have no names in a file of Keras 3, only an order (in a `.h5`
+  file they have). They go to
   the leaves that the layer has here, in the order kernel (embedding, scale),
   bias, mean, var. A norm with one of scale and bias is refused, since no order
   tells gamma from beta: give its arrays by name,
@@ -226,7 +232,8 @@ def from_keras(
   out.
 
   Args:
-    weights: what `load_arrays` gives of a `.weights.h5` file; or by layer
+    weights: what `load_arrays` gives of a `.keras`, `.weights.h5` or `.h5`
+      file; or by layer
       lists of arrays, `{layer.name: layer.get_weights() for ...}`, or arrays
       by name, `{layer.name: {v.name: v for v in layer.weights} for ...}`.
     variables: the model to fill, as in `from_torch`. It is not changed.
