@@ -926,6 +926,35 @@ def test_bfloat16_of_torch(tmp_path):
   )
 
 
+@pytest.mark.parametrize(
+  'dtype',
+  ['bfloat16', 'float8_e4m3fn', 'float8_e5m2', 'float16', 'int64', '>f4'],
+)
+def test_tensors_have_the_bits_of_arrays(dtype):
+  pytest.importorskip('torch', reason=TORCH)
+  for shape in ((3, 2), ()):
+    array = np.asarray(draw(0, *shape) * 5).astype(np.dtype(dtype))
+    array.flags.writeable = False
+    tensor = convert.as_tensors({'a': array})['a']
+    assert dtype == '>f4' or str(tensor.dtype) == f'torch.{dtype}'
+    assert tensor.shape == shape
+    back = files.as_numpy('a', tensor)
+    assert back.dtype == array.dtype.newbyteorder('=')
+    np.testing.assert_array_equal(back, array)
+
+
+def test_bfloat16_of_torch_goes_back():
+  torch = pytest.importorskip('torch', reason=TORCH)
+  there = torch.nn.Linear(5, 3, dtype=torch.bfloat16)
+  state = {k: v.clone() for k, v in there.state_dict().items()}
+  variables = convert.from_torch(state, empty(nn.Dense(3), np.ones((1, 5))))
+  back = convert.as_tensors(convert.to_torch(variables, like=state))
+  there.load_state_dict(back)
+  for name, value in there.state_dict().items():
+    assert back[name].dtype == torch.bfloat16
+    assert torch.equal(value, state[name])
+
+
 class Small(nn.Module):
   """Two convolutions, one transposed, a batch norm, a layer norm."""
 

@@ -1,13 +1,14 @@
 """The way back: the arrays of a Flax model as those of a PyTorch model."""
 
 from collections.abc import Callable, Mapping, Sequence
+import importlib
 import math
 from typing import Any
 
 import jax
 import numpy as np
 
-from normkit.tools import _attention, _frameworks
+from normkit.tools import _attention, _frameworks, files
 from normkit.tools._frameworks import Source
 from normkit.tools._layouts import Shapes
 from normkit.tools._template import (
@@ -158,3 +159,14 @@ def _fits(leaf: str, here: tuple[int, ...], there: tuple[int, ...]) -> bool:
   ours, theirs = (tuple(n for n in shape if n != 1) for shape in (here, there))
   is_flat = leaf == 'scale' and len(there) == 1
   return ours == theirs or (is_flat and math.prod(here) == there[0])
+
+
+def tensor(name: str, value: Any) -> Any:
+  """An array as a tensor of the same bits."""
+  torch: Any = importlib.import_module('torch')
+  array = np.array(files.as_numpy(name, value), order='C')
+  array = array.astype(array.dtype.newbyteorder('='), copy=False)
+  if array.dtype not in files.NOT_OF_NUMPY:
+    return torch.from_numpy(array)
+  bits = array.view(np.int16 if array.dtype.itemsize == 2 else np.uint8)
+  return torch.from_numpy(bits).view(getattr(torch, array.dtype.name))

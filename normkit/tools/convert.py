@@ -27,6 +27,7 @@ from normkit.tools._template import (
 from normkit.tools.files import load_arrays, save_arrays
 
 __all__ = [
+  'as_tensors',
   'batch_norm_options',
   'from_equinox',
   'from_haiku',
@@ -159,7 +160,7 @@ def to_torch(
   in PyTorch, and has the dtype and the axes that it has here; what is in one
   array there, as query, key and value of `MultiheadAttention`, comes apart.
   Kernels with heads become matrices. Load it by
-  `model.load_state_dict({k: torch.from_numpy(v) for k, v in state.items()})`.
+  `model.load_state_dict(convert.as_tensors(state))`.
 
   Args:
     variables: linen variables or an `nnx.Module`. It is not changed.
@@ -208,6 +209,35 @@ def to_torch(
   if isinstance(names, Mapping):
     names = {path: name for name, path in names.items()}
   return _torch.named(template, arrays, renamer(names, '/', '.'))
+
+
+def as_tensors(arrays: Mapping[str, Any]) -> dict[str, Any]:
+  """Gives arrays as tensors of PyTorch, on the CPU.
+
+  Also those of bfloat16 and of float8, which `torch.from_numpy` refuses.
+
+  Args:
+    arrays: arrays by name, as `to_torch` and `load_arrays` give them.
+
+  Returns:
+    Tensors by name, of the same shapes, dtypes and bits, which share no memory
+    with the arrays.
+
+  Raises:
+    ModuleNotFoundError: if PyTorch is not installed.
+    TypeError: if one is no array of numbers.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from normkit.tools import convert
+    >>> state = {'weight': jnp.ones((3, 2), jnp.bfloat16)}
+    >>> try:
+    ...   print(convert.as_tensors(state)['weight'].dtype)
+    ... except ModuleNotFoundError:  # without PyTorch
+    ...   print('torch.bfloat16')
+    torch.bfloat16
+  """
+  return {name: _torch.tensor(name, value) for name, value in arrays.items()}
 
 
 def from_keras(

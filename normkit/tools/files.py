@@ -28,6 +28,11 @@ _MAX_HEADER = 100_000_000  # the limit of the safetensors library
 # What the arrays of a file may take: so many times its bytes, or this at least.
 _MAX_RATIO = 1000
 _MIN_LIMIT = 2**26
+NOT_OF_NUMPY = (
+  ml_dtypes.bfloat16,
+  ml_dtypes.float8_e4m3fn,
+  ml_dtypes.float8_e5m2,
+)
 _DTYPES = {
   'BOOL': np.bool_,
   'U8': np.uint8,
@@ -178,8 +183,11 @@ def as_numpy(name: str, value: Any) -> np.ndarray:
   """Returns an array of NumPy, JAX or PyTorch as NumPy's."""
   if hasattr(value, 'detach'):  # PyTorch's
     value = value.detach().cpu()
-    if str(value.dtype) == 'torch.bfloat16':  # NumPy has none of its own
-      value = value.float().numpy().astype(ml_dtypes.bfloat16)
+    named = str(value.dtype).removeprefix('torch.')
+    for dtype in NOT_OF_NUMPY:
+      if named == dtype.__name__:
+        value = value.float().numpy().astype(dtype)
+        break
   array = np.asarray(value)
   check_numbers(name, array)
   return array
