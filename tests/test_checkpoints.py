@@ -218,6 +218,19 @@ class Net(nn.Module):
 
 def plain():
   return Net(False)
+
+class Step(nn.Module):
+  @nn.compact
+  def __call__(self, x, _):
+    return nn.Dense(4, name='fc')(x), None
+
+class Deep(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    scan = nn.scan(
+      Step, variable_axes={'params': 0}, split_rngs={'params': True}, length=2
+    )
+    return scan(name='blocks')(x, None)[0]
 """
 
 
@@ -282,6 +295,26 @@ def test_integers_steps_and_a_folded_file_from_the_command_line(zoo, capsys):
   data = ['--data', 'floats.npz']
   assert run('inspect', 'run', *model, *data) == 2
   assert '--input asks for int32' in capsys.readouterr().err
+
+
+def test_options_of_square_and_of_scanned_layers(zoo, capsys):
+  state = {}
+  for i in range(2):
+    state |= {f'blocks.{i}.fc.weight': draw(i, 4, 4)}
+    state |= {f'blocks.{i}.fc.bias': draw(i, 4)}
+  files.save_arrays('torch.safetensors', state)
+  model = ['--model', 'zoo_of_steps:Deep', '--input', '2x4']
+  weights = [draw(i, 4, 4) for i in range(2)]
+  for options, want in (
+    ([], [weight.T for weight in weights]),
+    (['--inputs-first', '*/fc'], weights),
+  ):
+    convert = ['convert', 'torch.safetensors', 'flax', '--overwrite', *model]
+    assert run(*convert, '--scanned', 'blocks', *options) == 0
+    arrays = files.load_arrays('flax')
+    np.testing.assert_array_equal(arrays['blocks/fc/kernel'], np.stack(want))
+  assert run(*convert, '--from', 'keras', '--scanned', 'blocks') == 2
+  assert 'are for PyTorch' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('text', ['2x5:int33', '2x5:bool', '2x5:', '2xa:int32'])

@@ -285,3 +285,91 @@ def test_transposed_convolutions_in_groups(form):
     trained = jax.tree.map(lambda a: a + 1, got)
     with pytest.raises(ValueError, match='shape:'):
       convert.to_torch(trained, like=state, **options)
+
+
+def as_modules(tree):
+  """A tree of shapes as a module of modules."""
+  if not isinstance(tree, dict):
+    return nnx.Param(jnp.zeros(tree.shape, tree.dtype))
+  return nnx.Dict({name: as_modules(node) for name, node in tree.items()})
+
+
+@pytest.mark.parametrize('form', ['linen', 'last axis', 'nnx'])
+def test_layers_that_are_scanned(form):
+  """Attention and a norm three times over, one layer there for each."""
+  axis = -1 if form == 'last axis' else 0
+  one = {**here()['params'], 'norm': {'scale': (D,)}}
+  is_shape = lambda node: isinstance(node, tuple)  # noqa: E731
+  stacked = jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct(
+      np.insert(a, len(a) if axis else 0, 3).tolist(), jnp.float32
+    ),
+    jax.tree.map(
+      lambda a: a if is_shape(a) else a.shape, one, is_leaf=is_shape
+    ),
+    is_leaf=is_shape,
+  )
+  state, want = {}, []
+  for i in range(3):
+    layer = {k: v + i for k, v in fused(separate(), 'attn.qkv.{}').items()}
+    scale = draw(i, D)
+    layer['norm.weight'] = scale
+    state |= {f'h.{i}.{name}': value for name, value in layer.items()}
+    tree = jax.tree.map(lambda a, n=i: a + n, expected(separate())['params'])
+    want.append(tree | {'norm': {'scale': scale}})
+  state['head.bias'] = draw(9, 2)
+  whole = jax.tree.map(lambda *arrays: np.stack(arrays, axis), *want)
+  template = {'params': {'blocks': stacked, 'head': {'bias': jnp.ones(2)}}}
+  if form == 'nnx':
+    template = as_modules(template['params'])
+  options = {'names': {'h': 'blocks'}}
+  options['scanned'] = {'blocks': -1} if axis else ('blocks',)
+  got = convert.from_torch(state, template, **options)
+  blocks = (
+    nnx.to_pure_dict(nnx.state(got))['blocks']
+    if form == 'nnx'
+    else got['params']['blocks']
+  )
+  chex.assert_trees_all_equal(jax.tree.map(np.asarray, blocks), whole)
+  back = convert.to_torch(got, **options, like=state)
+  chex.assert_trees_all_equal(back, state)
+  plain = convert.to_torch(got, **options)
+  np.testing.assert_array_equal(plain['h.2.norm.weight'], draw(2, D))
+
+
+def test_what_is_not_scanned_is_told():
+  template = {
+    'params': {'a': {'kernel': jnp.ones((3, 2)), 'bias': jnp.ones(2)}}
+  }
+  for path in ('a', 'b'):
+    with pytest.raises(ValueError, match=f"scanned: '{path}' must be the path"):
+      convert.from_torch({}, template, scanned=(path,))
+  with pytest.raises(TypeError, match=r"a sequence of paths: \('a',\)"):
+    convert.from_torch({}, template, scanned='a')
+
+
+def test_separable_convolutions_of_keras():
+  """Depthwise (H, W, C, M), then pointwise: two layers here."""
+  depth, point, bias = draw(0, 2, 2, 3, 2), draw(1, 1, 1, 6, 4), draw(2, 4)
+
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      options = {'padding': 'VALID', 'feature_group_count': 3}
+      x = nn.Conv(6, (2, 2), use_bias=False, name='depth', **options)(x)
+      return nn.Conv(4, (1, 1), name='point')(x)
+
+  x = draw(3, 1, 3, 3, 3)
+  template = jax.eval_shape(Model().init, jax.random.key(0), x)
+  names = {'sep/depthwise': 'depth', 'sep/pointwise': 'point'}
+  windows = np.lib.stride_tricks.sliding_window_view(
+    np.float64(x), (2, 2), axis=(1, 2)
+  )
+  want = np.einsum('nhwcab,abcm->nhwcm', windows, depth).reshape(1, 2, 2, 6)
+  want = want @ point[0, 0] + bias
+  named = {'depthwise_kernel': depth, 'pointwise_kernel': point, 'bias': bias}
+  for weights in ({'sep': [depth, point, bias]}, {'sep': named}):
+    got = convert.from_keras(weights, template, names=names)
+    np.testing.assert_allclose(
+      Model().apply(got, x), want, rtol=1e-4, atol=1e-5
+    )

@@ -154,7 +154,37 @@ def read_keras(weights: Mapping[str, Any]) -> list[Source]:
       continue
     layer = '/'.join(part for part in path if part not in ('', 'layers'))
     sources.append(Source(name, layer, place, files.as_numpy(name, value)))
-  return sources
+  return _without_separable(sources)
+
+
+def _without_separable(sources: list[Source]) -> list[Source]:
+  """Separable convolutions as the two that they are here.
+
+  `sep` becomes `sep/depthwise` and `sep/pointwise`, which has the bias.
+  """
+  layers: dict[str, dict[str, Source]] = {}
+  for source in sources:
+    layers.setdefault(source.layer, {})[source.leaf] = source
+  parted = []
+  for source in sources:
+    held = layers[source.layer]
+    first = held.get('0') or held.get('weight')
+    second = held.get('1') or held.get('pointwise_kernel')
+    if first and second and _is_separable(first.value, second.value):
+      part = 'depthwise' if source is first else 'pointwise'
+      leaf = 'weight' if source is first or source is second else 'bias'
+      name = f'{source.layer}/{part}'
+      parted.append(dataclasses.replace(source, layer=name, leaf=leaf))
+    else:
+      parted.append(source)
+  return parted
+
+
+def _is_separable(first: np.ndarray, second: np.ndarray) -> bool:
+  """Whether kernels are (*spatial, C, M) and (1, ..., C * M, out)."""
+  *spatial, ins, _ = second.shape if second.ndim > 2 else (0, 0, 0)
+  same = first.ndim == second.ndim and {*spatial} == {1}
+  return same and ins == math.prod(first.shape[-2:])
 
 
 def _legacy_keras(name: str) -> tuple[str, str] | None:

@@ -208,11 +208,11 @@ def fill(
     raise ValueError(report(faults))
   leaves = template.leaves.items()
   return template.rebuild(
-    {leaf: _put(values[leaf], struct) for leaf, struct in leaves}
+    {leaf: put(values[leaf], struct) for leaf, struct in leaves}
   )
 
 
-def _put(value: Any, struct: Any) -> jax.Array:
+def put(value: Any, struct: Any) -> jax.Array:
   """An array of the dtype of another, or of its shape, and where that is."""
   sharding = getattr(struct, 'sharding', None)
   mesh = getattr(sharding, 'mesh', None)

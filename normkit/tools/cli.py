@@ -137,6 +137,13 @@ def _add_convert(commands: Any) -> None:
     help='PyTorch: layers here whose matrices are (in, out) there (GPT-2)',
   )
   made.add_argument(
+    '--scanned',
+    nargs='*',
+    default=[],
+    metavar='PATH',
+    help='PyTorch: modules here whose layers are stacked by nn.scan',
+  )
+  made.add_argument(
     '--count', type=int, help='updates to store where a batch norm counts them'
   )
 
@@ -236,8 +243,9 @@ def _convert(args: argparse.Namespace) -> None:
   if args.framework == 'torch':
     options['flatten'] = dict(args.flatten)
     options['inputs_first'] = args.inputs_first
-  elif args.inputs_first:
-    raise ValueError('--inputs-first is for PyTorch.')
+    options['scanned'] = args.scanned
+  elif args.inputs_first or args.scanned:
+    raise ValueError('--inputs-first and --scanned are for PyTorch.')
   elif args.flatten:
     raise ValueError(
       '--flatten is for PyTorch: in Keras channels are last too.'

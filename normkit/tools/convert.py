@@ -16,6 +16,7 @@ from normkit.tools._frameworks import Source
 from normkit.tools._layouts import Shapes
 from normkit.tools._names import Names, in_order, renamer, without_prefix
 from normkit.tools._options import batch_norm_options
+from normkit.tools._stacked import Scanned, unstacked
 from normkit.tools._template import (
   Layout,
   Template,
@@ -51,6 +52,7 @@ def from_torch(
   flatten: Shapes | None = None,
   transposed: Sequence[str] = TRANSPOSED,
   inputs_first: Sequence[str] = (),
+  scanned: Scanned = (),
   ignore: Sequence[str] = (),
   count: int | None = None,
   add_to_scale: Mapping[str, float] | None = None,
@@ -98,6 +100,10 @@ def from_torch(
     inputs_first: patterns of the paths here whose matrices are (in, out) there,
       as those of `Conv1D` in Hugging Face's GPT-2, where PyTorch's linear
       layers have (out, in). Of a square one no array tells.
+    scanned: the paths here of modules that `nn.scan` or `nnx.scan` runs, whose
+      arrays have a first axis of layers (or a mapping to that axis). Each layer
+      is one there, 'blocks.0.fc' to 'blocks/0/fc', of which the other options
+      speak.
     ignore: patterns of names in `state` that are left out on purpose.
     count: the number of updates to store where a batch norm here counts them
       and the other framework did not.
@@ -131,7 +137,7 @@ def from_torch(
     >>> variables['params']['layers_0']['kernel'].shape
     (3, 3, 2, 8)
   """
-  template = template_of(variables)
+  template = unstacked(template_of(variables), scanned)
   shapes = _layouts.check_flatten(flatten, template)
   _layouts.check_inputs_first(inputs_first, template)
   layout = _layouts.channels_first(
@@ -150,6 +156,7 @@ def to_torch(
   flatten: Shapes | None = None,
   transposed: Sequence[str] = TRANSPOSED,
   inputs_first: Sequence[str] = (),
+  scanned: Scanned = (),
   add_to_scale: Mapping[str, float] | None = None,
   like: Mapping[str, Any] | None = None,
 ) -> dict[str, np.ndarray]:
@@ -170,6 +177,7 @@ def to_torch(
     flatten: as in `from_torch`.
     transposed: as in `from_torch`.
     inputs_first: as in `from_torch`.
+    scanned: as in `from_torch`.
     add_to_scale: as in `from_torch`, and is subtracted here.
     like: the state dict that the weights came from, or that of the model they
       go to: its names, shapes and dtypes are taken.
@@ -193,7 +201,7 @@ def to_torch(
     >>> state['0.weight'].shape
     (3, 2)
   """
-  template = template_of(variables)
+  template = unstacked(template_of(variables), scanned)
   shapes = _layouts.check_flatten(flatten, template)
   added = check_added(add_to_scale, template)
   is_transposed = template.is_transposed(transposed)
