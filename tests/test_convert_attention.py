@@ -137,12 +137,16 @@ def test_a_convolution_is_no_attention():
     'a.conv.weight': draw(0, 3, 3, 2),
     'a.next.weight': draw(1, 2, 3, 3),
     'a.next.bias': draw(2, 2),
-    'a.query.weight': draw(3, 3, 4, 1),
+    'a.query.weight': draw(3, 3, 4, 2),
+    'a.key.weight': draw(4, 3, 4, 1),
+    'a.v.weight': draw(5, 3, 4, 3, 3),
   }
   tree = {
     'conv': {'kernel': jnp.zeros((2, 3, 3))},
     'next': {'kernel': jnp.zeros((3, 3, 2)), 'bias': jnp.zeros(2)},
-    'query': {'kernel': jnp.zeros((1, 4, 3))},
+    'query': {'kernel': jnp.zeros((2, 4, 3))},
+    'key': {'kernel': jnp.zeros((1, 4, 3))},
+    'v': {'kernel': jnp.zeros((3, 3, 4, 3))},
   }
   got = convert.from_torch(state, {'params': {'a': tree}})
   chex.assert_trees_all_equal(convert.to_torch(got), state)

@@ -26,8 +26,8 @@ _INWARD = frozenset(name for role in _ROLES for name in role) | {*_FUSED}
 def heads(leaves: Mapping[tuple[str, str], Any]) -> dict[str, int]:
   """The layers whose kernels have heads: how many axes are of inputs.
 
-  A bias of several axes tells, or without one the name; and of the layer
-  after the heads one beside it that makes them.
+  A bias of several axes tells; without one the name, if a layer beside it takes
+  the heads back. Of that layer, one beside it that makes them tells.
   """
   shapes = {leaf: tuple(array.shape) for leaf, array in leaves.items()}
   kernels = {
@@ -36,21 +36,33 @@ def heads(leaves: Mapping[tuple[str, str], Any]) -> dict[str, int]:
     if leaf == 'kernel' and len(shape) > 2
   }
   found = {}
+  named = {}
   for layer, shape in kernels.items():
     bias = shapes.get((layer, 'bias'))
-    named = layer.rpartition('/')[2] in _INWARD and shape[0] != 1
-    if bias is None and named:
-      found[layer] = 1
+    if bias is None and layer.rpartition('/')[2] in _INWARD:
+      named[layer] = shape
     elif bias and 1 < len(bias) < len(shape) and shape[-len(bias) :] == bias:
       found[layer] = len(shape) - len(bias)
-  made = {
-    (layer.rpartition('/')[0], kernels[layer][count:])
-    for layer, count in found.items()
+  taken = {
+    (_parent(layer), shape[:-1])
+    for layer, shape in kernels.items()
+    if layer not in named
   }
+  whole = {
+    _parent(layer)
+    for layer, shape in named.items()
+    if (_parent(layer), shape[-2:]) in taken
+  }
+  found |= {layer: 1 for layer in named if _parent(layer) in whole}
+  made = {(_parent(layer), kernels[layer][-2:]) for layer in found}
   for layer, shape in kernels.items():
-    if (layer.rpartition('/')[0], shape[:-1]) in made:
+    if (_parent(layer), shape[:-1]) in made:
       found.setdefault(layer, len(shape) - 1)
   return found
+
+
+def _parent(layer: str) -> str:
+  return layer.rpartition('/')[0]
 
 
 def matrix(shape: tuple[int, ...], inputs: int) -> tuple[int, int]:
