@@ -130,6 +130,9 @@ def _add_convert(commands: Any) -> None:
     help='PyTorch: layers here that are transposed convolutions',
   )
   made.add_argument(
+    '--count', type=int, help='updates to store where a batch norm counts them'
+  )
+  made.add_argument(
     '--inputs-first',
     nargs='*',
     default=[],
@@ -142,9 +145,6 @@ def _add_convert(commands: Any) -> None:
     default=[],
     metavar='PATH',
     help='PyTorch: modules here whose layers are stacked by nn.scan',
-  )
-  made.add_argument(
-    '--count', type=int, help='updates to store where a batch norm counts them'
   )
 
 
