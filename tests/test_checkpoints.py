@@ -219,6 +219,9 @@ class Net(nn.Module):
 def plain():
   return Net(False)
 
+def dense():
+  return nn.Dense(4)
+
 class Step(nn.Module):
   @nn.compact
   def __call__(self, x, _):
@@ -315,6 +318,16 @@ def test_options_of_square_and_of_scanned_layers(zoo, capsys):
     np.testing.assert_array_equal(arrays['blocks/fc/kernel'], np.stack(want))
   assert run(*convert, '--from', 'keras', '--scanned', 'blocks') == 2
   assert 'are for PyTorch' in capsys.readouterr().err
+
+
+def test_a_model_of_one_layer(zoo):
+  state = {'weight': draw(0, 4, 3), 'bias': draw(1, 4)}
+  files.save_arrays('torch.safetensors', state)
+  model = ['--model', 'zoo_of_steps:dense', '--input', '2x3']
+  assert run('convert', 'torch.safetensors', 'flax', *model) == 0
+  assert files.load_arrays('flax').keys() == {'kernel', 'bias'}
+  assert run('fold', 'flax', 'folded', *model) == 0
+  assert files.load_arrays('folded').keys() == {'kernel', 'bias'}
 
 
 @pytest.mark.parametrize('text', ['2x5:int33', '2x5:bool', '2x5:', '2xa:int32'])

@@ -253,7 +253,7 @@ def _convert(args: argparse.Namespace) -> None:
   arrays = files.load_arrays(args.source)
   filled = _READERS[args.framework](arrays, model.variables, **options)
   leaves = template_of(filled).leaves
-  named = {'/'.join(leaf): value for leaf, value in leaves.items()}
+  named = {'/'.join(filter(None, k)): value for k, value in leaves.items()}
   files.save_arrays(args.target, named, overwrite=args.overwrite)
   print(f'{args.target}: {len(named)} arrays')
 
