@@ -744,6 +744,16 @@ def test_layers_of_one_name_keep_those_of_their_classes(tmp_path):
   assert files.load_arrays(tmp_path / 'file').keys() == names
 
 
+def test_attributes_of_a_layer_of_keras_keep_their_names(tmp_path):
+  h5py = pytest.importorskip('h5py', reason='writes an HDF5 file')
+  with h5py.File(tmp_path / 'file', 'w') as file:
+    file['layers/attention/key_dense/vars/0'] = draw(0, 2)
+    file['layers/attention/key_dense/vars'].attrs['name'] = 'key'
+    file.create_group('layers/attention/vars').attrs['name'] = 'mha'
+  name = 'layers/mha/key_dense/vars/0'
+  assert files.load_arrays(tmp_path / 'file').keys() == {name}
+
+
 @pytest.mark.parametrize('leaf', ['scale', 'bias'])
 def test_gamma_and_beta_of_keras_are_told_by_name_alone(leaf):
   there = {'scale': 'gamma', 'bias': 'beta'}[leaf]
