@@ -294,6 +294,9 @@ def test_integers_steps_and_a_folded_file_from_the_command_line(zoo, capsys):
   x = np.maximum(x + norm['bias'], 0)
   want = x @ params['Dense_0']['kernel'] + params['Dense_0']['bias']
   np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-5)
+  np.savez('tokens.npz', x=tokens)
+  again = ['again.safetensors', *plain, '--data', 'tokens.npz', '--overwrite']
+  assert run('fold', 'folded.safetensors', *again) == 0
   np.savez('floats.npz', x=np.ones((2, 5), np.float32))
   data = ['--data', 'floats.npz']
   assert run('inspect', 'run', *model, *data) == 2
