@@ -102,6 +102,8 @@ CHANGES = {
     '--transposed': ['up'],
     '--count': ['3'],
     '--add-to-scale': ['b*=1'],
+    '--inputs-first': ['fc'],
+    '--scanned': ['up'],
   },
   'inspect': {
     '--overwrite': [],
@@ -111,6 +113,7 @@ CHANGES = {
     '--steps': ['3'],
     '--framework': ['keras'],
     '--figure': ['new.png'],
+    '--step': ['3'],
   },
   'fold': {
     '--overwrite': [],
@@ -118,6 +121,7 @@ CHANGES = {
     '--input': ['5x5x6x2'],
     '--data': ['images.npz'],
     '--program': ['folded.jax'],
+    '--step': ['3'],
   },
 }
 

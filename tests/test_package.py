@@ -43,7 +43,7 @@ LAYERS = (
   ('tools._chains', 'tools._advice', 'tools._options', 'tools._classes'),
   ('tools._frameworks',),
   ('tools._program', 'tools.files'),
-  ('tools._extras',),
+  ('tools._extras', 'tools._attention'),
   (
     'testing.forms',
     'testing.gradients',

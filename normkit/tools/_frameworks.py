@@ -29,15 +29,18 @@ _TORCH_LEAVES = {
   'running_var': 'var',
   'num_batches_tracked': 'count',
 }
+# Where a checkpoint of training holds the state dict.
+_TORCH_WRAPPERS = ('state_dict', 'model_state_dict', 'model', 'module', 'net')
 # The names in PyTorch of the leaves of Flax.
 TORCH_NAMES = {
   **dict.fromkeys(('kernel', 'embedding', 'scale'), 'weight'),
   **{leaf: name for name, leaf in _TORCH_LEAVES.items()},
 }
 _TORCH_REFUSED = re.compile(
-  r'(^|\.)(in_proj_(weight|bias)$|(weight|bias)_[ih]h|weight_[gv]$|'
-  r'parametrizations\.)'
+  r'(^|\.)((weight|bias)_[ih]h|weight_[gv]$|parametrizations\.)'
 )
+# Those of `MultiheadAttention` that belong to no layer of their own.
+_TORCH_PROJECTION = re.compile(r'(.*\b[qkv]_proj|.*\bin_proj)_(weight|bias)')
 _KERAS_LEAVES = {
   'kernel': 'weight',
   'embeddings': 'embedding',
@@ -45,6 +48,7 @@ _KERAS_LEAVES = {
   'beta': 'bias',
   'moving_mean': 'mean',
   'moving_variance': 'var',
+  'depthwise_kernel': 'weight',
 }
 _HAIKU_LEAVES = {
   'w': 'weight',
@@ -72,18 +76,47 @@ class Source:
   value: np.ndarray
 
 
+def unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:
+  """A state dict without what training saves around it, its parts joined."""
+  if not isinstance(state, Mapping):
+    raise TypeError(
+      'the state must be a mapping of arrays by name, as model.state_dict() '
+      f'gives it, got {type(state).__name__}.'
+    )
+  nested = [key for key, value in state.items() if isinstance(value, Mapping)]
+  held = [key for key in _TORCH_WRAPPERS if key in nested]
+  if len(held) > 1:
+    raise ValueError(
+      f'several in this checkpoint may be the state dict: {held}. Give one of '
+      f'them, state[{held[0]!r}].'
+    )
+  if held:
+    return unwrapped(state[held[0]])
+  flat = {}
+  for key, value in state.items():
+    if isinstance(value, Mapping):
+      inner = unwrapped(value)
+      flat.update({f'{key}.{name}': array for name, array in inner.items()})
+    else:
+      flat[key] = value
+  return flat
+
+
 def read_torch(state: Mapping[str, Any]) -> list[Source]:
   """The arrays of a state dict."""
   files.check_names(state)
   if refused := [key for key in state if _TORCH_REFUSED.search(key)]:
     raise ValueError(
-      f'{refused!s:.300} are of recurrent layers, MultiheadAttention or '
-      'parametrizations, which are not converted. Leave them out by ignore, '
-      'and for a parametrization remove it first.'
+      f'{refused!s:.300} are of recurrent layers or parametrizations, which '
+      'are not converted. Leave them out by ignore, and for a parametrization '
+      'remove it first.'
     )
   sources = []
   for key, value in state.items():
-    layer, _, leaf = key.rpartition('.')
+    if found := _TORCH_PROJECTION.fullmatch(key):
+      layer, leaf = found.groups()
+    else:
+      layer, _, leaf = key.rpartition('.')
     leaf = _TORCH_LEAVES.get(leaf, leaf)
     sources.append(Source(key, layer, leaf, files.as_numpy(key, value)))
   return sources
@@ -105,6 +138,11 @@ def read_keras(weights: Mapping[str, Any]) -> list[Source]:
         leaf = str(_KERAS_LEAVES.get(variable, variable))
         sources.append(Source(key, name, leaf, files.as_numpy(key, array)))
       continue
+    if legacy := _legacy_keras(name):
+      layer, leaf = legacy
+      if layer:
+        sources.append(Source(name, layer, leaf, files.as_numpy(name, value)))
+      continue
     *path, vars_, place = ['', *name.split('/')]
     if vars_ != 'vars' or not place.isdecimal():
       raise ValueError(
@@ -116,7 +154,60 @@ def read_keras(weights: Mapping[str, Any]) -> list[Source]:
       continue
     layer = '/'.join(part for part in path if part not in ('', 'layers'))
     sources.append(Source(name, layer, place, files.as_numpy(name, value)))
-  return sources
+  return _without_separable(sources)
+
+
+def _without_separable(sources: list[Source]) -> list[Source]:
+  """Separable convolutions as the two that they are here.
+
+  `sep` becomes `sep/depthwise` and `sep/pointwise`, which has the bias.
+  """
+  layers: dict[str, dict[str, Source]] = {}
+  for source in sources:
+    layers.setdefault(source.layer, {})[source.leaf] = source
+  parted = []
+  for source in sources:
+    held = layers[source.layer]
+    first = held.get('0') or held.get('weight')
+    second = held.get('1') or held.get('pointwise_kernel')
+    if first and second and _is_separable(first.value, second.value):
+      part = 'depthwise' if source is first else 'pointwise'
+      leaf = 'weight' if source is first or source is second else 'bias'
+      name = f'{source.layer}/{part}'
+      parted.append(dataclasses.replace(source, layer=name, leaf=leaf))
+    else:
+      parted.append(source)
+  return parted
+
+
+def _is_separable(first: np.ndarray, second: np.ndarray) -> bool:
+  """Whether kernels are (*spatial, C, M) and (1, ..., C * M, out)."""
+  *spatial, ins, _ = second.shape if second.ndim > 2 else (0, 0, 0)
+  same = first.ndim == second.ndim and {*spatial} == {1}
+  return same and ins == math.prod(first.shape[-2:])
+
+
+def _legacy_keras(name: str) -> tuple[str, str] | None:
+  """The layer and the leaf of a name in a `.h5` file, of Keras 2 or 3.
+
+  Such a name is the layer's, then a path of the model that may begin with it
+  again: 'model_weights/dense/net/dense/kernel:0'. The layer is empty where the
+  array is none of a layer; another name gives None.
+  """
+  top, *path = name.split('/')
+  if top == 'optimizer_weights':
+    return '', ''
+  if top != 'model_weights':
+    path = [top, *path]
+  variable = path.pop().partition(':')[0] if path else ''
+  known = variable == 'bias' or variable in _KERAS_LEAVES
+  if not path or not (known or top == 'model_weights'):
+    return None
+  if path[0] == 'top_level_model_weights':
+    return '', ''
+  again = max(i for i, part in enumerate(path) if part == path[0])
+  layer = '/'.join([path[0], *path[again + 1 :]])
+  return layer, _KERAS_LEAVES.get(variable, variable)
 
 
 def read_haiku(
@@ -153,7 +244,7 @@ def read_equinox(model: Any, state: Any) -> list[Source]:
   for path, node in jax.tree_util.tree_leaves_with_path(
     model, is_leaf=is_batch_norm
   ):
-    names = [_path_part(part) for part in path]
+    names = [path_part(part) for part in path]
     leaves = {names[-1] if names else '': node}
     if is_batch_norm(node):
       leaves = dict(_equinox_batch_norm('.'.join(names), node, state))
@@ -167,7 +258,8 @@ def read_equinox(model: Any, state: Any) -> list[Source]:
   return sources
 
 
-def _path_part(part: Any) -> str:
+def path_part(part: Any) -> str:
+  """The name of a step in the path of a leaf."""
   for name in ('name', 'key', 'idx'):
     if hasattr(part, name):
       return str(getattr(part, name))
@@ -213,9 +305,57 @@ def flipped(value: np.ndarray) -> np.ndarray:
   return np.flip(value, tuple(range(value.ndim - 2)))
 
 
-def from_torch_transposed(value: np.ndarray) -> np.ndarray:
-  """(in, out, *spatial), flipped, of ConvTranspose."""
-  return flipped(np.moveaxis(value, (0, 1), (-2, -1)))
+def from_torch_transposed(
+  value: np.ndarray, shape: tuple[int, ...]
+) -> np.ndarray:
+  """(in, out, *spatial), flipped, of ConvTranspose.
+
+  The kernel of one in groups, (in, out / groups, *spatial), becomes that of one
+  without, zero between groups, which is what Flax has; or of a convolution in
+  groups, (*spatial, in / groups, out), with dilated inputs.
+  """
+  value = flipped(np.moveaxis(value, (0, 1), (-2, -1)))
+  *spatial, ins, outs = value.shape
+  groups = shape[-1] // outs
+  if groups < 2 or groups * outs != shape[-1] or ins % groups:
+    return value
+  blocks = np.split(value, groups, -2)
+  if shape[-2] != ins:
+    return np.concatenate(blocks, -1)
+  whole = np.zeros((*spatial, ins, shape[-1]), value.dtype)
+  for i, block in enumerate(blocks):
+    whole[_block(i, groups, whole)] = block
+  return whole
+
+
+def in_groups(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+  """(in, out, *spatial) as (in, out / groups, *spatial), where it is that."""
+  ins, outs, *spatial = value.shape
+  if outs % shape[1] or [*shape[2:]] != spatial:
+    return value
+  groups = outs // shape[1]
+  if shape[0] == ins * groups:  # a convolution in groups here
+    return np.concatenate(np.split(value, groups, 1))
+  if shape[0] != ins or ins % groups:
+    return value
+  last = np.moveaxis(value, (0, 1), (-2, -1)).copy()
+  blocks = []
+  for i in range(groups):
+    blocks.append(last[_block(i, groups, last)].copy())
+    last[_block(i, groups, last)] = 0
+  if last.any():  # not zero between groups
+    return value
+  return np.moveaxis(np.concatenate(blocks, -2), (-2, -1), (0, 1))
+
+
+def _block(i: int, groups: int, value: np.ndarray) -> tuple[Any, ...]:
+  """Where group `i` is in a kernel (*spatial, in, out)."""
+  ins, outs = (n // groups for n in value.shape[-2:])
+  inputs, outputs = (
+    slice(i * ins, (i + 1) * ins),
+    slice(i * outs, (i + 1) * outs),
+  )
+  return ..., inputs, outputs
 
 
 def to_torch_transposed(value: np.ndarray) -> np.ndarray:

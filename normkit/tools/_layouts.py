@@ -7,7 +7,7 @@ from typing import TypeAlias
 import numpy as np
 
 from normkit.tools import _frameworks
-from normkit.tools._template import Layout, Template
+from normkit.tools._template import Layout, Template, matches
 
 Shapes: TypeAlias = Mapping[str, Sequence[int]]
 
@@ -15,6 +15,7 @@ Shapes: TypeAlias = Mapping[str, Sequence[int]]
 def channels_first(
   shapes: Mapping[str, tuple[int, ...]],
   is_transposed: Callable[[str], bool] = lambda layer: False,
+  inputs_first: Sequence[str] = (),
 ) -> Layout:
   """The layout of PyTorch, and without transposed ones of Equinox."""
 
@@ -34,8 +35,9 @@ def channels_first(
     if leaf != 'kernel' or value.ndim < 2:
       return value
     if value.ndim > 2 and is_transposed(layer):
-      return _frameworks.from_torch_transposed(value)
-    value = _frameworks.from_oihw(value)
+      return _frameworks.from_torch_transposed(value, shape)
+    if value.ndim > 2 or not matches(layer, inputs_first):
+      value = _frameworks.from_oihw(value)
     if layer in shapes and value.shape == shape:
       return _frameworks.from_flat(value, shapes[layer])
     return value
@@ -70,6 +72,18 @@ def haiku(is_transposed: Callable[[str], bool]) -> Layout:
     return value
 
   return layout
+
+
+def check_inputs_first(patterns: Sequence[str], template: Template) -> None:
+  """Raises for a pattern that matches no layer with a kernel."""
+  kernels = [layer for layer, leaf in template.leaves if leaf == 'kernel']
+  matches('', patterns)
+  for pattern in patterns:
+    if not any(matches(layer, (pattern,)) for layer in kernels):
+      raise ValueError(
+        f'inputs_first: {pattern!r} matches no layer with a kernel. They are '
+        f'{kernels!s:.300}.'
+      )
 
 
 def check_flatten(

@@ -6,20 +6,20 @@ Layers are named by their paths, 'Block_0/Conv_1', in linen and in nnx alike.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import fnmatch
+import functools
 import math
-import re
 from typing import Any, TypeAlias
 
-from flax import nnx, traverse_util
+from flax import nnx
 from flax.core import meta
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from normkit import _types
-from normkit.tools._frameworks import Source
+from normkit.tools import _attention
+from normkit.tools._frameworks import Source, path_part
 
-Names: TypeAlias = Mapping[str, str] | Callable[[str], str] | str | None
 Leaf: TypeAlias = tuple[str, str]  # the layer's path, the leaf's name
 # What a layer here is given, its leaf and its shape: an array as Flax has it.
 Layout: TypeAlias = Callable[
@@ -40,11 +40,24 @@ class Template:
     leaves: arrays, or their shapes and dtypes.
     rebuild: makes the model of new leaves.
     transposed: the layers that are seen to be transposed convolutions.
+    general: the layers that are seen to have several axes of inputs or of
+      outputs: how many are of inputs.
   """
 
   leaves: Mapping[Leaf, Any]
   rebuild: Callable[[Mapping[Leaf, Any]], Any]
   transposed: frozenset[str] = frozenset()
+  general: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+  @functools.cached_property
+  def heads(self) -> Mapping[str, int]:
+    """The layers whose kernels have heads: how many axes are of inputs."""
+    return _attention.heads(self.leaves) | {**self.general}
+
+  @functools.cached_property
+  def layers(self) -> frozenset[str]:
+    """The paths of all layers."""
+    return frozenset(layer for layer, _ in self.leaves)
 
   def shape(self, leaf: Leaf) -> tuple[int, ...]:
     """The shape of a leaf."""
@@ -60,20 +73,43 @@ def template_of(variables: Any) -> Template:
   if isinstance(variables, nnx.Module):
     return _of_module(variables)
   if not isinstance(variables, Mapping) or not all(
-    isinstance(tree, Mapping) for tree in variables.values()
+    tree is None or isinstance(tree, Mapping) for tree in variables.values()
   ):
     raise TypeError(
       'variables must be an nnx.Module or linen variables, '
       f"{{'params': {{...}}, ...}}, got {type(variables).__name__}."
     )
-  flat = traverse_util.flatten_dict(meta.unbox(variables))
+  nodes, tree = jax.tree_util.tree_flatten_with_path(variables, is_leaf=_is_box)
+  flat = {tuple(map(path_part, path)): node for path, node in nodes}
   paths = _unique(((path[1:], path) for path in flat), '/')
+  leaf_at = {path: leaf for leaf, path in paths.items()}
 
   def rebuild(leaves: Mapping[Leaf, Any]) -> Any:
-    new = {paths[leaf]: value for leaf, value in leaves.items()}
-    return traverse_util.unflatten_dict(new)
+    new = [_boxed(node, leaves[leaf_at[path]]) for path, node in flat.items()]
+    return jax.tree.unflatten(tree, new)
 
-  return Template({leaf: flat[path] for leaf, path in paths.items()}, rebuild)
+  return Template(
+    {leaf: _unboxed(flat[path]) for leaf, path in paths.items()}, rebuild
+  )
+
+
+def _is_box(node: Any) -> bool:
+  return isinstance(node, meta.AxisMetadata)
+
+
+def _unboxed(node: Any) -> Any:
+  """What is in a box, such as `nn.Partitioned`, and was not moved by it."""
+  while _is_box(node):
+    node = node.value if hasattr(node, 'value') else node.unbox()
+  return node
+
+
+def _boxed(node: Any, value: Any) -> Any:
+  """A value in boxes like those of a node."""
+  if not _is_box(node):
+    return value
+  inside = node.value if hasattr(node, 'value') else node.unbox()
+  return node.replace_boxed(_boxed(inside, value))
 
 
 def _of_module(model: nnx.Module) -> Template:
@@ -89,10 +125,12 @@ def _of_module(model: nnx.Module) -> Template:
     nnx.update(copy, nnx.from_flat_state(new))
     return copy
 
-  transposed = set()
+  transposed, general = set(), {}
   for path, module in nnx.iter_modules(model):
+    name = '/'.join(map(str, path))
+    if isinstance(module, nnx.LinearGeneral) and not module.batch_axis:
+      general[name] = len(module.axis)
     if isinstance(module, nnx.ConvTranspose):
-      name = '/'.join(map(str, path))
       transposed.add(name)
       if module.transpose_kernel:
         raise ValueError(
@@ -100,7 +138,7 @@ def _of_module(model: nnx.Module) -> Template:
           'it with False.'
         )
   leaves = {leaf: jax.tree.leaves(flat[paths[leaf]])[0] for leaf in paths}
-  return Template(leaves, rebuild, frozenset(transposed))
+  return Template(leaves, rebuild, frozenset(transposed), general)
 
 
 def _unique(paths: Iterable[tuple[Any, Any]], sep: str) -> dict[Leaf, Any]:
@@ -141,26 +179,24 @@ def fill(
   origin: dict[Leaf, str] = {}
   faults = []
   for source in sources:
-    layer = rename(source.layer)
-    leaf = layer, leaf_of(source.leaf, layer, template)
-    if leaf in origin:
-      raise ValueError(
-        f'{origin[leaf]!r} and {source.key!r} both go to {"/".join(leaf)!r}. '
-        'Mend names.'
-      )
-    origin[leaf] = source.key
-    if leaf in template.leaves:
-      struct = template.leaves[leaf]
-      value = _laid_out(source, leaf, struct, layout)
-      faults += _faults(source, leaf, value, template)
-      if leaf[1] == 'scale' and layer in added:
-        wide = np.promote_types(struct.dtype, np.float64)
-        value = value.astype(wide) + added[layer]
-      values[leaf] = value
-    elif source.leaf != 'count':
-      faults.append(
-        f'extra: {source.key!r} {source.value.shape}, for {"/".join(leaf)!r}'
-      )
+    for leaf, value in _placed(source, rename(source.layer), template, layout):
+      if leaf in origin:
+        raise ValueError(
+          f'{origin[leaf]!r} and {source.key!r} both go to {"/".join(leaf)!r}. '
+          'Mend names.'
+        )
+      origin[leaf] = source.key
+      if leaf in template.leaves:
+        faults += _faults(source, leaf, value, template)
+        if leaf[1] == 'scale' and leaf[0] in added:
+          wide = np.promote_types(template.leaves[leaf].dtype, np.float64)
+          values[leaf] = value.astype(wide) + added[leaf[0]]
+        else:
+          values[leaf] = value
+      elif source.leaf != 'count':
+        faults.append(
+          f'extra: {source.key!r} {source.value.shape}, for {"/".join(leaf)!r}'
+        )
   for leaf, struct in template.leaves.items():
     if leaf[1] == 'count' and leaf not in values and count is not None:
       values[leaf] = np.full(struct.shape, count)
@@ -172,8 +208,62 @@ def fill(
     raise ValueError(report(faults))
   leaves = template.leaves.items()
   return template.rebuild(
-    {leaf: jnp.array(values[leaf], struct.dtype) for leaf, struct in leaves}
+    {leaf: put(values[leaf], struct) for leaf, struct in leaves}
   )
+
+
+def put(value: Any, struct: Any) -> jax.Array:
+  """An array of the dtype of another, or of its shape, and where that is."""
+  sharding = getattr(struct, 'sharding', None)
+  mesh = getattr(sharding, 'mesh', None)
+  is_somewhere = not isinstance(mesh, jax.sharding.AbstractMesh)
+  if sharding is None or not getattr(struct, 'committed', is_somewhere):
+    return jnp.array(value, struct.dtype)
+  array: jax.Array = jax.device_put(np.asarray(value, struct.dtype), sharding)
+  return array
+
+
+def targets(source: Source, layer: str, template: Template) -> list[Leaf]:
+  """The leaves that an array for a layer goes to, of which it may be a part."""
+  layers = _attention.targets(layer, template.layers)
+  return [(here, leaf_of(source.leaf, here, template)) for here in layers]
+
+
+def _placed(
+  source: Source, layer: str, template: Template, layout: Layout
+) -> list[tuple[Leaf, np.ndarray]]:
+  """The leaves that a source goes to, each with its value as Flax has it."""
+  leaves = targets(source, layer, template)
+  held = [leaf for leaf in leaves if leaf in template.leaves]
+  if not held:
+    return [(leaves[0], source.value)]
+  value = _laid_out(source, held[0], template, layout)
+  if len(held) < len(leaves):
+    return [(leaf, value) for leaf in leaves]
+  if len(leaves) > 1:
+    sizes = [_outputs(leaf, template) for leaf in leaves]
+    if value.ndim and value.shape[-1] == sum(sizes):
+      parts = np.split(value, np.cumsum(sizes)[:-1], -1)
+      return [
+        (leaf, _with_heads(leaf, part, template))
+        for leaf, part in zip(leaves, parts, strict=True)
+      ]
+  return [(leaves[0], _with_heads(leaves[0], value, template))]
+
+
+def _outputs(leaf: Leaf, template: Template) -> int:
+  """How many outputs a kernel or a bias has, those of all heads."""
+  inputs = template.heads.get(leaf[0], 1) if leaf[1] == 'kernel' else 0
+  return math.prod(template.shape(leaf)[inputs:])
+
+
+def _with_heads(
+  leaf: Leaf, value: np.ndarray, template: Template
+) -> np.ndarray:
+  if leaf[0] not in template.heads:
+    return value
+  inputs, shape = template.heads[leaf[0]], template.shape(leaf)
+  return _attention.with_heads(leaf[1], value, shape, inputs)
 
 
 def leaf_of(leaf: str, layer: str, template: Template) -> str:
@@ -197,10 +287,10 @@ def leaf_of(leaf: str, layer: str, template: Template) -> str:
 
 
 def _laid_out(
-  source: Source, leaf: Leaf, struct: Any, layout: Layout
+  source: Source, leaf: Leaf, template: Template, layout: Layout
 ) -> np.ndarray:
   """A value as Flax has it; axes of one element come and go in vectors."""
-  value, shape = source.value, tuple(struct.shape)
+  value, shape = source.value, template.shape(leaf)
   if leaf[1] == 'count' and value.ndim == 0:
     return np.broadcast_to(value, shape)
   if source.leaf != leaf[1]:  # what has Flax's name there goes as it is
@@ -278,91 +368,3 @@ def check_added(
           'Make its patterns match less.'
         )
   return added
-
-
-def renamer(names: Names, old: str, new: str) -> Callable[[str], str]:
-  """The function from one side's layer names, with `old` between parts."""
-  if callable(names):
-    return names
-  if names is not None and not isinstance(names, Mapping):
-    raise ValueError(
-      f"names must be None, a mapping, a function or 'order', got {names!r}."
-    )
-  prefixes = names or {}
-
-  def rename(layer: str) -> str:
-    parts = layer.split(old)
-    for end in range(len(parts), 0, -1):
-      prefix = old.join(parts[:end])
-      if prefix in prefixes:
-        return new.join(filter(None, (prefixes[prefix], *parts[end:])))
-    return new.join(parts)
-
-  return rename
-
-
-def in_order(
-  template: Template, sources: Sequence[Source]
-) -> Callable[[str], str]:
-  """Pairs the layers of each kind in natural order of their names."""
-  given = _kinds((s.layer, s.leaf, s.value.shape) for s in sources)
-  held = _kinds(
-    (layer, leaf, array.shape)
-    for (layer, leaf), array in template.leaves.items()
-  )
-  for kind in sorted({*given, *held}):
-    theirs, ours = given.get(kind, []), held.get(kind, [])
-    if len(theirs) != len(ours):
-      raise ValueError(
-        f"names='order' finds {len(theirs)} layers of the kind {kind!r} "
-        f'there, {theirs}, but {len(ours)} here, {ours}. Name them.'
-      )
-  pairs = {
-    theirs: ours
-    for kind in held
-    for theirs, ours in zip(given[kind], held[kind], strict=True)
-  }
-  return pairs.__getitem__
-
-
-def _kinds(
-  leaves: Iterable[tuple[str, str, tuple[int, ...]]],
-) -> dict[str, list[str]]:
-  """The layers of each kind, in natural order."""
-  layers: dict[str, dict[str, tuple[int, ...]]] = {}
-  for layer, leaf, shape in leaves:
-    layers.setdefault(layer, {})[leaf] = tuple(shape)
-  kinds: dict[str, list[str]] = {}
-  first: dict[frozenset[Any], str] = {}
-  for layer in sorted(layers, key=_natural):
-    shapes = layers[layer]
-    alike = first.setdefault(frozenset(shapes.items()), layer)
-    if _unnumbered(alike) != _unnumbered(layer):
-      raise ValueError(
-        f"names='order' cannot tell which of {alike!r} and {layer!r} comes "
-        'first: they have the same shapes, and their names differ in more '
-        'than numbers. Give names= as a mapping.'
-      )
-    kinds.setdefault(_kind(shapes), []).append(layer)
-  return kinds
-
-
-def _kind(shapes: Mapping[str, tuple[int, ...]]) -> str:
-  """The kind of a layer, by what both sides know of its leaves."""
-  if 'mean' in shapes or {'0', '1', '2'} <= shapes.keys():
-    return 'batch norm'
-  rank = max(len(shape) for shape in shapes.values())
-  return {1: 'norm', 2: 'matrix'}.get(rank, f'kernel of rank {rank}')
-
-
-def _unnumbered(name: str) -> str:
-  """A name without its numbers: that of 'dense_1' is that of 'dense'."""
-  return re.sub(r'_?\d+', '', name)
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-  """A key that sorts numbers in names as numbers."""
-  return [
-    (int(part), '') if part.isdecimal() else (-1, part)
-    for part in re.split(r'(\d+)', name)
-  ]

@@ -1,16 +1,23 @@
 """The way back: the arrays of a Flax model as those of a PyTorch model."""
 
 from collections.abc import Callable, Mapping, Sequence
+import importlib
 import math
 from typing import Any
 
 import jax
 import numpy as np
 
-from normkit.tools import _frameworks
+from normkit.tools import _attention, _frameworks, files
 from normkit.tools._frameworks import Source
 from normkit.tools._layouts import Shapes
-from normkit.tools._template import Leaf, Template, leaf_of, report
+from normkit.tools._template import (
+  Leaf,
+  Template,
+  matches,
+  report,
+  targets,
+)
 
 
 def unfilled(
@@ -18,21 +25,31 @@ def unfilled(
   is_transposed: Callable[[str], bool],
   flatten: Shapes,
   added: Mapping[str, float],
+  inputs_first: Sequence[str],
 ) -> dict[Leaf, np.ndarray]:
   """Every leaf as PyTorch lays it out; a count is one number."""
-  return {
-    leaf: _unfilled(leaf, value, is_transposed, flatten, added)
-    for leaf, value in template.leaves.items()
-  }
+
+  def laid_out(leaf: Leaf, value: Any) -> np.ndarray:
+    array = _unfilled(leaf, value, template.heads, flatten, added)
+    if leaf[1] != 'kernel' or array.ndim < 2:
+      return array
+    if array.ndim > 2 and is_transposed(leaf[0]):
+      return _frameworks.to_torch_transposed(array)
+    if array.ndim == 2 and matches(leaf[0], inputs_first):
+      return array
+    return _frameworks.to_oihw(array)
+
+  return {leaf: laid_out(leaf, v) for leaf, v in template.leaves.items()}
 
 
 def _unfilled(
   leaf: Leaf,
   value: Any,
-  is_transposed: Callable[[str], bool],
+  heads: Mapping[str, int],
   flatten: Shapes,
   added: Mapping[str, float],
 ) -> np.ndarray:
+  """A leaf as numbers, without heads, its inputs flattened as there."""
   layer, name = leaf
   if isinstance(value, jax.ShapeDtypeStruct):
     raise TypeError(f'variables: {layer}/{name} is a shape, not an array.')
@@ -42,13 +59,11 @@ def _unfilled(
   if name == 'scale' and layer in added:
     wide = np.promote_types(array.dtype, np.float32)
     return np.asarray(array.astype(wide) - added[layer], array.dtype)
-  if name != 'kernel':
-    return array
-  if array.ndim > 2 and is_transposed(layer):
-    return _frameworks.to_torch_transposed(array)
-  if layer in flatten:
+  if layer in heads:
+    array = _attention.without_heads(name, array, heads[layer])
+  if name == 'kernel' and layer in flatten:
     array = _frameworks.to_flat(array, tuple(flatten[layer]))
-  return _frameworks.to_oihw(array)
+  return array
 
 
 def named(
@@ -78,25 +93,28 @@ def alike(
   arrays: Mapping[Leaf, np.ndarray],
   sources: Sequence[Source],
   rename: Callable[[str], str],
+  is_transposed: Callable[[str], bool],
+  inputs_first: Sequence[str],
 ) -> dict[str, np.ndarray]:
   """The arrays by the names, shapes and dtypes of the sources."""
   state: dict[str, np.ndarray] = {}
   faults = []
   left = dict(arrays)
   for source in sources:
-    layer = rename(source.layer)
-    leaf = layer, leaf_of(source.leaf, layer, template)
-    name, like = '/'.join(leaf), source.value
-    if leaf not in arrays:
+    leaves = targets(source, rename(source.layer), template)
+    leaf, like = leaves[0], source.value
+    name = ' + '.join('/'.join(leaf) for leaf in leaves)
+    if not all(leaf in arrays for leaf in leaves):
       if source.leaf == 'count':
         state[source.key] = np.array(like)
       else:
         faults.append(f'missing: {name!r}, for {source.key!r} {like.shape}')
       continue
-    left.pop(leaf, None)
-    value = arrays[leaf]
-    if source.leaf == leaf[1]:  # what has Flax's name there goes as it is
-      value = value if leaf[1] == 'count' else np.asarray(template.leaves[leaf])
+    for part in leaves:
+      left.pop(part, None)
+    value = _like_source(
+      template, arrays, leaves, source, is_transposed, inputs_first
+    )
     if not _fits(leaf[1], value.shape, like.shape):
       faults.append(
         f'shape: {name!r} becomes {value.shape}, but {source.key!r} is '
@@ -112,6 +130,28 @@ def alike(
   return state
 
 
+def _like_source(
+  template: Template,
+  arrays: Mapping[Leaf, np.ndarray],
+  leaves: Sequence[Leaf],
+  source: Source,
+  is_transposed: Callable[[str], bool],
+  inputs_first: Sequence[str],
+) -> np.ndarray:
+  """What the leaves of a source are there, before its axes of one element."""
+  (layer, leaf), like = leaves[0], source.value.shape
+  value = arrays[leaves[0]]
+  if len(leaves) > 1:
+    axis = -1 if matches(layer, inputs_first) else 0
+    return np.concatenate([arrays[part] for part in leaves], axis)
+  if source.leaf == leaf and leaf in ('kernel', 'bias'):
+    held = template.leaves[leaves[0]]  # Flax's name there too: as it is
+    return np.asarray(held) if held.shape == like else value
+  if leaf == 'kernel' and value.ndim == len(like) > 2 and is_transposed(layer):
+    return _frameworks.in_groups(value, like)
+  return value
+
+
 def _fits(leaf: str, here: tuple[int, ...], there: tuple[int, ...]) -> bool:
   """Whether shapes differ in axes of one element, or in how heads lie."""
   if here == there or leaf == 'kernel':
@@ -119,3 +159,14 @@ def _fits(leaf: str, here: tuple[int, ...], there: tuple[int, ...]) -> bool:
   ours, theirs = (tuple(n for n in shape if n != 1) for shape in (here, there))
   is_flat = leaf == 'scale' and len(there) == 1
   return ours == theirs or (is_flat and math.prod(here) == there[0])
+
+
+def tensor(name: str, value: Any) -> Any:
+  """An array as a tensor of the same bits."""
+  torch: Any = importlib.import_module('torch')
+  array = np.array(files.as_numpy(name, value), order='C')
+  array = array.astype(array.dtype.newbyteorder('='), copy=False)
+  if array.dtype not in files.NOT_OF_NUMPY:
+    return torch.from_numpy(array)
+  bits = array.view(np.int16 if array.dtype.itemsize == 2 else np.uint8)
+  return torch.from_numpy(bits).view(getattr(torch, array.dtype.name))

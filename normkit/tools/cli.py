@@ -2,8 +2,8 @@
 
 `normkit`, or `python -m normkit`. A model is a function without arguments that
 makes a linen or an nnx module, named as `package.module:function`. A checkpoint
-is a safetensors file with the names of the model's leaves, such as
-`Conv_0/kernel`, as `normkit convert` writes it, or a folder of orbax.
+is a file of arrays by the names of the model's leaves, such as `Conv_0/kernel`,
+as `normkit convert` writes it, or a folder of orbax.
 """
 
 import argparse
@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 import importlib
 import inspect as signatures
 import json
-import math
 import os
 import pathlib
 import sys
@@ -21,10 +20,9 @@ from flax import linen, nnx
 import jax
 from jax import export
 import jax.numpy as jnp
-import numpy as np
 
 import normkit
-from normkit.tools import _views, convert, files
+from normkit.tools import _checkpoints, _inputs, _views, convert, files
 from normkit.tools._extras import needed
 from normkit.tools._template import template_of
 from normkit.tools.fold import fold
@@ -56,6 +54,10 @@ class Loaded(NamedTuple):
   variables: Any
   evaluate: Callable[[Any, Any], Any]
   train: Callable[[Any, Any], Any]
+
+  def collections(self) -> list[str]:
+    """The collections of linen variables."""
+    return [*self.variables] if isinstance(self.variables, Mapping) else []
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,7 +111,7 @@ def _add_convert(commands: Any) -> None:
   made.add_argument(
     '--flatten',
     nargs='*',
-    type=_named(_shape),
+    type=_named(_inputs.parse_shape),
     default=[],
     metavar='LAYER=CxHxW',
     help='PyTorch: the shape that was flattened before a dense layer',
@@ -133,6 +135,20 @@ def _add_convert(commands: Any) -> None:
   )
   made.add_argument(
     '--count', type=int, help='updates to store where a batch norm counts them'
+  )
+  made.add_argument(
+    '--inputs-first',
+    nargs='*',
+    default=[],
+    metavar='PATTERN',
+    help='PyTorch: layers here whose matrices are (in, out) there (GPT-2)',
+  )
+  made.add_argument(
+    '--scanned',
+    nargs='*',
+    default=[],
+    metavar='PATH',
+    help='PyTorch: modules here whose layers are stacked by nn.scan',
   )
 
 
@@ -188,6 +204,10 @@ def _add_command(
   )
   made.set_defaults(run=run)
   made.add_argument('source', type=pathlib.Path, help='the file to read')
+  if name != 'convert':
+    made.add_argument(
+      '--step', type=int, help='of a folder of steps; else the latest'
+    )
   if name != 'inspect':
     made.add_argument('target', type=pathlib.Path, help='the file to write')
     made.add_argument(
@@ -202,9 +222,9 @@ def _add_command(
   made.add_argument(
     '--input',
     required=True,
-    type=_shape,
+    type=_inputs.parse,
     metavar='1x32x32x3',
-    help='the shape of an input, the batch first',
+    help='the shape of an input, the batch first; 1x128:int32 of integers',
   )
   return made
 
@@ -233,6 +253,10 @@ def _convert(args: argparse.Namespace) -> None:
     options['transposed'] = args.transposed
   if args.framework == 'torch':
     options['flatten'] = dict(args.flatten)
+    options['inputs_first'] = args.inputs_first
+    options['scanned'] = args.scanned
+  elif args.inputs_first or args.scanned:
+    raise ValueError('--inputs-first and --scanned are for PyTorch.')
   elif args.flatten:
     raise ValueError(
       '--flatten is for PyTorch: in Keras channels are last too.'
@@ -240,7 +264,7 @@ def _convert(args: argparse.Namespace) -> None:
   arrays = files.load_arrays(args.source)
   filled = _READERS[args.framework](arrays, model.variables, **options)
   leaves = template_of(filled).leaves
-  named = {'/'.join(leaf): value for leaf, value in leaves.items()}
+  named = {'/'.join(filter(None, k)): value for k, value in leaves.items()}
   files.save_arrays(args.target, named, overwrite=args.overwrite)
   print(f'{args.target}: {len(named)} arrays')
 
@@ -250,11 +274,11 @@ def _inspect(args: argparse.Namespace) -> int:
     _check_free(args.overwrite, args.figure)
     _views.check_ending(args.figure)
   model = _load_model(args.model, args.input)
-  variables = _restore(args.source, model)
+  variables = _restore(args, model)
   found = inspect(
     model.train,
     variables,
-    _batches(args.data, args.input),
+    _inputs.batches(args.data, args.input),
     steps=args.steps,
     framework=args.framework,
   )
@@ -275,25 +299,35 @@ def _fold(args: argparse.Namespace) -> None:
   outputs = [args.target, *([args.program] if args.program else [])]
   _check_free(args.overwrite, *outputs)
   model = _load_model(args.model, args.input)
-  variables = _restore(args.source, model)
+  variables = _restore(args, model)
   if args.data is None:
-    x = jax.random.normal(jax.random.key(0), args.input)
+    x = _inputs.drawn(args.input)
     print('inputs drawn at random: give --data to check on real ones')
   else:
-    x = next(iter(_batches(args.data, args.input)))
+    x = next(iter(_inputs.batches(args.data, args.input)))
   folded = fold(model.evaluate, variables, x)
   print(folded.report)
   program = None
+  names = _checkpoints.leaf_names(folded.params, model.collections())
+  params = _checkpoints.in_file(folded.params, names)
   if args.program is not None:
-    exported = export.export(jax.jit(folded.apply))(folded.params, x)
+
+    def run(params: Any, x: Any) -> Any:
+      shapes = {name: value.shape for name, value in folded.params.items()}
+      given = {name: params[here] for name, here in names.items()}
+      return folded.apply(
+        {k: v.reshape(shapes[k]) for k, v in given.items()}, x
+      )
+
+    exported = export.export(jax.jit(run))(params, x)
     program = bytes(exported.serialize())
-  files.save_arrays(args.target, folded.params, overwrite=args.overwrite)
+  files.save_arrays(args.target, params, overwrite=args.overwrite)
   if program is not None:
     files.save_bytes(args.program, program, overwrite=args.overwrite)
 
 
-def _load_model(name: str, shape: tuple[int, ...]) -> Loaded:
-  """Makes the model that `name` names, for inputs of a shape."""
+def _load_model(name: str, x: jax.ShapeDtypeStruct) -> Loaded:
+  """Makes the model that `name` names, for inputs like x."""
   module, _, function = name.partition(':')
   if not module or not function:
     raise ValueError(
@@ -322,11 +356,11 @@ def _load_model(name: str, shape: tuple[int, ...]) -> Loaded:
 
   try:
     empty = jax.eval_shape(
-      lambda: model.init(jax.random.key(0), jnp.zeros(shape), **off)
+      lambda: model.init(jax.random.key(0), jnp.zeros_like(x), **off)
     )
   except Exception as error:  # whatever the caller's model raises
     raise ValueError(
-      f'{name} does not take an --input of {shape}: {error}'
+      f'{name} does not take an --input of {x.shape} {x.dtype}: {error}'
     ) from error
   return Loaded(empty, evaluate, train)
 
@@ -339,67 +373,11 @@ def _nnx_call(train: bool) -> Callable[[Any, Any], Any]:
   return call
 
 
-def _restore(path: pathlib.Path, model: Loaded) -> Any:
+def _restore(args: argparse.Namespace, model: Loaded) -> Any:
   """The model with the arrays of a checkpoint; raises unless all fit."""
   template = template_of(model.variables)
-  wanted = {'/'.join(leaf): leaf for leaf in template.leaves}
-  arrays = _read_folder(path) if path.is_dir() else files.load_arrays(path)
-  needed = {n: _told(template.leaves[leaf]) for n, leaf in wanted.items()}
-  found = {name: _told(array) for name, array in arrays.items()}
-  if found != needed:
-    faults = [
-      f'{name}: {found.get(name, "missing")} in the file, '
-      f'{needed.get(name, "nothing")} in the model'
-      for name in sorted(found.keys() | needed.keys())
-      if found.get(name) != needed.get(name)
-    ]
-    raise ValueError(f'{str(path)!r} is of another model: {"; ".join(faults)}')
-  return template.rebuild(
-    {
-      leaf: jnp.asarray(arrays[name], template.leaves[leaf].dtype)
-      for name, leaf in wanted.items()
-    }
-  )
-
-
-def _told(array: Any) -> str:
-  """The kind of number and the shape, which a file and a model must share."""
-  kinds: Any = (jnp.floating, jnp.complexfloating, jnp.integer, jnp.bool_)
-  kind = next(k for k in kinds if jnp.issubdtype(array.dtype, k))
-  return f'{kind.__name__} {tuple(array.shape)}'
-
-
-def _read_folder(path: pathlib.Path) -> Mapping[str, np.ndarray]:
-  """The arrays of a checkpoint of orbax, by the names of a model's leaves."""
-  with needed('tools'):
-    import orbax.checkpoint as ocp  # noqa: PLC0415
-
-  with ocp.StandardCheckpointer() as checkpointer:
-    tree = checkpointer.restore(path.resolve())
-  leaves = template_of(tree).leaves
-  return {'/'.join(leaf): np.asarray(v) for leaf, v in leaves.items()}
-
-
-def _batches(path: pathlib.Path, shape: tuple[int, ...]) -> list[Any]:
-  """The data of a file, in batches of the shape; the rest is left out."""
-  arrays = files.load_arrays(path)
-  if not arrays:
-    raise ValueError(f'{str(path)!r} holds no array.')
-  names = [n for n in ('images', 'x', *arrays) if n in arrays]
-  if len(arrays) > 1 and names[0] not in ('images', 'x'):
-    raise ValueError(
-      f"{str(path)!r} holds {', '.join(arrays)}: name the inputs 'images' or "
-      "'x'."
-    )
-  data = jnp.asarray(arrays[names[0]], jnp.float32)
-  size = shape[0]
-  if data.shape[1:] != shape[1:] or len(data) < size:
-    raise ValueError(
-      f'{str(path)!r} holds {names[0]} of shape {data.shape}, where --input '
-      f'{"x".join(map(str, shape))} needs {size} or more of {shape[1:]}.'
-    )
-  whole = len(data) // size * size
-  return list(data[:whole].reshape(-1, *shape))
+  collections = model.collections()
+  return _checkpoints.restore(args.source, template, collections, args.step)
 
 
 def _names(given: str | None) -> Any:
@@ -424,20 +402,7 @@ def _check_free(overwrite: bool, *paths: pathlib.Path) -> None:
   for path in paths:
     if not path.parent.is_dir():
       raise FileNotFoundError(f'{str(path.parent)!r} is not a folder')
-    if path.exists() and not overwrite:
-      raise FileExistsError(
-        f'{str(path)!r} exists: choose another name, or give --overwrite'
-      )
-
-
-def _shape(text: str) -> tuple[int, ...]:
-  try:
-    shape = tuple(map(int, text.split('x')))
-  except ValueError:
-    shape = ()
-  if not shape or min(shape) < 1 or math.prod(shape) > 2**31:
-    raise argparse.ArgumentTypeError(f'{text!r} is no shape, such as 1x32x32x3')
-  return shape
+    files.check_free(path, overwrite)
 
 
 def _named(read: Callable[[str], Any]) -> Callable[[str], tuple[str, Any]]:

@@ -14,21 +14,21 @@ import numpy as np
 from normkit.tools import _frameworks, _layouts, _torch
 from normkit.tools._frameworks import Source
 from normkit.tools._layouts import Shapes
+from normkit.tools._names import Names, in_order, renamer, without_prefix
 from normkit.tools._options import batch_norm_options
+from normkit.tools._stacked import Scanned, unstacked
 from normkit.tools._template import (
   Layout,
-  Names,
   Template,
   check_added,
   fill,
-  in_order,
   matches,
-  renamer,
   template_of,
 )
 from normkit.tools.files import load_arrays, save_arrays
 
 __all__ = [
+  'as_tensors',
   'batch_norm_options',
   'from_equinox',
   'from_haiku',
@@ -51,6 +51,8 @@ def from_torch(
   names: Names = None,
   flatten: Shapes | None = None,
   transposed: Sequence[str] = TRANSPOSED,
+  inputs_first: Sequence[str] = (),
+  scanned: Scanned = (),
   ignore: Sequence[str] = (),
   count: int | None = None,
   add_to_scale: Mapping[str, float] | None = None,
@@ -61,17 +63,27 @@ def from_torch(
   transposed), embeddings, and norms: batch, layer, RMS, gated, group, instance,
   global response (whose gamma and beta may have axes of one element), DyT and
   Derf. Any other parameter goes as it is to one of the same name and shape.
-  Not converted are recurrent layers and `MultiheadAttention`, which pack
-  several kernels in one.
+  Not converted are recurrent layers, which pack several kernels in one.
+
+  Attention: a linear layer goes to a kernel with heads, (D, heads, head_dim) or
+  (heads, head_dim, D). `MultiheadAttention`, and query, key and value one after
+  the other in a layer called `qkv`, `in_proj`, `c_attn` and the like, go to
+  Flax's `MultiHeadDotProductAttention` (nnx: `MultiHeadAttention`), or to
+  layers of such names beside each other. Some names go without being given: to
+  `out` goes what is called `out_proj`, `proj` or `c_proj` there.
 
   A linear layer that follows a flatten sees its inputs in another order where
   channels are last: `flatten={'fc1': (C, H, W)}` gives the shape before it.
   Flax pads a transposed convolution by its own rule: for PyTorch's padding p
   and kernel size k give `padding=((k - 1 - p, k - 1 - p), ...)`, and the
-  output_padding in addition to the second.
+  output_padding in addition to the second. One in groups fills a kernel that is
+  zero between groups, since Flax has none.
 
   Args:
-    state: arrays by name: `model.state_dict()`, or what `load_arrays` gives.
+    state: arrays by name: `model.state_dict()`, or what `load_arrays` gives;
+      also a checkpoint that holds one, {'state_dict': {...}, 'epoch': 3}. The
+      prefix that a wrapper gave to all names ('module.', 'model.') is dropped,
+      unless `names` or the model here has it.
     variables: the model to fill: linen variables, of arrays or of
       `jax.ShapeDtypeStruct` as `jax.eval_shape` gives them, or an
       `nnx.Module`. It is not changed.
@@ -85,6 +97,13 @@ def from_torch(
     transposed: patterns of the paths here that are transposed convolutions
       (with `transpose_kernel=False`), which no array tells; in an
       `nnx.Module` they are seen.
+    inputs_first: patterns of the paths here whose matrices are (in, out) there,
+      as those of `Conv1D` in Hugging Face's GPT-2, where PyTorch's linear
+      layers have (out, in). Of a square one no array tells.
+    scanned: the paths here of modules that `nn.scan` or `nnx.scan` runs, whose
+      arrays have a first axis of layers (or a mapping to that axis). Each layer
+      is one there, 'blocks.0.fc' to 'blocks/0/fc', of which the other options
+      speak.
     ignore: patterns of names in `state` that are left out on purpose.
     count: the number of updates to store where a batch norm here counts them
       and the other framework did not.
@@ -95,8 +114,9 @@ def from_torch(
       with `scale_offset=1.0`.
 
   Returns:
-    The model filled, of the kind of `variables`: linen variables of arrays, or
-    a new module.
+    The model filled, of the kind of `variables`: a tree of the same dicts
+    and boxes (`nn.Partitioned`), or a new module. Arrays are placed where those
+    of `variables` are, or as the sharding of a `jax.ShapeDtypeStruct` says.
 
   Raises:
     TypeError: if something is not an array of numbers, or not a model.
@@ -117,10 +137,15 @@ def from_torch(
     >>> variables['params']['layers_0']['kernel'].shape
     (3, 3, 2, 8)
   """
-  template = template_of(variables)
+  template = unstacked(template_of(variables), scanned)
   shapes = _layouts.check_flatten(flatten, template)
-  layout = _layouts.channels_first(shapes, template.is_transposed(transposed))
-  sources = _frameworks.read_torch(_without(state, ignore))
+  _layouts.check_inputs_first(inputs_first, template)
+  layout = _layouts.channels_first(
+    shapes, template.is_transposed(transposed), inputs_first
+  )
+  kept = _without(_frameworks.unwrapped(state), ignore)
+  sources = _frameworks.read_torch(kept)
+  sources = without_prefix(sources, names, template)
   return _fill(template, sources, names, '.', layout, count, add_to_scale)
 
 
@@ -130,6 +155,8 @@ def to_torch(
   names: Names = None,
   flatten: Shapes | None = None,
   transposed: Sequence[str] = TRANSPOSED,
+  inputs_first: Sequence[str] = (),
+  scanned: Scanned = (),
   add_to_scale: Mapping[str, float] | None = None,
   like: Mapping[str, Any] | None = None,
 ) -> dict[str, np.ndarray]:
@@ -137,8 +164,10 @@ def to_torch(
 
   The inverse of `from_torch`, given the same arguments. Without `like`, every
   kernel and scale becomes a `weight`, also one that is a `kernel` or a `gamma`
-  in PyTorch, and has the dtype and the axes that it has here. Load it by
-  `model.load_state_dict({k: torch.from_numpy(v) for k, v in state.items()})`.
+  in PyTorch, and has the dtype and the axes that it has here; what is in one
+  array there, as query, key and value of `MultiheadAttention`, comes apart.
+  Kernels with heads become matrices. Load it by
+  `model.load_state_dict(convert.as_tensors(state))`.
 
   Args:
     variables: linen variables or an `nnx.Module`. It is not changed.
@@ -147,6 +176,8 @@ def to_torch(
       `from_torch` takes.
     flatten: as in `from_torch`.
     transposed: as in `from_torch`.
+    inputs_first: as in `from_torch`.
+    scanned: as in `from_torch`.
     add_to_scale: as in `from_torch`, and is subtracted here.
     like: the state dict that the weights came from, or that of the model they
       go to: its names, shapes and dtypes are taken.
@@ -170,18 +201,51 @@ def to_torch(
     >>> state['0.weight'].shape
     (3, 2)
   """
-  template = template_of(variables)
+  template = unstacked(template_of(variables), scanned)
   shapes = _layouts.check_flatten(flatten, template)
   added = check_added(add_to_scale, template)
   is_transposed = template.is_transposed(transposed)
-  arrays = _torch.unfilled(template, is_transposed, shapes, added)
+  _layouts.check_inputs_first(inputs_first, template)
+  arrays = _torch.unfilled(template, is_transposed, shapes, added, inputs_first)
   if like is not None:
-    sources = _frameworks.read_torch(like)
+    sources = _frameworks.read_torch(_frameworks.unwrapped(like))
+    sources = without_prefix(sources, names, template)
     rename = _renamer(template, sources, names, '.')
-    return _torch.alike(template, arrays, sources, rename)
+    return _torch.alike(
+      template, arrays, sources, rename, is_transposed, inputs_first
+    )
   if isinstance(names, Mapping):
     names = {path: name for name, path in names.items()}
   return _torch.named(template, arrays, renamer(names, '/', '.'))
+
+
+def as_tensors(arrays: Mapping[str, Any]) -> dict[str, Any]:
+  """Gives arrays as tensors of PyTorch, on the CPU.
+
+  Also those of bfloat16 and of float8, which `torch.from_numpy` refuses.
+
+  Args:
+    arrays: arrays by name, as `to_torch` and `load_arrays` give them.
+
+  Returns:
+    Tensors by name, of the same shapes, dtypes and bits, which share no memory
+    with the arrays.
+
+  Raises:
+    ModuleNotFoundError: if PyTorch is not installed.
+    TypeError: if one is no array of numbers.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from normkit.tools import convert
+    >>> state = {'weight': jnp.ones((3, 2), jnp.bfloat16)}
+    >>> try:
+    ...   print(convert.as_tensors(state)['weight'].dtype)
+    ... except ModuleNotFoundError:  # without PyTorch
+    ...   print('torch.bfloat16')
+    torch.bfloat16
+  """
+  return {name: _torch.tensor(name, value) for name, value in arrays.items()}
 
 
 def from_keras(
@@ -196,7 +260,8 @@ def from_keras(
 ) -> Model:
   """Fills a Flax model with the weights of a Keras 3 model.
 
-  A layer's arrays have no names in a file of Keras, only an order. They go to
+  A layer's arrays have no names in a file of Keras 3, only an order (in a `.h5`
+  file they have). They go to
   the leaves that the layer has here, in the order kernel (embedding, scale),
   bias, mean, var. A norm with one of scale and bias is refused, since no order
   tells gamma from beta: give its arrays by name,
@@ -205,7 +270,8 @@ def from_keras(
   out.
 
   Args:
-    weights: what `load_arrays` gives of a `.weights.h5` file; or by layer
+    weights: what `load_arrays` gives of a `.keras`, `.weights.h5` or `.h5`
+      file; or by layer
       lists of arrays, `{layer.name: layer.get_weights() for ...}`, or arrays
       by name, `{layer.name: {v.name: v for v in layer.weights} for ...}`.
     variables: the model to fill, as in `from_torch`. It is not changed.

@@ -28,6 +28,11 @@ _MAX_HEADER = 100_000_000  # the limit of the safetensors library
 # What the arrays of a file may take: so many times its bytes, or this at least.
 _MAX_RATIO = 1000
 _MIN_LIMIT = 2**26
+NOT_OF_NUMPY = (
+  ml_dtypes.bfloat16,
+  ml_dtypes.float8_e4m3fn,
+  ml_dtypes.float8_e5m2,
+)
 _DTYPES = {
   'BOOL': np.bool_,
   'U8': np.uint8,
@@ -49,13 +54,18 @@ _DTYPES = {
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
-  """Reads the arrays of a file: safetensors, NumPy's .npz or HDF5.
+  """Reads the arrays of a file: safetensors, .npz, HDF5, Keras's or msgpack.
 
   Pickles are refused, inside a zip archive too, which is what `torch.save`
   writes; so is a file that is cut short, that holds anything but numbers,
   whose names could not be those of arrays in a model, or whose arrays would
   take more than 64 MiB and 1,000 times the file. HDF5 covers the
-  `.weights.h5` of Keras 3, with names such as 'layers/dense/vars/0'.
+  `.weights.h5` of Keras 3, also the one inside a `.keras` archive, with the
+  names that the layers have, such as 'layers/stem/vars/0' (where two have one
+  name, that of the class, as in the file), and the `.h5` of Keras 2 and 3, with
+  names such as 'model_weights/stem/stem/kernel'. Msgpack is what
+  `flax.serialization.to_bytes` gives; names are paths, 'params/Conv_0/kernel',
+  and what is None is left out.
 
   Args:
     path: the file; its suffix does not matter.
@@ -102,10 +112,12 @@ def save_arrays(
   Args:
     path: the file to write.
     arrays: arrays by name.
-    overwrite: replace a file that is there.
+    overwrite: replace a file that is there, where `path` is a link the one
+      that it points to.
 
   Raises:
-    FileExistsError: if there is one and overwrite is False.
+    FileExistsError: if there is a file or a link and overwrite is False, or
+      what is there is no regular file.
     TypeError: if one is not an array of numbers.
     ValueError: if a name could not be that of an array in a model.
 
@@ -130,7 +142,7 @@ def save_bytes(path: Path, data: bytes, *, overwrite: bool = False) -> None:
   """Writes a whole file or none; see `save_arrays`.
 
   Raises:
-    FileExistsError: if there is a file and overwrite is False.
+    FileExistsError: as `save_arrays` raises it.
 
   Examples:
     >>> import os, tempfile
@@ -138,11 +150,7 @@ def save_bytes(path: Path, data: bytes, *, overwrite: bool = False) -> None:
     >>> with tempfile.TemporaryDirectory() as folder:
     ...   files.save_bytes(os.path.join(folder, 'program.jax'), b'program')
   """
-  path = pathlib.Path(path)
-  if path.exists() and not overwrite:
-    raise FileExistsError(
-      f'{str(path)!r} exists. Choose another name, or give overwrite=True.'
-    )
+  path = check_free(path, overwrite)
   partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
   try:
     with open(partial, 'xb') as file:
@@ -154,12 +162,32 @@ def save_bytes(path: Path, data: bytes, *, overwrite: bool = False) -> None:
     partial.unlink(missing_ok=True)
 
 
+def check_free(path: Path, overwrite: bool) -> pathlib.Path:
+  """Where to write a file: past links; raises unless it may be written."""
+  path = pathlib.Path(path)
+  if os.path.lexists(path) and not overwrite:
+    raise FileExistsError(
+      f'{str(path)!r} exists. Choose another name, or give overwrite=True '
+      '(--overwrite).'
+    )
+  target = pathlib.Path(os.path.realpath(path))
+  if os.path.lexists(target) and not target.is_file():
+    raise FileExistsError(
+      f'{str(path)!r} is not a regular file, and is not overwritten. Choose '
+      'another name.'
+    )
+  return target
+
+
 def as_numpy(name: str, value: Any) -> np.ndarray:
   """Returns an array of NumPy, JAX or PyTorch as NumPy's."""
   if hasattr(value, 'detach'):  # PyTorch's
     value = value.detach().cpu()
-    if str(value.dtype) == 'torch.bfloat16':  # NumPy has none of its own
-      value = value.float().numpy().astype(ml_dtypes.bfloat16)
+    named = str(value.dtype).removeprefix('torch.')
+    for dtype in NOT_OF_NUMPY:
+      if named == dtype.__name__:
+        value = value.float().numpy().astype(dtype)
+        break
   array = np.asarray(value)
   check_numbers(name, array)
   return array
@@ -197,8 +225,11 @@ def _reader(data: bytes) -> Callable[[bytes], dict[str, np.ndarray]]:
     return _hdf5
   if data.startswith(b'\x80'):
     raise ValueError(_PICKLE)
+  if b'\x81' <= data[:1] <= b'\x8f' or data[:1] in (b'\xde', b'\xdf'):
+    return _msgpack  # a map of one key or more
   raise ValueError(
-    f'it begins with {data[:9]!r}, not as a safetensors, .npz or HDF5 file.'
+    f'it begins with {data[:9]!r}, not as a safetensors, .npz, HDF5, Keras or '
+    'msgpack file.'
   )
 
 
@@ -234,8 +265,10 @@ def _zip(data: bytes) -> dict[str, np.ndarray]:
   members = [name for name, _ in sizes]
   if any(member.endswith('.pkl') for member in members):
     raise ValueError(_PICKLE)
-  if 'model.weights.h5' in members:
-    raise ValueError('it is a .keras archive. Unzip its model.weights.h5.')
+  if members.count('model.weights.h5') == 1:  # a .keras archive
+    _check_total('model.weights.h5', dict(sizes)['model.weights.h5'], len(data))
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+      return _hdf5(archive.read('model.weights.h5'), len(data))
   if not all(member.endswith('.npy') for member in members):
     raise ValueError(f'a zip archive of {members!s:.200}, not of .npy arrays.')
   if len({*members}) < len(members):
@@ -243,38 +276,82 @@ def _zip(data: bytes) -> dict[str, np.ndarray]:
   total = 0
   for name, size in sizes:
     total += size
-    _check_total(name.removesuffix('.npy'), total, data)
+    _check_total(name.removesuffix('.npy'), total, len(data))
   with np.load(io.BytesIO(data), allow_pickle=False) as file:
     return {name: file[name] for name in file.files}
 
 
-def _hdf5(data: bytes) -> dict[str, np.ndarray]:
+def _hdf5(data: bytes, size: int | None = None) -> dict[str, np.ndarray]:
+  """Reads HDF5 that takes `size` bytes in its file, by default all."""
   with needed('tools'):
     import h5py  # noqa: PLC0415
 
   arrays = {}
+  titles: dict[str, str] = {}
   total = 0
+
+  def check_links(name: str, group: Any) -> None:
+    for key in group:
+      if isinstance(group.get(key, getlink=True), h5py.ExternalLink):
+        raise ValueError(f'{name + key!r} points to another file.')
 
   def read(name: str, item: Any) -> None:
     nonlocal total
+    if isinstance(item, h5py.Group):
+      check_links(f'{name}/', item)
+      title = item.attrs.get('name')
+      if name.endswith('/vars') and isinstance(title, str):
+        titles[name.removesuffix('/vars')] = title
     if isinstance(item, h5py.Dataset):
       _check_dataset(name, item)
       largest = max(item.size, math.prod(item.chunks or ()))
       total += largest * item.dtype.itemsize
-      _check_total(name, total, data)
+      _check_total(name, total, len(data) if size is None else size)
       arrays[name] = _dataset(item)
 
   with h5py.File(io.BytesIO(data), 'r') as file:
+    check_links('', file)
     file.visititems(read)
-  return arrays
+  titled = {_titled(name, titles): value for name, value in arrays.items()}
+  return titled if len(titled) == len(arrays) else arrays
 
 
-def _check_total(name: str, total: int, data: bytes) -> None:
+def _titled(name: str, titles: Mapping[str, str]) -> str:
+  """A name in the weights of Keras 3, with those of the layers in lists.
+
+  Groups in 'layers' are called by the class, 'conv2d_1'; the layer's own name
+  is an attribute.
+  """
+  parts = name.split('/')
+  for end in range(1, len(parts)):
+    title = titles.get('/'.join(name.split('/')[: end + 1]))
+    if title and parts[end - 1] == 'layers':
+      parts[end] = title
+  return '/'.join(parts)
+
+
+def _msgpack(data: bytes) -> dict[str, np.ndarray]:
+  """The leaves of a tree that `flax.serialization` packed."""
+  from flax import serialization  # noqa: PLC0415
+
+  arrays: dict[str, np.ndarray] = {}
+  found = [('', serialization.msgpack_restore(data))]
+  while found:
+    name, node = found.pop()
+    if isinstance(node, Mapping | list | tuple):
+      pairs = node.items() if isinstance(node, Mapping) else enumerate(node)
+      found += [(f'{name}/{key}' if name else str(key), v) for key, v in pairs]
+    elif node is not None:
+      arrays[name] = np.asarray(node)
+  return dict(sorted(arrays.items()))
+
+
+def _check_total(name: str, total: int, size: int) -> None:
   """Raises if arrays, of which this is the last, are too large for a file."""
-  if total > max(_MIN_LIMIT, _MAX_RATIO * len(data)):
+  if total > max(_MIN_LIMIT, _MAX_RATIO * size):
     raise ValueError(
       f'with {name!r} the arrays take {total} bytes, and the file has '
-      f'{len(data)}. Save it without compression if that is meant.'
+      f'{size}. Save it without compression if that is meant.'
     )
 
 
