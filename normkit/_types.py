@@ -66,7 +66,13 @@ def check_input(x: ArrayLike, name: str = 'x') -> Array:
 
 def check_dtype(dtype: DType, name: str = 'dtype') -> DType:
   """Returns `dtype` as a NumPy dtype that holds 16-bit floats or wider."""
-  dtype = jnp.dtype(dtype)
+  try:
+    dtype = jnp.dtype(dtype)
+  except TypeError:
+    raise TypeError(
+      f'{name} must be a dtype, got {dtype!r}. Give one, or its name: '
+      "jnp.bfloat16, 'bfloat16'."
+    ) from None
   if not jnp.issubdtype(dtype, jnp.inexact):
     raise TypeError(
       f'{name} must have a floating-point or complex dtype, got {dtype}. '
@@ -169,7 +175,7 @@ def check_axes(
     if not -ndim <= a < ndim:
       raise ValueError(
         f'{name}={axis!r} is out of range for an input of rank {ndim}: '
-        f'axes run from {-ndim} to {ndim - 1}.'
+        f'{f"axes run from {-ndim} to {ndim - 1}" if ndim else "it has none"}.'
       )
   positive = sorted({a % ndim for a in axes})
   if len(positive) != len(axes) and not repeats:

@@ -69,6 +69,7 @@ def own_words(function: Function) -> Function:
       told = _told(parameters, args, options)
       if 'self' in parameters and not isinstance((*args, None)[0], OwnWords):
         told = 'Call it on an instance, not on the class.'
+      told = told or _lacking(parameters, args, options)
       if not told:  # it was called, or the word is nobody's
         raise
       raise TypeError(f'{error}. {told}') from None
@@ -112,6 +113,23 @@ def _told(
   if inspect.Parameter.VAR_POSITIONAL not in kinds:
     told.append(_by_name(parameters, args))
   return ' '.join(filter(None, told))
+
+
+def _lacking(
+  parameters: Mapping[str, inspect.Parameter],
+  args: Sequence[Any],
+  options: Mapping[str, Any],
+) -> str:
+  """The order, where arguments by position are too few."""
+  first = {
+    n: p for n, p in parameters.items() if p.kind == p.POSITIONAL_OR_KEYWORD
+  }
+  lacks = any(
+    first[n].default is inspect.Parameter.empty and n not in options
+    for n in [*first][len(args) :]
+  )
+  order = ', '.join(n for n in first if n != 'self')
+  return f'The order is {order}.' if lacks else ''
 
 
 def _translated(word: str, parameters: Mapping[str, Any]) -> str:

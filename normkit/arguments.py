@@ -107,7 +107,7 @@ def check_feature(
       'the arrays in it one by one; apply of a transform takes it whole, in '
       'the order params, state, x.'
     )
-  value = _types.as_array(value)
+  given, value = value, _types.as_array(value)
   if value.dtype == jnp.bool_:
     raise TypeError(
       f'{name} must hold numbers, got booleans. Give a mask by name: where=.'
@@ -121,7 +121,7 @@ def check_feature(
       f'{feature_axes} of {of}, of shape {features}, nor the rank of {of}, of '
       f'shape {shape}. Give one number a feature, or an array of rank '
       f'{len(shape)} that broadcasts to {of}.'
-      f'{other_axis(value.shape, shape, feature_axes)}'
+      f'{other_axis(value.shape, shape, feature_axes)}{not_sizes(given)}'
     )
   _types.check_broadcast(value.shape, shape, name, of)
   return value
@@ -142,6 +142,23 @@ def other_axis(
     f' Axis {found[0]} of x has that size: if its channels come first, give '
     f'axis={found[0]}, or move them last with jnp.moveaxis(x, {found[0]}, -1).'
   )
+
+
+def not_sizes(value: Any) -> str:
+  """A sentence for a message, if a width or shape may have been meant."""
+  sizes = value if isinstance(value, (list, tuple)) else (value,)
+  if not all(_types.is_integer(size) for size in sizes):
+    return ''
+  return ' If that is a width or shape: axis= says which axes, if not the last.'
+
+
+def check_num_features(size: Any) -> None:
+  """Raises for a shape in the place of a number of features."""
+  if not _types.is_integer(size):
+    raise TypeError(
+      f'num_features must be an integer, got {size!r}. Of several feature axes '
+      'it is the product of their sizes.'
+    )
 
 
 def check_not_width_as_flag(flag: Any) -> None:

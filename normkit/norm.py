@@ -291,7 +291,10 @@ def mend(value: Any, kind: Any, name: str) -> str:
       f'If a checkpoint was restored without a target, make it one: '
       f'normkit.{call}.'
     )
+  is_made = kind._fields and not is_dict and not hasattr(value, '_fields')
+  make = f'{kind.__name__}({", ".join(kind._fields)})'
   return (
-    'Take it from init of this transform; apply takes params, state and x, in '
-    'this order.'
+    'Take it from init of this transform'
+    f'{f", or make {make} of arrays" if is_made else ""}; '
+    'apply takes params, state and x, in this order.'
   )

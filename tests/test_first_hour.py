@@ -76,6 +76,21 @@ FAULTS = {
     TypeError,
     'x must be an array or a jax.ShapeDtypeStruct, got int',
   ),
+  'shape-layer-nnx': (
+    lambda: layers('LayerNorm', (3, 6)),
+    TypeError,
+    r'num_features must be an integer, got \(3, 6\).*the product',
+  ),
+  'shape-function': (
+    lambda: nk.layer_norm(X, (6,)),
+    ValueError,
+    'If that is a width or shape: axis= says which axes',
+  ),
+  'width-function': (
+    lambda: nk.layer_norm(X, 6),
+    ValueError,
+    'If that is a width or shape',
+  ),
   # Channels first.
   'channels-scale': (
     lambda: trace(nk.layer_norm, IMAGES, np.ones(3)),
@@ -214,6 +229,16 @@ FAULTS = {
     TypeError,
     'Its positional arguments: x',
   ),
+  'no-state': (
+    lambda: BN.apply(PARAMS, X, train=True),
+    TypeError,
+    "missing .*'x'. The order is params, state, x.",
+  ),
+  'no-state-function': (
+    lambda: nk.batch_norm(X, train=True),
+    TypeError,
+    "missing .*'state'. The order is x, state, scale, bias.",
+  ),
   # One thing for another.
   'class': (
     lambda: wrapped(nk.LayerNorm, train=True),
@@ -283,6 +308,24 @@ FAULTS = {
     NameError,
     "axis_name='i' names no mapped axis",
   ),
+  'one-example': (
+    lambda: jax.vmap(lambda x: nk.batch_norm(x, state_of(x), train=True))(
+      X[:, 0]
+    ),
+    ValueError,
+    'under jax.vmap or jax.pmap, axis_name shares it',
+  ),
+  'no-axes': (
+    lambda: nk.layer_norm(np.float32(1)),
+    ValueError,
+    'an input of rank 0: it has none',
+  ),
+  # No such dtype.
+  'dtype': (
+    lambda: nk.layer_norm(X, dtype='bf16'),
+    TypeError,
+    "dtype must be a dtype, got 'bf16'.*'bfloat16'",
+  ),
   # In another order.
   'params-state': (
     lambda: BN.apply(STATE, PARAMS, X, train=True),
@@ -303,6 +346,16 @@ FAULTS = {
     lambda: nk.batch_norm(X, PARAMS, train=True),
     ValueError,
     r'state must be BatchNormState.*got NormParams\(scale=an array',
+  ),
+  'mean-var': (
+    lambda: nk.batch_norm(X, NUMBERS, NUMBERS + 1, train=False),
+    ValueError,
+    r'or make BatchNormState\(mean, var, count\) of arrays',
+  ),
+  'tuple-state': (
+    lambda: nk.batch_norm(X, (NUMBERS, NUMBERS + 1), train=False),
+    ValueError,
+    r'or make BatchNormState\(mean, var, count\) of arrays',
   ),
   'params-for-scale': (
     lambda: nk.layer_norm(np.ones((2, 6), np.float32), PARAMS),

@@ -56,6 +56,9 @@ class DropIn(nnx.Module, _words.OwnWords):
   ) -> None:
     width = 'The width is num_features, the first argument.'
     arguments.check_not_width(options.get('epsilon'), width)
+    size = args[0] if args else options.get('num_features')
+    if size is not None:
+      arguments.check_num_features(size)
     super().__init__(*args, **options)
     self.axis_index_groups = _types.hashable(self.axis_index_groups)
     self.implementation = implementation

@@ -223,8 +223,9 @@ def check_several(
   if count == 1:
     raise ValueError(
       f'train=True with one element a feature in x of shape {shape}, reduced '
-      f'over {reduced}: each would become zero. Give a larger batch, or '
-      'train=False to use the running statistics.'
+      f'over {reduced}: each would become zero. Give a larger batch '
+      '(under jax.vmap or jax.pmap, axis_name shares it), or train=False to '
+      'use the running statistics.'
     )
 
 
