@@ -14,7 +14,7 @@ import pytest
 import normkit as nk
 import normkit.linen
 import normkit.nnx
-from normkit.tools import _views, cli, files
+from normkit.tools import _checkpoints, _views, cli, files
 
 X = np.ones((4, 3, 6), np.float32)
 IMAGES = np.ones((2, 3, 8, 8), np.float32)  # channels first
@@ -495,7 +495,7 @@ def test_a_missing_extra(missing, monkeypatch, tmp_path):
   mend = r"pip install 'normkit\[tools\]'.*checkout.* '\.\[tools\]'"
   uses = {
     'safetensors': lambda: files.save_arrays(tmp_path / 'a', {'x': X}),
-    'orbax': lambda: cli._read_folder(tmp_path),
+    'orbax': lambda: _checkpoints._read_tree(tmp_path),
     'matplotlib': lambda: _views.figure(()),
   }
   with pytest.raises(ModuleNotFoundError, match=mend):
@@ -512,8 +512,14 @@ def test_version(capsys):
 def test_status_of_inspect(level, status, monkeypatch, capsys):
   """An error in the model is one for whoever called the command."""
   found = types.SimpleNamespace(advice=[types.SimpleNamespace(level=level)])
-  for name in ('_load_model', '_restore', '_batches'):
-    monkeypatch.setattr(cli, name, lambda *_: types.SimpleNamespace(train=None))
+  for module, name in (
+    (cli, '_load_model'),
+    (cli, '_restore'),
+    (cli._inputs, 'batches'),
+  ):
+    monkeypatch.setattr(
+      module, name, lambda *_: types.SimpleNamespace(train=None)
+    )
   monkeypatch.setattr(cli, 'inspect', lambda *_, **__: found)
   args = ['--model=zoo:net', '--input=1x4', '--data=x.npz']
   assert cli.main(['inspect', 'flax.safetensors', *args]) == status
