@@ -32,7 +32,7 @@ from benchmarks.bytes import measure
 from benchmarks.kernels import CASES as BLOCKS, NAMES, block, moved
 import normkit as nk
 from normkit import testing
-from normkit.kernels import cases, dispatch, mosaic_tpu
+from normkit.kernels import cases, dispatch, mosaic_tpu, record
 
 KERNEL_CASES = [
   pytest.param(case, id=case.name)
@@ -63,15 +63,25 @@ def name(platform, monkeypatch):
   As if a device had shown that Triton's win, or none would be chosen.
   """
   monkeypatch.setattr(dispatch, 'interpreted', platform)
-  monkeypatch.setattr(cases, 'RECORDED', ('triton',))
+  record_wins_of_triton(monkeypatch)
   return platform
+
+
+CHIP = 'NVIDIA H200'
+
+
+def record_wins_of_triton(monkeypatch):
+  """In every case, on one chip."""
+  monkeypatch.setattr(record, 'entries', lambda: ('some',))
+  monkeypatch.setattr(record, 'kernels', lambda *_: {'triton': (CHIP,)})
 
 
 @pytest.fixture
 def recorded(monkeypatch):
   """As if a device had shown that Triton's kernels win."""
   jax.clear_caches()
-  monkeypatch.setattr(cases, 'RECORDED', ('triton',))
+  record_wins_of_triton(monkeypatch)
+  monkeypatch.setattr(dispatch, 'chip', lambda: CHIP)
   yield
   jax.clear_caches()
 
@@ -299,7 +309,7 @@ def test_chosen_in_training(name, monkeypatch):
 def test_nothing_is_chosen_without_a_record(name, monkeypatch):
   """No kernel that no device has shown to win, in training neither."""
   monkeypatch.undo()
-  assert cases.RECORDED == ()
+  assert record.entries() == ()
   monkeypatch.setattr(dispatch, 'interpreted', name)
   calls = called(name, monkeypatch)
   x, image = draw((4, 8)), draw((2, 5, 6, 12), 'bfloat16')
@@ -312,7 +322,7 @@ def test_nothing_is_chosen_without_a_record(name, monkeypatch):
 
 def test_preferred(name, monkeypatch):
   """For whatever names nothing itself; the rest is XLA's."""
-  monkeypatch.setattr(cases, 'RECORDED', ())
+  monkeypatch.setattr(record, 'entries', lambda: ())
   calls = called(name, monkeypatch)
   x, where = draw((4, 8)), draw_mask((4, 8))
   with nk.implementation(name):
