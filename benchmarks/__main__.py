@@ -9,6 +9,7 @@ from benchmarks import (
   dropin,
   family,
   folding,
+  gpu,
   kernels,
   pictures,
   registers,
@@ -25,6 +26,7 @@ def main() -> int:
   dropin.add_command(commands)
   family.add_command(commands)
   folding.add_command(commands)
+  gpu.add_command(commands)
   kernels.add_command(commands)
   pictures.add_command(commands)
   registers.add_command(commands)
