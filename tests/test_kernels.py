@@ -978,6 +978,29 @@ def test_without_triton_xla_runs(monkeypatch, what, value, match):
     lowered('triton')
 
 
+@pytest.mark.usefixtures('recorded')
+@pytest.mark.parametrize('is_mapped', [False, True], ids=['', 'vmap'])
+def test_a_record_is_of_one_chip(monkeypatch, is_mapped):
+  """Elsewhere, or where no chip is known, it is XLA's form by None."""
+  x = jax.ShapeDtypeStruct((2, 64, 256), jnp.bfloat16)
+
+  def lowered(implementation=None):
+    norm = functools.partial(nk.layer_norm, implementation=implementation)
+
+    def step(x):
+      return jax.vjp(norm, x)[1](x)
+
+    run = jax.jit(jax.vmap(step) if is_mapped else step)
+    return run.trace(x).lower(lowering_platforms=('cuda',)).as_text()
+
+  assert 'triton' in lowered()
+  for other in None, 'NVIDIA B200':
+    jax.clear_caches()
+    monkeypatch.setattr(dispatch, 'chip', lambda: other)  # noqa: B023
+    assert 'triton' not in lowered()
+  assert 'triton' in lowered('triton')
+
+
 @pytest.mark.parametrize('name', dispatch.PLATFORMS)
 def test_export(name):
   """A CPU host makes the program of another platform, without its compiler."""
