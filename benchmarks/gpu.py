@@ -374,8 +374,10 @@ def run(args: argparse.Namespace) -> int:
   os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
   if args.dry:
     jax.config.update('jax_platforms', 'cpu')
-    if jax.config.jax_num_cpu_devices < 2:  # one for Mosaic GPU's interpreter
-      jax.config.update('jax_num_cpu_devices', 2)
+    # Mosaic GPU's interpreter has one to itself, and waits for ever where there
+    # are few threads, which are as many as devices.
+    if jax.config.jax_num_cpu_devices < 8:
+      jax.config.update('jax_num_cpu_devices', 8)
   is_child = args.until is not None
   if not is_child:
     args.json.unlink(missing_ok=True)
