@@ -1,34 +1,41 @@
 """The command line: one subcommand a measurement."""
 
 import argparse
+import sys
+from types import ModuleType
 
-from benchmarks import (
-  accuracy,
-  bytes as moved,
-  compiling,
-  dropin,
-  family,
-  folding,
-  kernels,
-  pictures,
-  registers,
-  speed,
-)
+from benchmarks import gpu
+
+
+def modules() -> list[ModuleType]:
+  """Those with commands; some take the device as they are imported.
+
+  For `gpu` it must be free: its work is done in another process.
+  """
+  if sys.argv[1:2] == ['gpu']:
+    return [gpu]
+  from benchmarks import (
+    accuracy,
+    bytes as moved,
+    compiling,
+    dropin,
+    family,
+    folding,
+    kernels,
+    pictures,
+    registers,
+    speed,
+  )
+
+  found = [accuracy, moved, compiling, dropin, family, folding, gpu, kernels]
+  return [*found, pictures, registers, speed]
 
 
 def main() -> int:
   parser = argparse.ArgumentParser(prog='python -m benchmarks')
   commands = parser.add_subparsers(required=True, metavar='COMMAND')
-  accuracy.add_command(commands)
-  moved.add_command(commands)
-  compiling.add_command(commands)
-  dropin.add_command(commands)
-  family.add_command(commands)
-  folding.add_command(commands)
-  kernels.add_command(commands)
-  pictures.add_command(commands)
-  registers.add_command(commands)
-  speed.add_command(commands)
+  for module in modules():
+    module.add_command(commands)
   args = parser.parse_args()
   return args.run(args)
 

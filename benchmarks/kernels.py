@@ -99,7 +99,11 @@ def conv(x: Any, kernel: Any) -> Any:
 
 
 def block(
-  kind: str, norm: str, implementation: str | None, dtype: str
+  kind: str,
+  norm: str,
+  implementation: str | None,
+  dtype: str,
+  shape: tuple[int, ...] | None = None,
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
   """A function of the shapes that come with it."""
   family = next(f for f in FAMILIES if norm in f.norms)
@@ -110,9 +114,11 @@ def block(
   def run(*given: Any) -> Any:
     return family.blocks[kind](one, *given)
 
-  x = jax.ShapeDtypeStruct(family.x, jnp.dtype(dtype))
-  weight = jax.ShapeDtypeStruct(family.weight, jnp.dtype(dtype))
-  scale = jax.ShapeDtypeStruct(family.x[-1:], jnp.float32)
+  shape = shape or family.x
+  x = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+  square = (*family.weight[:-2], *shape[-1:] * 2)
+  weight = jax.ShapeDtypeStruct(square, jnp.dtype(dtype))
+  scale = jax.ShapeDtypeStruct(shape[-1:], jnp.float32)
   return run, (x, scale, weight, weight)
 
 

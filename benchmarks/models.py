@@ -1,4 +1,4 @@
-"""ResNet-50 and transformer blocks in training, with a norm or without.
+"""ResNet-50, a UNet, transformer blocks in training, with a norm or without.
 
 He and others, "Deep Residual Learning for Image Recognition" (2016), table 1,
 with the stride in the 3x3 convolution; and the feed-forward half of a
@@ -113,6 +113,48 @@ def resnet_step(
 
   stats = variables.get('batch_stats', {})
   return step, (variables['params'], stats, images, labels)
+
+
+class UNet(nn.Module):
+  """Norm, SiLU, convolution, twice at each resolution, down and up again."""
+
+  norm: Any
+  features: tuple[int, ...]
+
+  @nn.compact
+  def __call__(self, x):
+    conv = functools.partial(nn.Conv, dtype=jnp.bfloat16)
+
+    def residual(x, features):
+      y = conv(features, (3, 3))(nn.silu(self.norm()(x)))
+      y = conv(features, (3, 3))(nn.silu(self.norm()(y)))
+      return y + (x if x.shape == y.shape else conv(features, (1, 1))(x))
+
+    x = conv(self.features[0], (3, 3))(x)
+    skipped = []
+    for features in self.features:
+      x = residual(x, features)
+      skipped.append(x)
+      x = conv(features, (3, 3), 2)(x)
+    x = residual(x, self.features[-1])
+    for features, skip in zip(self.features[::-1], skipped[::-1], strict=True):
+      x = x.repeat(2, 1).repeat(2, 2)
+      x = residual(jnp.concatenate([x, skip], -1), features)
+    return conv(3, (3, 3))(nn.silu(self.norm()(x)))
+
+
+def unet_step(
+  library: str, batch: int, size: int, features: tuple[int, ...]
+) -> tuple[Step, tuple[Any, ...]]:
+  """Gradients of a UNet with group norms: `(params, images) -> ...`."""
+  model = UNet(make_norm(library, 'GroupNorm', dtype=jnp.bfloat16), features)
+  images = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.bfloat16)
+  params = jax.eval_shape(model.init, jax.random.key(0), images)
+
+  def loss(params, images):
+    return jnp.square(model.apply(params, images).astype(jnp.float32)).mean()
+
+  return jax.value_and_grad(loss), (params, images)
 
 
 def transformer_step(

@@ -2,8 +2,7 @@
 
 Every library runs the same work on the same arrays, one call of each in turn,
 many times over in one process; what is reported is the median of the ratios to
-Flax's call in the same round, with the middle half of them. On a GPU or TPU the
-least time that the memory allows stands beside, from a copy that is timed too.
+Flax's call in the same round, with the middle half of them.
 """
 
 import argparse
@@ -12,7 +11,6 @@ import ctypes
 import functools
 import importlib.util
 import json
-import os
 import pathlib
 import platform
 import time
@@ -24,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
 
-from benchmarks import layers, report
+from benchmarks import report
 import normkit as nk
 
 GROUPS = 32
@@ -36,20 +34,6 @@ CPU_SHAPES = {
   'GroupNorm': [(32, 56, 56, 64)],
   'InstanceNorm': [(16, 64, 64, 32)],
 }
-GPU_SHAPES = {
-  'LayerNorm': [
-    (524_288, 256),
-    (131_072, 1024),
-    (16_384, 8192),
-    (2048, 65_536),
-  ],
-  'RMSNorm': [(524_288, 256), (131_072, 1024), (16_384, 8192), (2048, 65_536)],
-  'BatchNorm': [(256, 56, 56, 128), (256, 14, 14, 1024)],
-  'GroupNorm': [(256, 56, 56, 128)],
-  'InstanceNorm': [(256, 56, 56, 128)],
-}
-# Passes over the input that no form can do without, forward and step.
-LEAST = dict.fromkeys(CPU_SHAPES, (2, 4)) | {'BatchNorm': (3, 6)}
 Function = Callable[..., Any]
 
 
@@ -92,14 +76,6 @@ def of_normkit(norm: str, implementation: str | None = None) -> Function | None:
     'GroupNorm': functools.partial(nk.group_norm, num_groups=GROUPS, **options),
     'InstanceNorm': functools.partial(nk.instance_norm, **options),
   }[norm]
-
-
-def of_kernel(norm: str) -> Function | None:
-  """Normkit's kernels, by name, where a norm has any."""
-  names = {'gpu': 'triton', 'tpu': 'mosaic_tpu'}
-  if norm not in layers.ROWS:
-    return None
-  return of_normkit(norm, names[jax.default_backend()])
 
 
 def of_flax(norm: str, fast: bool = True) -> Function:
@@ -213,12 +189,6 @@ LIBRARIES: dict[str, Callable[[str], Function | None]] = {
   'torch': of_torch,
   'tokamax': of_tokamax,
 }
-# What is told apart where there are kernels.
-DEVICE_LIBRARIES = LIBRARIES | {
-  'normkit xla': functools.partial(of_normkit, implementation='xla'),
-  'normkit kernel': of_kernel,
-  'torch compiled': functools.partial(of_torch, compiled=True),
-}
 
 
 def installed(names: list[str]) -> list[str]:
@@ -226,15 +196,6 @@ def installed(names: list[str]) -> list[str]:
   if missing := [n for n in names if n not in found]:
     print(f'not installed and left out: {", ".join(missing)}')
   return found
-
-
-def torch_sees_it() -> bool:
-  """Whether torch, where it is installed, has the GPU too."""
-  if importlib.util.find_spec('torch') is None:
-    return False
-  import torch
-
-  return torch.cuda.is_available()
 
 
 def jax_calls(function: Function, arrays: Arrays) -> dict[str, Function]:
@@ -323,7 +284,7 @@ def measure(
   arrays = draw(shape, dtype)
   calls = {}
   for name in libraries:
-    if function := DEVICE_LIBRARIES[name](norm):
+    if function := LIBRARIES[name](norm):
       make = torch_calls if name.startswith('torch') else jax_calls
       calls[name] = make(function, arrays)
   rows = []
@@ -343,22 +304,13 @@ def measure(
           'ratio': float(middle),
           'low': float(low),
           'high': float(high),
-          'n': arrays.x.nbytes,
         }
       )
   return rows
 
 
-def copy_bandwidth(size: int = 2**30) -> float:
-  """Bytes a second that a copy moves, read and written."""
-  x = jnp.zeros(size // 4, jnp.float32)
-  copy = jax.jit(lambda x: x + 1).lower(x).compile()
-  times = interleave({'flax': lambda: wait_for(copy, (x,))}, 1.0)['flax']
-  return 2 * size / float(np.median(times))
-
-
 def table(
-  rows: list[dict[str, Any]], libraries: list[str], bandwidth: float | None
+  rows: list[dict[str, Any]], libraries: list[str]
 ) -> tuple[list[str], list[list[str]]]:
   """Ratios to Flax, with the middle half; Flax itself in milliseconds."""
   cases: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
@@ -367,7 +319,6 @@ def table(
     cases.setdefault(key, {})[row['library']] = row
   others = [n for n in libraries if n != 'flax']
   header = ['time over flax', 'flax, ms', *others]
-  header += ['normkit over least'] if bandwidth else []
   lines = []
   for key, found in cases.items():
     line = [' '.join(key), f'{found["flax"]["milliseconds"]:.2f}']
@@ -375,10 +326,6 @@ def table(
       r = found.get(name)
       text = f'{r["ratio"]:.2f} ({r["low"]:.2f}-{r["high"]:.2f})' if r else ''
       line.append(text)
-    if bandwidth:
-      passes = LEAST[key[0]][key[3] == 'step']
-      least = passes * found['normkit']['n'] / bandwidth * 1e3
-      line.append(f'{found["normkit"]["milliseconds"] / least:.2f}')
     lines.append(line)
   return header, lines
 
@@ -401,49 +348,36 @@ def plot(rows: list[dict[str, Any]], path: pathlib.Path, device: str) -> None:
 
 def run(args: argparse.Namespace) -> int:
   settle_memory()
-  os.environ.setdefault(
-    'XLA_PYTHON_CLIENT_PREALLOCATE', 'false'
-  )  # torch's half
-  if args.device == 'cpu':
-    jax.config.update('jax_platforms', 'cpu')
-  device = jax.devices()[0]
-  on_cpu = device.platform == 'cpu'
-  if args.device == 'gpu' and on_cpu:
-    print('no GPU or TPU here: nothing to time. `bytes` compiles for them.')
-    return 1
-  shapes = CPU_SHAPES if on_cpu else GPU_SHAPES
-  libraries = installed(list(LIBRARIES if on_cpu else DEVICE_LIBRARIES))
-  if not on_cpu and not torch_sees_it():
-    libraries = [n for n in libraries if not n.startswith('torch')]
+  jax.config.update('jax_platforms', 'cpu')
+  libraries = installed(list(LIBRARIES))
   cases = [
     (norm, shape, dtype)
     for norm in args.norms
-    for shape in shapes[norm]
+    for shape in CPU_SHAPES[norm]
     for dtype in args.dtype
   ]
   rows = []
   for case in track(cases, 'timing'):
     rows += measure(*case, libraries, args.seconds)
-  bandwidth = None if on_cpu else copy_bandwidth()
-  header, lines = table(rows, libraries, bandwidth)
-  title = f'{device.device_kind}, jax {jax.__version__}'
-  report.publish(args.device, title, header, lines, args.update)
+  header, lines = table(rows, libraries)
+  report.publish(
+    'cpu', f'cpu, jax {jax.__version__}', header, lines, args.update
+  )
   if args.json:
     args.json.write_text(json.dumps(rows, indent=1))
   if args.plot:
-    plot(rows, args.plot, device.device_kind)
+    plot(rows, args.plot, 'cpu')
   return 0
 
 
 def add_command(commands: Any) -> None:
-  for device in 'cpu', 'gpu':
-    parser = commands.add_parser(device, help=f'{__doc__.splitlines()[0]}')
-    parser.add_argument('--norms', nargs='*', default=list(CPU_SHAPES))
-    parser.add_argument('--dtype', nargs='*', default=['float32', 'bfloat16'])
-    parser.add_argument(
-      '--seconds', type=float, default=3.0, help='time for each program'
-    )
-    parser.add_argument('--json', type=pathlib.Path)
-    parser.add_argument('--plot', type=pathlib.Path)
-    report.add_update(parser)
-    parser.set_defaults(run=run, device=device)
+  parser = commands.add_parser('cpu', help=__doc__.splitlines()[0])
+  parser.add_argument('--norms', nargs='*', default=list(CPU_SHAPES))
+  parser.add_argument('--dtype', nargs='*', default=['float32', 'bfloat16'])
+  parser.add_argument(
+    '--seconds', type=float, default=3.0, help='time for each program'
+  )
+  parser.add_argument('--json', type=pathlib.Path)
+  parser.add_argument('--plot', type=pathlib.Path)
+  report.add_update(parser)
+  parser.set_defaults(run=run)

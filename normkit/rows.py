@@ -25,6 +25,8 @@ from normkit.kernels.rows import Spec, statistics
 from normkit.plain import SUMMANDS, Arrays
 
 FLOATS = {*map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16))}
+# Each with the chips that it is confined to, or None.
+Kernels = dict[Implementation, tuple[str, ...] | None]
 # What is kept for the backward, of what is given and of what comes out.
 RESULTS = 'y', 'total'
 SAVED = 'x', 'scale', 'bias', 'pivot', 'offset', 'var'
@@ -185,7 +187,7 @@ def check(
 
 def _extra(given: Any, spec: Spec) -> tuple[bool, bool]:
   """Whether there is a residual, and an activation."""
-  return 'residual' in given, spec.activation is not None
+  return 'residual' in given or 'total' in given, spec.activation is not None
 
 
 @functools.partial(
@@ -247,21 +249,19 @@ def _forward(
 
 def _names(
   given: Any, spec: Spec, implementation: Implementation | None
-) -> tuple[Implementation, ...]:
+) -> Kernels:
   """The kernels that may run: the one that is named, or those chosen."""
   if implementation is not None:
-    return () if implementation == 'xla' else (implementation,)
+    return {} if implementation == 'xla' else {implementation: None}
   preferred = platforms.preferred()
   x = given['x']
   case = x.shape, x.dtype, spec.groups, preferred
-  return cases.chosen(*case, *_extra(given, spec))
+  return cases.chosen(*case, *_extra(given, spec), spec.center)
 
 
-def _with_backward(
-  names: tuple[Implementation, ...], x: Array, spec: Spec
-) -> tuple[Implementation, ...]:
+def _with_backward(names: Kernels, x: Array, spec: Spec) -> Kernels:
   case = x.shape, x.dtype, spec.groups
-  return tuple(name for name in names if cases.has_backward(name, *case))
+  return {n: c for n, c in names.items() if cases.has_backward(n, *case)}
 
 
 def _training_forward(
@@ -273,7 +273,9 @@ def _training_forward(
   keep them alone; of the two calls of a kernel XLA makes one.
   """
   names = _names(given, spec, implementation)
-  required = None if implementation == 'xla' else implementation
+  if not names:
+    by_xla = named(plain.statistics_of_rows(spec, given))
+    return {**plain.norm(spec, given, by_xla), **by_xla}
   name = implementation or platforms.preferred()
   if name in _with_backward(names, given['x'], spec):
     return _forward(given, spec, implementation)
@@ -285,7 +287,8 @@ def _training_forward(
     functools.partial(plain.statistics_of_rows, spec),
     by(statistics(spec)),
     given,
-    required=required,
+    required=implementation,
+    chips=names,
   )
   stats = named(stats)
   results: Arrays = _load('dispatch').choose(
@@ -293,7 +296,8 @@ def _training_forward(
     by(RESULTS),
     given,
     stats,
-    required=required,
+    required=implementation,
+    chips=names,
   )
   return {**results, **stats}
 
@@ -320,13 +324,14 @@ def _tangents(
   results: Arrays,
 ) -> Arrays:
   """A linear map of what has moved, whose transpose a kernel may compute."""
-  by_xla = jax.checkpoint(
+  by_xla: Callable[[Arrays, Arrays], Arrays] = jax.checkpoint(
     functools.partial(plain.tangents, spec=spec, results=tuple(results)),
     prevent_cse=False,
   )
-  names = _names(saved, spec, implementation)
+  names = _names({**saved, **results}, spec, implementation)
   names = _with_backward(names, saved['x'], spec)
-  required = implementation if names else None
+  if not names:
+    return by_xla(saved, moved)
   wanted = 'dx', *(f'd{n}' for n in moved if n not in SUMMANDS)
   kept = tuple(moved)  # no tracers: the functions below outlive the trace
 
@@ -350,12 +355,17 @@ def _tangents(
 
   def transpose(saved: Arrays, given: Arrays) -> Arrays:
     kernels = {name: functools.partial(by_kernel, name) for name in names}
-    found: Arrays = _load('dispatch').choose(
-      gradients_by_xla, kernels, saved, given, required=required
+    gradients: Arrays = _load('dispatch').choose(
+      gradients_by_xla,
+      kernels,
+      saved,
+      given,
+      required=implementation,
+      chips=names,
     )
-    return found
+    return gradients
 
-  found: Arrays = _load('dispatch').choose_linear(
+  changed: Arrays = _load('dispatch').choose_linear(
     by_xla, transpose, saved, moved
   )
-  return found
+  return changed

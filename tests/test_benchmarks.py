@@ -1,14 +1,18 @@
 """The benchmarks run, and what they time is the same work in every library."""
 
 import importlib.util
-import types
+import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 from tiers import thinned
 
-from benchmarks import compiling, family, speed
+from benchmarks import compiling, device, family, gpu, speed
+from benchmarks.__main__ import main
+from normkit.kernels import cases, record
 
 SHAPE = 4, 6, 6, 64
 LIBRARIES = [
@@ -82,18 +86,10 @@ def test_timing_and_its_table(tmp_path):
   rows = speed.measure('LayerNorm', (8, 16), 'float32', ['normkit', 'flax'], 0)
   assert {row['program'] for row in rows} == {'forward', 'step'}
   assert all(row['low'] <= row['ratio'] <= row['high'] for row in rows)
-  header, lines = speed.table(rows, ['normkit', 'flax'], bandwidth=1e9)
-  assert len(header) == len(lines[0]) == 4
+  header, lines = speed.table(rows, ['normkit', 'flax'])
+  assert len(header) == len(lines[0]) == 3
   speed.plot(rows, tmp_path / 'plot.png', 'cpu')
   assert (tmp_path / 'plot.png').stat().st_size > 1000
-
-
-@pytest.mark.skipif(
-  jax.default_backend() != 'cpu', reason='there is a GPU or TPU to time here'
-)
-def test_gpu_without_one_says_so(capsys):
-  assert speed.run(types.SimpleNamespace(device='gpu')) == 1
-  assert 'no GPU' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -108,3 +104,144 @@ def test_compile_table(program):
   found = compiling.measure(*program)
   assert found['traces'] == 1
   assert found['instructions'] > 10
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+  """Runs `python -m benchmarks gpu` here, and gives its session."""
+  path = tmp_path / 'gpu.json'
+
+  def run(*options):
+    jax.clear_caches()
+    argv = ['benchmarks', 'gpu', f'--json={path}', *options]
+    monkeypatch.setattr(sys, 'argv', argv)
+    status = main()
+    jax.clear_caches()
+    return status, gpu.Session(path, 0)
+
+  return run
+
+
+@pytest.mark.second_tier
+def test_all_of_the_script_for_a_device(command):
+  """Small, on a CPU: every part runs, and no check fails."""
+  status, session = command('--dry', '--seconds=9999')
+  assert not session.failures
+  assert status == 0
+  parts = [key.split(':')[0] for key in session.found]
+  checks = parts.count('check')
+  assert checks == len(device.names()) + 1  # groups by Triton alone
+  assert parts[checks:] == ['copy', 'norm', 'norm', 'block', 'model', 'model']
+  entries = session.data['entries']
+  assert [e['kernel'] for e in entries] == device.names()
+  assert list(entries[0]['milliseconds']) == ['norm, gelu']
+
+
+@pytest.mark.skipif(
+  jax.default_backend() != 'cpu', reason='there is a GPU or TPU to time here'
+)
+def test_without_a_device_it_says_so(command, capsys):
+  assert command('--dry', '--part', '--record')[0] == 1
+  assert 'nothing is recorded: no GPU' in capsys.readouterr().out
+
+
+CASE = device.Case('LayerNorm', (4, 8), 'float32')
+
+
+@pytest.mark.parametrize('norm', ['LayerNorm', 'RMSNorm', 'GroupNorm'])
+def test_numbers_of_a_device_are_checked(norm, monkeypatch):
+  shape, groups = ((2, 3, 4, 8), 2) if norm == 'GroupNorm' else ((4, 8), None)
+  case = device.Case(norm, shape, 'float32', groups)
+  assert max(device.check('xla', case).values()) < 1e-6
+  exact = device.exact
+  monkeypatch.setattr(
+    device, 'exact', lambda *a: [y * (1 + 1e-4) for y in exact(*a)]
+  )
+  with pytest.raises(ArithmeticError, match='dx'):
+    device.check('xla', case)
+
+
+def test_a_session_keeps_what_it_has(tmp_path):
+  session = gpu.Session(tmp_path / 'gpu.json', 2**40)
+  session.do('one', lambda: {'seconds': 1})
+  session.do('two', lambda: 1 / 0)
+  session.do('one', lambda: 1 / 0)
+  session = gpu.Session(session.path, 0)
+  session.do('three', lambda: {})
+  assert session.found == {
+    'one': {'seconds': 1},
+    'two': {'failed': 'ZeroDivisionError: division by zero'},
+  }
+  assert session.failures == ['two']
+
+
+@pytest.mark.parametrize(
+  ('exit', 'why'),
+  [('raise SystemExit(7)', 'ended with 7'), ('time.sleep(60)', 'no answer')],
+)
+def test_what_ends_or_hangs_is_left_out(tmp_path, monkeypatch, exit, why):
+  session = gpu.Session(tmp_path / 'gpu.json', 2**40)
+  session.write(running='one')
+  monkeypatch.setattr(gpu, 'HUNG', 0.5)
+  process = subprocess.Popen([sys.executable, '-c', f'import time; {exit}'])
+  assert why in gpu._watch(process, session)
+
+
+def times_of(kernel, xla=2.0):
+  return {
+    'platform': 'gpu',
+    'entries': [
+      device.entry(CASE, 'triton', 1e-7, {'a': found, 'b': found})._asdict()
+      for found in [{'xla': xla, 'triton': kernel}]
+    ],
+  }
+
+
+@pytest.fixture
+def recorded(tmp_path, monkeypatch):
+  """Writes a record and reads it."""
+  monkeypatch.setattr(record, 'PATH', tmp_path / 'record.json')
+  record.PATH.write_text('[]')
+  session = gpu.Session(tmp_path / 'gpu.json', 0)
+
+  def write(**data):
+    session.write(**data)
+    record.entries.cache_clear()
+    return gpu.save(session, record.PATH)
+
+  yield write
+  record.entries.cache_clear()
+
+
+def test_a_record_chooses(recorded):
+  """In its case, or with more rows, on its chip; no longer than it wins."""
+  chip = jax.devices()[0].device_kind
+  assert cases.chosen((4, 8), 'float32') == {}
+  assert recorded(**times_of(1.0)) == 0
+  assert cases.chosen((4, 8), 'float32') == {'triton': (chip,)}
+  assert cases.chosen((2, 5, 8), 'float32') == {'triton': (chip,)}
+  for other in (
+    cases.chosen((3, 8), 'float32'),
+    cases.chosen((4, 16), 'float32'),
+    cases.chosen((4, 8), 'bfloat16'),
+    cases.chosen((4, 8), 'float32', center=False),
+    cases.chosen((4, 8), 'float32', residual=True),
+    cases.chosen((4, 8), 'float32', activation=True),
+    cases.chosen((4, 8), 'float32', groups=4),
+  ):
+    assert other == {}
+  assert recorded(**times_of(2.0)) == 0
+  assert len(json.loads(record.PATH.read_text())) == 1
+  assert cases.chosen((4, 8), 'float32') == {}
+
+
+def test_a_record_is_refused(recorded, capsys):
+  found = {'check: triton LayerNorm 4x8 float32': {'failed': 'far'}}
+  for data, why in (
+    (times_of(1.0) | {'platform': 'cpu'}, 'no GPU'),
+    (times_of(1.0) | {'found': found}, 'checks failed: check: triton'),
+    (times_of(1.0) | {'found': {}, 'entries': []}, 'no case'),
+  ):
+    assert recorded(**data) == 1
+    assert why in capsys.readouterr().out
+    assert record.PATH.read_text() == '[]'

@@ -32,7 +32,7 @@ from benchmarks.bytes import measure
 from benchmarks.kernels import CASES as BLOCKS, NAMES, block, moved
 import normkit as nk
 from normkit import testing
-from normkit.kernels import cases, dispatch, mosaic_tpu
+from normkit.kernels import cases, dispatch, mosaic_tpu, record
 
 KERNEL_CASES = [
   pytest.param(case, id=case.name)
@@ -63,15 +63,25 @@ def name(platform, monkeypatch):
   As if a device had shown that Triton's win, or none would be chosen.
   """
   monkeypatch.setattr(dispatch, 'interpreted', platform)
-  monkeypatch.setattr(cases, 'RECORDED', ('triton',))
+  record_wins_of_triton(monkeypatch)
   return platform
+
+
+CHIP = 'NVIDIA H200'
+
+
+def record_wins_of_triton(monkeypatch):
+  """In every case, on one chip."""
+  monkeypatch.setattr(record, 'entries', lambda: ('some',))
+  monkeypatch.setattr(record, 'kernels', lambda *_: {'triton': (CHIP,)})
 
 
 @pytest.fixture
 def recorded(monkeypatch):
   """As if a device had shown that Triton's kernels win."""
   jax.clear_caches()
-  monkeypatch.setattr(cases, 'RECORDED', ('triton',))
+  record_wins_of_triton(monkeypatch)
+  monkeypatch.setattr(dispatch, 'chip', lambda: CHIP)
   yield
   jax.clear_caches()
 
@@ -299,7 +309,7 @@ def test_chosen_in_training(name, monkeypatch):
 def test_nothing_is_chosen_without_a_record(name, monkeypatch):
   """No kernel that no device has shown to win, in training neither."""
   monkeypatch.undo()
-  assert cases.RECORDED == ()
+  assert record.entries() == ()
   monkeypatch.setattr(dispatch, 'interpreted', name)
   calls = called(name, monkeypatch)
   x, image = draw((4, 8)), draw((2, 5, 6, 12), 'bfloat16')
@@ -312,7 +322,7 @@ def test_nothing_is_chosen_without_a_record(name, monkeypatch):
 
 def test_preferred(name, monkeypatch):
   """For whatever names nothing itself; the rest is XLA's."""
-  monkeypatch.setattr(cases, 'RECORDED', ())
+  monkeypatch.setattr(record, 'entries', lambda: ())
   calls = called(name, monkeypatch)
   x, where = draw((4, 8)), draw_mask((4, 8))
   with nk.implementation(name):
@@ -966,6 +976,29 @@ def test_without_triton_xla_runs(monkeypatch, what, value, match):
   assert 'triton' not in lowered(None)
   with pytest.raises(NotImplementedError, match=match):
     lowered('triton')
+
+
+@pytest.mark.usefixtures('recorded')
+@pytest.mark.parametrize('is_mapped', [False, True], ids=['', 'vmap'])
+def test_a_record_is_of_one_chip(monkeypatch, is_mapped):
+  """Elsewhere, or where no chip is known, it is XLA's form by None."""
+  x = jax.ShapeDtypeStruct((2, 64, 256), jnp.bfloat16)
+
+  def lowered(implementation=None):
+    norm = functools.partial(nk.layer_norm, implementation=implementation)
+
+    def step(x):
+      return jax.vjp(norm, x)[1](x)
+
+    run = jax.jit(jax.vmap(step) if is_mapped else step)
+    return run.trace(x).lower(lowering_platforms=('cuda',)).as_text()
+
+  assert 'triton' in lowered()
+  for other in None, 'NVIDIA B200':
+    jax.clear_caches()
+    monkeypatch.setattr(dispatch, 'chip', lambda: other)  # noqa: B023
+    assert 'triton' not in lowered()
+  assert 'triton' in lowered('triton')
 
 
 @pytest.mark.parametrize('name', dispatch.PLATFORMS)

@@ -69,7 +69,7 @@ LAYERS = (
   ('kernels.triton', 'kernels.mosaic_gpu', 'kernels.mosaic_tpu'),
   ('kernels.dispatch', 'kernels.warpgroups'),
   ('kernels.cases', 'kernels.rows'),
-  ('kernels.configs',),
+  ('kernels.configs', 'kernels.record'),
   ('kernels',),
   ('_shards', 'platforms'),
   ('_lazy', '_types', '_words'),

@@ -15,7 +15,7 @@ XLA / by kernel (bfloat16, layer or group norm; `python -m benchmarks kernels`)
 
 So the kernels would be chosen in training on NVIDIA GPUs, and XLA's form, which
 joins what stands around it, forward and on TPUs. But bytes are not time, and no
-kernel has run on a device yet: `None` takes those that are `RECORDED`.
+kernel has run on a device yet: `None` takes those of `record`, alone.
 
 A norm is one of rows, over the last axis, or one of groups of channels, over
 all axes of x (batch, ..., channels) but the first: `groups` counts them, and is
@@ -27,10 +27,8 @@ import math
 import jax.numpy as jnp
 
 from normkit._types import DType, Implementation, is_known
-from normkit.kernels import configs
+from normkit.kernels import configs, record
 
-# Kernels of which a device's record in this package shows that they win.
-RECORDED: tuple[Implementation, ...] = ()
 LONGEST = 65_536
 TRITON_WIDTH = 8192  # of which a row is held in registers
 # Elements of groups held there, by channels: 28 x 28 x 16 and 48 x 48 x 8. More
@@ -144,18 +142,25 @@ def chosen(
   preferred: Implementation | None = None,
   residual: bool = False,
   activation: bool = False,
-) -> tuple[Implementation, ...]:
-  """The kernels that take XLA's place in training, each on its platform."""
+  center: bool = True,
+) -> dict[Implementation, tuple[str, ...] | None]:
+  """The kernels that take XLA's place in training, each on its platform.
+
+  With each the chips on which it won, all else being XLA's; None for any, where
+  it is preferred. Neither a residual nor an activation has been recorded.
+  """
   if preferred is not None:
     extra = residual, activation
     is_taken = refusal(preferred, shape, dtype, groups, *extra) is None
-    return (preferred,) if is_taken else ()
-  is_taken = has_backward('triton', shape, dtype, groups)
-  if 'triton' not in RECORDED or not is_taken:
-    return ()
+    return {preferred: None} if is_taken else {}
+  if residual or activation or not record.entries():
+    return {}
   # Of few places the sums for scale and bias, one an example, would be much; in
   # float32 XLA fuses a ReLU and moves 2 n less.
   is_worth = groups is None or (
     math.prod(shape[1:-1]) >= LEAST_PLACES and jnp.dtype(dtype).itemsize == 2
   )
-  return ('triton',) if is_worth else ()
+  found = record.kernels(shape, dtype, groups, center) if is_worth else {}
+  return {
+    n: c for n, c in found.items() if has_backward(n, shape, dtype, groups)
+  }

@@ -28,6 +28,7 @@ from normkit._types import Array, Implementation
 
 Function = Callable[..., Any]
 Kernels = Mapping[Implementation, Function]
+Chips = Mapping[Implementation, tuple[str, ...] | None]
 PLATFORMS: dict[Implementation, str] = {
   'triton': 'cuda',
   'mosaic_gpu': 'cuda',
@@ -64,6 +65,7 @@ def choose(
   kernels: Kernels,
   *arguments: Any,
   required: Implementation | None = None,
+  chips: Chips | None = None,
 ) -> Any:
   """Runs a function in the form that suits the platform.
 
@@ -73,6 +75,7 @@ def choose(
       keyword `interpret`.
     *arguments: what the function takes.
     required: the implementation that must run, or None to choose.
+    chips: on which a kernel may run, for those that are confined to some.
 
   Returns:
     What the function returns.
@@ -81,7 +84,8 @@ def choose(
     NotImplementedError: when the program is lowered, if what is required
       cannot run there.
   """
-  return _bind(plain, kernels, None, arguments, (), required)
+  confined = tuple((n, c) for n, c in (chips or {}).items() if c is not None)
+  return _bind(plain, kernels, None, arguments, (), required, confined)
 
 
 def choose_linear(
@@ -108,6 +112,7 @@ def _bind(
   residuals: tuple[Any, ...],
   linear: tuple[Any, ...],
   required: Implementation | None = None,
+  chips: tuple[tuple[Implementation, tuple[str, ...]], ...] = (),
 ) -> Any:
   """The primitive takes leaves, and its functions leaves to leaves."""
   leaves, tree = jax.tree.flatten((*residuals, *linear))
@@ -121,6 +126,7 @@ def _bind(
     transpose=transpose and _flat(transpose, cotangents),
     linear=len(jax.tree.leaves(linear)),
     required=required,
+    chips=chips,
     interpreted=interpreted if kernels else None,
   )
   return jax.tree.unflatten(results, found)
@@ -187,6 +193,7 @@ def _form(
   *,
   kernels: tuple[tuple[Implementation, Function], ...],
   required: Implementation | None,
+  chips: tuple[tuple[Implementation, tuple[str, ...]], ...],
   interpreted: Implementation | None,
   is_exported: bool,
   **_: Any,
@@ -201,6 +208,8 @@ def _form(
   for name, kernel in kernels:
     if name == interpreted:
       return lambda *a, kernel=kernel: kernel(*a, interpret=True)
+    if name in dict(chips) and chip() not in dict(chips)[name]:
+      continue
     if PLATFORMS[name] == platform and _obstacle(name, ctx) is None:
       return lambda *a, kernel=kernel: kernel(*a, interpret=False)
   if required is None:
@@ -247,6 +256,16 @@ def oldest_gpu() -> float:
   except RuntimeError:  # compiled here for elsewhere
     return math.inf
   return min(float(d.compute_capability) for d in devices)
+
+
+@functools.cache
+def chip() -> str | None:
+  """The GPUs here, as JAX names them; None for none, or where they differ."""
+  try:
+    kinds = {d.device_kind for d in jax.local_devices(backend='cuda')}
+  except RuntimeError:
+    return None
+  return kinds.pop() if len(kinds) == 1 else None
 
 
 def _is_one_device(ctx: Any) -> bool:
@@ -311,6 +330,7 @@ def _batch(arguments: Any, axes: Any, **params: Any) -> Any:
     (list(residuals),),
     (list(linear),),
     params['required'],
+    params['chips'],
   )
   return leaves, [0] * results
 
