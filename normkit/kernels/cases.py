@@ -155,6 +155,8 @@ def chosen(
     return {preferred: None} if is_taken else {}
   if residual or activation or not record.entries():
     return {}
+  if not all(map(is_known, shape)):
+    return {}
   # Of few places the sums for scale and bias, one an example, would be much; in
   # float32 XLA fuses a ReLU and moves 2 n less.
   is_worth = groups is None or (
