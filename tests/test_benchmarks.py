@@ -126,7 +126,7 @@ def command(monkeypatch, tmp_path):
 def test_all_of_the_script_for_a_device(command):
   """Small, on a CPU: every part runs, and no check fails."""
   status, session = command('--dry', '--seconds=9999')
-  assert not session.failures
+  assert not session.failures, session.found
   assert status == 0
   parts = [key.split(':')[0] for key in session.found]
   checks = parts.count('check')
