@@ -634,7 +634,9 @@ def test_weights_take_an_epsilon_that_is_an_array():
 # What other people write, and other trainers do.
 
 
-@pytest.mark.parametrize('name', normkit.nnx.__all__)
+@pytest.mark.parametrize(
+  'name', [n for n in normkit.nnx.__all__ if n[0].isupper()]
+)
 def test_view_info_knows_every_module(name):
   rngs = nnx.Rngs(0)
   kind = getattr(normkit.nnx, name)
