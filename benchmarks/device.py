@@ -293,8 +293,7 @@ def _torch_calls(
   device = 'cpu' if on_cpu else 'cuda'
   dtype = getattr(torch, case.dtype)
   x, scale, bias, dy = (
-    torch.from_numpy(np.array(a, np.float32)).to(device, dtype)
-    for a in arrays
+    torch.from_numpy(np.array(a, np.float32)).to(device, dtype) for a in arrays
   )
   given = [a.detach().requires_grad_() for a in (x, scale, bias)]
 
