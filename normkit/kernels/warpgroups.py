@@ -195,9 +195,10 @@ class Work:
     if self.interpret:
       return ref[index]
     options = {'layout': layout, 'optimized': False}
+    load: Any = gpu.load
     if IS_INDEXED:
-      return gpu.load(ref, index, **options)  # type: ignore[call-arg]
-    return gpu.load(ref.at[index], **options)
+      return load(ref, index, **options)
+    return load(ref.at[index], **options)
 
   def affine(self, block: Any) -> rows.Parameters:
     """Tiles of scale and bias."""
