@@ -249,7 +249,7 @@ def check_made(
     fields = (f'{n}={"an array" if h else "None"}' for n, h in held.items())
     raise ValueError(
       f'params must be {kind.__name__}({", ".join(fields)}), got '
-      f'{told(params)}. {mend(params, kind, "params")}'
+      f'{_told(params)}. {_mend(params, kind, "params")}'
     )
   return params
 
@@ -262,12 +262,21 @@ def check_empty_state(state: Any) -> None:
   """Raises unless `state` is the empty state of a norm that keeps none."""
   if not isinstance(state, EmptyState):
     raise ValueError(
-      f'state must be EmptyState(), got {told(state)}: this norm keeps no '
-      f'running statistics. {mend(state, EmptyState, "state")}'
+      f'state must be EmptyState(), got {_told(state)}: this norm keeps no '
+      f'running statistics. {_mend(state, EmptyState, "state")}'
     )
 
 
-def told(value: Any) -> str:
+def check_kind(value: Any, kind: Any, name: str) -> None:
+  """Raises unless `value` is of a kind of NamedTuple."""
+  if not isinstance(value, kind):
+    raise ValueError(
+      f'{name} must be {kind.__name__}({", ".join(kind._fields)}), got '
+      f'{_told(value)}. {_mend(value, kind, name)}'
+    )
+
+
+def _told(value: Any) -> str:
   """What was given in place of a NamedTuple, in a few words."""
   if hasattr(value, '_fields'):
     fields = zip(value._fields, value, strict=True)
@@ -280,7 +289,7 @@ def told(value: Any) -> str:
   return f'{type(value).__name__}: {value!r:.60}'
 
 
-def mend(value: Any, kind: Any, name: str) -> str:
+def _mend(value: Any, kind: Any, name: str) -> str:
   """How to have a NamedTuple in place of what was given."""
   if value is None or (not _types.is_array(value) and not value):
     value = {}

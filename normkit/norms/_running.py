@@ -173,11 +173,7 @@ def check_state(
 
   `is_counted` says that the updates are used, and their count must be there.
   """
-  if not isinstance(state, BatchNormState):
-    raise ValueError(
-      f'state must be BatchNormState(mean, var, count), got '
-      f'{norm.told(state)}. {norm.mend(state, BatchNormState, "state")}'
-    )
+  norm.check_kind(state, BatchNormState, 'state')
   shape = tuple(x.shape[a] for a in features)
   for name, value in zip(BatchNormState._fields, state, strict=True):
     if value is None and not is_counted:

@@ -176,11 +176,7 @@ def iterative_whitening(
 
 def check_state(state: Any, x: Array) -> None:
   """Raises unless the state holds means and matrices for the channels of x."""
-  if not isinstance(state, WhiteningState):
-    raise ValueError(
-      'state must be WhiteningState(mean, whitening, count), got '
-      f'{norm.told(state)}. {norm.mend(state, WhiteningState, "state")}'
-    )
+  norm.check_kind(state, WhiteningState, 'state')
   shapes = jax.tree.map(np.shape, state)
   channels = x.shape[-1] if x.ndim else 0
   if (
