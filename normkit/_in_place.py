@@ -25,16 +25,16 @@ class InPlace:
     lines += [f'{p or "."}: {n}, its own' for p, n in self.kept.items()]
     return '\n'.join(lines) or 'no norm of Flax'
 
-  def check(self, taken: Mapping[str, Collection[str]]) -> None:
-    """Raises if an option is for none of the norms; `taken` is by class."""
-    there = {*self.swapped.values()} & taken.keys()
-    for name in {option for options in taken.values() for option in options}:
-      if there and not any(name in taken[kind] for kind in there):
-        able = [kind for kind, options in taken.items() if name in options]
-        raise ValueError(
-          f'{name} is for {", ".join(able)}, and the norms here are '
-          f'{", ".join(sorted(there))}. Leave it out.'
-        )
+
+def check(there: set[str], taken: Mapping[str, Collection[str]]) -> None:
+  """Raises if an option is for no class that is there; `taken` is by class."""
+  for name in {option for options in taken.values() for option in options}:
+    if there and not any(name in taken[kind] for kind in there):
+      able = [kind for kind, options in taken.items() if name in options]
+      raise ValueError(
+        f'{name} is for {", ".join(able)}, and the norms here are '
+        f'{", ".join(sorted(there))}. Leave it out.'
+      )
 
 
 def parted(

@@ -72,7 +72,7 @@ def in_place_of_flax(**options: Any) -> Iterator[InPlace]:
   known = {flax.__name__: _added(flax, _PAIRS[flax]) for flax in _PAIRS}
   parted = _in_place.parted(options, known)
   found = InPlace()
-  bases: dict[str, str] = {}
+  there: set[str] = set()
 
   def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
     module = context.module
@@ -85,7 +85,8 @@ def in_place_of_flax(**options: Any) -> Iterator[InPlace]:
       if context.method_name == '__call__' and name not in found.swapped:
         found.kept[name] = kind
       return y
-    found.swapped[name], bases[name] = kind, flax.__name__
+    found.swapped[name] = kind
+    there.add(flax.__name__)
     # The innermost, so that what intercepts inside of this sees the call.
     context.orig_method.__setstate__(
       _instead(module, flax, parted[flax.__name__])
@@ -95,7 +96,7 @@ def in_place_of_flax(**options: Any) -> Iterator[InPlace]:
   key = tuple(sorted(options.items()))
   with nn.intercept_methods(intercept), _COMPILED((*_COMPILED.value, key)):
     yield found
-  InPlace(swapped=bases).check(parted)
+  _in_place.check(there, parted)
 
 
 class _With:

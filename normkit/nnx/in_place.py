@@ -9,7 +9,7 @@ from flax import nnx
 from normkit import _in_place, _types
 from normkit._in_place import InPlace
 from normkit.nnx import norms
-from normkit.nnx._shared import calls_super
+from normkit.nnx._shared import calls_super, set_class
 
 Model = TypeVar('Model', bound=nnx.Module)
 
@@ -71,7 +71,7 @@ def in_place_of_flax(model: Model, **options: Any) -> tuple[Model, InPlace]:
   known = {flax.__name__: _added(flax, _PAIRS[flax]) for flax in _PAIRS}
   parted = _in_place.parted(options, known)
   found = InPlace()
-  bases: dict[str, str] = {}
+  there: set[str] = set()
   copy: Model = nnx.clone(model)
   for path, module in nnx.iter_modules(copy):
     kind: Any = type(module)
@@ -82,17 +82,17 @@ def in_place_of_flax(model: Model, **options: Any) -> tuple[Model, InPlace]:
     if not calls_super(kind, flax):
       found.kept[name] = kind.__name__
       continue
-    found.swapped[name], bases[name] = kind.__name__, flax.__name__
+    found.swapped[name] = kind.__name__
+    there.add(flax.__name__)
     _become(module, flax, parted[flax.__name__])
-  InPlace(swapped=bases).check(parted)
+  _in_place.check(there, parted)
   return copy, found
 
 
 def _become(module: Any, flax: Any, options: dict[str, Any]) -> None:
   """Makes a module of Flax one of normkit's."""
   kind: Any = type(module)
-  kind = _joined(kind, _PAIRS[flax])
-  object.__setattr__(module, '__class__', kind)
+  set_class(module, _joined(kind, _PAIRS[flax]))
   for name, value in (_added(flax, _PAIRS[flax]) | options).items():
     setattr(module, name, value)
   module.axis_index_groups = _types.hashable(module.axis_index_groups)

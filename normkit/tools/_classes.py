@@ -110,8 +110,3 @@ def wrapped(
 def original(kind: Any) -> Any:
   """The class that `wrapped` was first given, or any other as it is."""
   return getattr(kind, '_normkit_original', kind)
-
-
-def set_class(module: nnx.Module, kind: Any) -> None:
-  """Makes a module one of a class that differs in methods alone."""
-  object.__setattr__(module, '__class__', kind)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from normkit import _types
 from normkit._types import Array
 from normkit.centred import Centred, centred
+from normkit.nnx._shared import set_class
 from normkit.pooling import pool
 from normkit.tools import _classes
 
@@ -328,7 +329,7 @@ def _run_nnx(call: Run, state: Model, batch: Any, watch: Watch) -> Model:
   for module in nnx_layers(model).values():
     if _classes.nnx_options(module) is not None:
       kind: Any = type(module)
-      _classes.set_class(module, _watching(kind, watch))
+      set_class(module, _watching(kind, watch))
   call(model, batch)
   return model
 

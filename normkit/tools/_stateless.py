@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import inspect
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 from flax import linen, nnx
 import jax
@@ -20,12 +20,11 @@ import numpy as np
 from normkit import _types
 import normkit.linen
 import normkit.nnx
-from normkit.nnx._shared import calls_super
+from normkit.nnx._shared import calls_super, set_class
 from normkit.tools import _classes
 from normkit.tools._advice import Flags, Floats, feature_problem
 
 _NAMES = 'LayerNorm', 'RMSNorm', 'GroupNorm', 'InstanceNorm'
-_FLAX: Any = tuple(getattr(m, n) for n in _NAMES for m in (linen, nnx))
 _CALLS = {
   inspect.unwrap(getattr(m, n).__call__)
   for n in _NAMES
@@ -37,7 +36,8 @@ _watches: list[dict[str, 'Norm']] = []
 _outputs: list[tuple[Any, str]] = []  # of norms, in a trace that runs
 
 
-class Facts(NamedTuple):
+@dataclasses.dataclass(eq=False)
+class Facts:
   """What the trace tells of a call of a norm."""
 
   name: str
@@ -51,7 +51,7 @@ class Facts(NamedTuple):
 
 
 @dataclasses.dataclass(eq=False)
-class Norm:
+class Norm(Facts):
   """What was seen of a norm without running statistics.
 
   Attributes:
@@ -78,14 +78,6 @@ class Norm:
     ('LayerNorm', 4)
   """
 
-  name: str
-  kind: str
-  shape: tuple[int, ...]
-  reduced: tuple[int, ...]
-  elements: int
-  epsilon: float
-  dtype: Any
-  after: str | None
   low: Floats
   high: Floats
   examples: int = 0
@@ -140,7 +132,7 @@ def prepared(model: Any) -> Any:
     base = _classes.base_of(kind, _CALLS)
     if base is not None and calls_super(kind, base):
       module._normkit_path = '/'.join(map(str, path))
-      _classes.set_class(module, _telling(kind))
+      set_class(module, _telling(kind))
   return model
 
 
@@ -219,7 +211,9 @@ def _record(facts: Facts, examples: int, low: Any, high: Any) -> None:
   for seen in _watches:
     row = seen.get(facts.name)
     if row is None or row.low.shape != low.shape:
-      seen[facts.name] = Norm(*facts, low, high, examples)
+      seen[facts.name] = Norm(
+        **vars(facts), low=low, high=high, examples=examples
+      )
       continue
     row.low, row.high = np.minimum(row.low, low), np.maximum(row.high, high)
     row.examples += examples

@@ -18,6 +18,7 @@ import jax
 
 from normkit._types import Array
 import normkit.linen
+from normkit.nnx._shared import set_class
 from normkit.tools import _classes, _layers
 from normkit.tools._layers import Model, Path
 
@@ -108,7 +109,7 @@ def freeze(model: nnx.Module, match: Match = '*') -> nnx.Module:
     kind: Any = _classes.original(type(layers[path]))
     if _classes.nnx_options(layers[path]) is None:
       raise ValueError(_own_call(path, kind))
-    _classes.set_class(layers[path], _frozen_class(kind))
+    set_class(layers[path], _frozen_class(kind))
   return model
 
 
@@ -135,7 +136,7 @@ def unfreeze(model: nnx.Module) -> nnx.Module:
   model = _copy(model)
   for layer in _layers.nnx_layers(model).values():
     kind: Any = type(layer)
-    _classes.set_class(layer, _classes.original(kind))
+    set_class(layer, _classes.original(kind))
   return model
 
 
