@@ -280,26 +280,17 @@ def _training_forward(
   if name in _with_backward(names, given['x'], spec):
     return _forward(given, spec, implementation)
 
-  def by(wanted: tuple[str, ...]) -> dict[Implementation, Any]:
-    return {n: functools.partial(_kernel, n, spec, wanted, True) for n in names}
+  def chosen(form: Any, wanted: tuple[str, ...], *given: Arrays) -> Any:
+    return _load('dispatch').choose(
+      functools.partial(form, spec),
+      {n: functools.partial(_kernel, n, spec, wanted, True) for n in names},
+      *given,
+      required=implementation,
+      chips=names,
+    )
 
-  stats: Arrays = _load('dispatch').choose(
-    functools.partial(plain.statistics_of_rows, spec),
-    by(statistics(spec)),
-    given,
-    required=implementation,
-    chips=names,
-  )
-  stats = named(stats)
-  results: Arrays = _load('dispatch').choose(
-    functools.partial(plain.norm, spec),
-    by(RESULTS),
-    given,
-    stats,
-    required=implementation,
-    chips=names,
-  )
-  return {**results, **stats}
+  stats = named(chosen(plain.statistics_of_rows, statistics(spec), given))
+  return {**chosen(plain.norm, RESULTS, given, stats), **stats}
 
 
 def _kernel(

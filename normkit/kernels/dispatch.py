@@ -205,10 +205,11 @@ def _form(
   """
   if is_exported and required is None:
     return None
+  confined = dict(chips)
   for name, kernel in kernels:
     if name == interpreted:
       return lambda *a, kernel=kernel: kernel(*a, interpret=True)
-    if name in dict(chips) and chip() not in dict(chips)[name]:
+    if name in confined and chip() not in confined[name]:
       continue
     if PLATFORMS[name] == platform and _obstacle(name, ctx) is None:
       return lambda *a, kernel=kernel: kernel(*a, interpret=False)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import functools
 import math
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -94,45 +94,30 @@ def _call(
   chip = 10 if 10 <= dispatch.oldest_gpu() < math.inf else 9
   config = configs.config(case, chip)
   assert config is not None
-  tasks = pl.cdiv(count, config.rows_at_once)
-  programs = config.resident * configs.CHIPS[chip].processors
-  programs = min(programs, pl.cdiv(tasks, config.workers))
-  # An asynchronous copy fills up with zeros, and leaves out, what lies beyond
-  # an array; rows of a multiple of 16 bytes are all that it asks. The
-  # interpreter asks for whole tiles.
-  vector = 16 // min(jnp.dtype(d).itemsize for d in case.inputs + case.outputs)
-  height, width = count, pl.cdiv(size, vector) * vector
-  if interpret:
-    height, width = tasks * config.rows_at_once, config.row_width
-  shape = _viewed((height, width), size, config)
-  arguments = {
-    n: _padded(a.reshape(count, size), (height, width)).reshape(shape)
-    for n, a in inputs.items()
-  }
-  tiles: tuple[int, ...] = (config.row_width // config.width, config.width)
-  if config.is_shared:
-    tiles = (tiles[0] // config.rows, config.rows, config.width)
+  plan = _plan(case, config, chip, count, interpret)
+  arguments = {n: _rows_of(a, plan) for n, a in inputs.items()}
   arguments |= {
-    n: _padded(a, (config.row_width,)).reshape(tiles)
+    n: _padded(a, (config.row_width,)).reshape(plan.tiles)
     for n, a in parameters.items()
   }
-  outs = {n: rows.result(x, shape, d) for n, d in results.items()}
-  each = (count,) if config.is_shared else (tasks, config.rows)
+  each = (count,) if config.is_shared else (plan.tasks, config.rows)
+  partial = (plan.programs, *plan.tiles)
+  outs = {n: rows.result(x, plan.shape, d) for n, d in results.items()}
   outs |= dict.fromkeys(stats, rows.result(x, each, jnp.float32))
-  partial = rows.result(x, (programs, *tiles), jnp.float32)
-  outs |= dict.fromkeys(sums, partial)
+  outs |= dict.fromkeys(sums, rows.result(x, partial, jnp.float32))
   scratch = _scratch(case, config, arguments, outs, sums)
 
   def kernel(*refs: Any) -> None:
     names = (*arguments, *outs, *scratch)
     named = dict(zip(names, refs, strict=True))
-    body(Work(named, config, case, shape, tasks, programs, spec, interpret))
+    turns = plan.shape, plan.tasks, plan.programs
+    body(Work(named, config, case, *turns, spec, interpret))
 
   kernel.__name__ = f'normkit{body.__name__}'
   run = gpu.kernel(
     kernel,
     out_type=tuple(outs.values()),
-    grid=(programs,),
+    grid=(plan.programs,),
     grid_names=('program',),
     num_threads=config.warpgroups,
     thread_name='warpgroup',
@@ -141,16 +126,72 @@ def _call(
   )
   if interpret:
     run = functools.partial(_interpreted, run, tuple(outs.values()))
-  found = run(*arguments.values())
-  named = dict(zip(outs, found, strict=True))
+  named = dict(zip(outs, run(*arguments.values()), strict=True))
   for name in results:
-    named[name] = named[name].reshape(height, width)[:count, :size]
+    named[name] = named[name].reshape(plan.filled)[:count, :size]
   for name in stats:
     named[name] = named[name].reshape(-1)[:count]
   for name in sums:
-    parts = named[name].reshape(programs, -1)
+    parts = named[name].reshape(plan.programs, -1)
     named[name] = parts[:, :size].sum(0)
   return named
+
+
+class Plan(NamedTuple):
+  """How rows lie in arrays, and who takes them.
+
+  Attributes:
+    height: how many rows.
+    size: of a row.
+    filled: rows and their width, with what an asynchronous copy asks for.
+    shape: of the arrays of rows.
+    tiles: of the arrays of scale and bias, and of sums over rows.
+    tasks: rows, one or some, that a warpgroup or a program takes together.
+    programs: that take them in turn.
+  """
+
+  height: int
+  size: int
+  filled: tuple[int, int]
+  shape: tuple[int, ...]
+  tiles: tuple[int, ...]
+  tasks: int
+  programs: int
+
+
+def _plan(
+  case: Case, config: Config, chip: int, count: int, interpret: bool
+) -> Plan:
+  """For so many rows.
+
+  An asynchronous copy fills up with zeros, and leaves out, what lies beyond an
+  array; rows of a multiple of 16 bytes are all that it asks. The interpreter
+  asks for whole tiles.
+  """
+  tasks = pl.cdiv(count, config.rows_at_once)
+  programs = config.resident * configs.CHIPS[chip].processors
+  vector = 16 // min(jnp.dtype(d).itemsize for d in case.inputs + case.outputs)
+  filled = count, pl.cdiv(case.size, vector) * vector
+  if interpret:
+    filled = tasks * config.rows_at_once, config.row_width
+  tiles: tuple[int, ...] = (config.row_width // config.width, config.width)
+  if config.is_shared:
+    tiles = (tiles[0] // config.rows, config.rows, config.width)
+  return Plan(
+    count,
+    case.size,
+    filled,
+    _viewed(filled, case.size, config),
+    tiles,
+    tasks,
+    min(programs, pl.cdiv(tasks, config.workers)),
+  )
+
+
+def _rows_of(array: Array, plan: Plan) -> Array:
+  """An array like x as rows, filled up."""
+  whole = array.reshape(plan.height, plan.size)
+  return _padded(whole, plan.filled).reshape(plan.shape)
 
 
 def _options(interpret: bool) -> dict[str, Any]:
