@@ -99,9 +99,7 @@ def _listed(names: dict[str, Any]) -> str:
 
 def _first(where: np.ndarray[Any, Any]) -> tuple[int, ...]:
   """The first index at which an array is True."""
-  return tuple(int(i[0]) for i in np.nonzero(np.atleast_1d(where)))[
-    : where.ndim
-  ]
+  return tuple(np.argwhere(where)[0].tolist())
 
 
 def _at(index: tuple[int, ...]) -> str:

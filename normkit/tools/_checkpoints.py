@@ -135,14 +135,14 @@ def restore(
   """The model with the arrays of a checkpoint; raises unless all fit."""
   wanted = {'/'.join(filter(None, leaf)): leaf for leaf in template.leaves}
   arrays = _select(load(path, step), wanted, collections, str(path))
-  needed = {n: _kind(template.leaves[leaf]) for n, leaf in wanted.items()}
+  due = {n: _kind(template.leaves[leaf]) for n, leaf in wanted.items()}
   found = {name: _kind(array) for name, array in arrays.items()}
-  if found != needed:
+  if found != due:
     faults = [
       f'{name}: {found.get(name, "missing")} in the file, '
-      f'{needed.get(name, "nothing")} in the model'
-      for name in sorted(found.keys() | needed.keys())
-      if found.get(name) != needed.get(name)
+      f'{due.get(name, "nothing")} in the model'
+      for name in sorted(found.keys() | due.keys())
+      if found.get(name) != due.get(name)
     ]
     raise ValueError(f'{str(path)!r} is of another model: {"; ".join(faults)}')
   return template.rebuild(

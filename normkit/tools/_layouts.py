@@ -7,7 +7,7 @@ from typing import TypeAlias
 import numpy as np
 
 from normkit.tools import _frameworks
-from normkit.tools._template import Layout, Template, matches
+from normkit.tools._template import Layout, Template, matched, matches
 
 Shapes: TypeAlias = Mapping[str, Sequence[int]]
 
@@ -76,14 +76,9 @@ def haiku(is_transposed: Callable[[str], bool]) -> Layout:
 
 def check_inputs_first(patterns: Sequence[str], template: Template) -> None:
   """Raises for a pattern that matches no layer with a kernel."""
-  kernels = [layer for layer, leaf in template.leaves if leaf == 'kernel']
   matches('', patterns)
   for pattern in patterns:
-    if not any(matches(layer, (pattern,)) for layer in kernels):
-      raise ValueError(
-        f'inputs_first: {pattern!r} matches no layer with a kernel. They are '
-        f'{kernels!s:.300}.'
-      )
+    matched(pattern, 'kernel', template, 'inputs_first')
 
 
 def check_flatten(

@@ -342,6 +342,20 @@ def report(faults: Sequence[str]) -> str:
   )
 
 
+def matched(
+  pattern: str, leaf: str, template: Template, name: str
+) -> list[str]:
+  """The layers with a leaf whose paths fit; `name` is whose pattern it is."""
+  layers = [layer for layer, held in template.leaves if held == leaf]
+  found = [layer for layer in layers if matches(layer, (pattern,))]
+  if not found:
+    raise ValueError(
+      f'{name}: {pattern!r} matches no layer with a {leaf}. They are '
+      f'{layers!s:.300}.'
+    )
+  return found
+
+
 def check_added(
   add_to_scale: Mapping[str, float] | None, template: Template
 ) -> dict[str, float]:
@@ -351,17 +365,10 @@ def check_added(
       'add_to_scale must be a mapping of patterns of paths to numbers, such as '
       f"{{'*norm': 1.0}}, got {add_to_scale!r:.60}."
     )
-  scales = [layer for layer, leaf in template.leaves if leaf == 'scale']
   added: dict[str, float] = {}
   for pattern, given in (add_to_scale or {}).items():
     number = _types.check_real(given, 'add_to_scale')
-    found = [layer for layer in scales if matches(layer, (pattern,))]
-    if not found:
-      raise ValueError(
-        f'add_to_scale: {pattern!r} matches no layer with a scale. They are '
-        f'{scales!s:.300}.'
-      )
-    for layer in found:
+    for layer in matched(pattern, 'scale', template, 'add_to_scale'):
       if added.setdefault(layer, number) != number:
         raise ValueError(
           f'add_to_scale gives {layer!r} both {added[layer]} and {number}. '

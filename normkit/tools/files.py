@@ -322,9 +322,10 @@ def _titled(name: str, titles: Mapping[str, str]) -> str:
   Groups in 'layers' are called by the class, 'conv2d_1'; the layer's own name
   is an attribute.
   """
-  parts = name.split('/')
+  given = name.split('/')
+  parts = given.copy()
   for end in range(1, len(parts)):
-    title = titles.get('/'.join(name.split('/')[: end + 1]))
+    title = titles.get('/'.join(given[: end + 1]))
     if title and parts[end - 1] == 'layers':
       parts[end] = title
   return '/'.join(parts)
