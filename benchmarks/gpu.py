@@ -8,6 +8,7 @@ takes the process with it is left out of the rest.
 import argparse
 from collections.abc import Callable
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -357,9 +358,8 @@ def _shares(
 ) -> list[tuple[str, dict[str, str]]]:
   """Bytes a second that each form needs at least, over the copy's."""
   shape, dtype = case.split()[1:3]
-  size = 2 if dtype == 'bfloat16' else 4
-  for length in shape.split('x'):
-    size *= int(length)
+  size = math.prod(map(int, shape.split('x')))
+  size *= 2 if dtype == 'bfloat16' else 4
   return [
     (
       f'{case}: {kind}',
