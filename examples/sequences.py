@@ -687,7 +687,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     transformer_table(runs, setting.rates),
     place_table(gradients, costs),
   )
-  print('\n'.join(findings(lstm, runs, frequencies)))
+  summary.tell(findings(lstm, runs, frequencies), args.small)
   figures.save(
     args.out,
     sequences_lstm=draw_lstm(lstm, test_set.lengths, setting),
