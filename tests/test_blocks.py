@@ -121,10 +121,11 @@ class Llama(Layers):
 
 
 class Gemma(Layers):
-  """Before and after each part, and of each query and key."""
+  """Before and after each part; in Gemma 3 of each query and key, too."""
 
   kind: type = linen.RMSNorm
   options: Any = None
+  of_heads: Any = None
 
   @nn.compact
   def __call__(self, x, cos, sin):
@@ -132,7 +133,7 @@ class Gemma(Layers):
       return self.norm(name, self.kind, **self.options)
 
     y = norm('input_layernorm')(x)
-    y = Attention(self.dtype, GEMMA, name='self_attn')(y, cos, sin)
+    y = Attention(self.dtype, self.of_heads, name='self_attn')(y, cos, sin)
     x = x + norm('post_attention_layernorm')(y)
     y = norm('pre_feedforward_layernorm')(x)
     gelu = jax.nn.gelu  # by tanh
@@ -376,6 +377,18 @@ class Case(NamedTuple):
   added: Any = None
 
 
+def gemma_2_block():
+  """With logits that are not capped: all of Gemma 2's norms are here."""
+  return transformer(
+    'gemma2',
+    'Gemma2DecoderLayer',
+    'Gemma2Config',
+    layer_types=['full_attention'],
+    query_pre_attn_scalar=SIZE,
+    attn_logit_softcapping=None,
+  )
+
+
 def gemma_block():
   kinds = {'layer_types': ['full_attention'], 'query_pre_attn_scalar': SIZE}
   name = 'Gemma3DecoderLayer', 'Gemma3TextConfig'
@@ -388,14 +401,19 @@ CASES = {
     Llama,
     'angles',
   ),
+  'gemma2': Case(
+    gemma_2_block,
+    lambda dtype: Gemma(dtype, linen.RMSNorm, GEMMA),
+    'angles',
+  ),
   'gemma3': Case(
     gemma_block,
-    lambda dtype: Gemma(dtype, linen.RMSNorm, GEMMA),
+    lambda dtype: Gemma(dtype, linen.RMSNorm, GEMMA, GEMMA),
     'angles',
   ),
   'gemma3_into_flax': Case(
     gemma_block,
-    lambda dtype: Gemma(dtype, nn.RMSNorm, PLAIN),
+    lambda dtype: Gemma(dtype, nn.RMSNorm, PLAIN, GEMMA),
     'angles',
     {'*layernorm': 1.0},
   ),
