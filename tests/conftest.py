@@ -8,6 +8,7 @@ import importlib
 import itertools
 import pathlib
 import re
+import sys
 from types import ModuleType
 
 import hypothesis
@@ -119,3 +120,17 @@ def photographs_folder(example, tmp_path_factory) -> str:
     records = np.uint8(np.hstack([labels[:, None], planes]))
     (folder / name).write_bytes(records.tobytes())
   return str(folder)
+
+
+@pytest.fixture
+def importable(tmp_path, monkeypatch) -> Callable[[str, str], pathlib.Path]:
+  """Writes a module into a folder of its own, from where it is imported."""
+
+  def write(name: str, text: str) -> pathlib.Path:
+    (tmp_path / f'{name}.py').write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    return tmp_path
+
+  return write

@@ -1,7 +1,6 @@
 """Checkpoints as training leaves them, read for a model."""
 
 import os
-import sys
 from typing import Any
 
 import chex
@@ -238,12 +237,8 @@ class Deep(nn.Module):
 
 
 @pytest.fixture
-def zoo(tmp_path, monkeypatch):
-  (tmp_path / 'zoo_of_steps.py').write_text(ZOO)
-  monkeypatch.chdir(tmp_path)
-  monkeypatch.syspath_prepend(str(tmp_path))
-  monkeypatch.delitem(sys.modules, 'zoo_of_steps', raising=False)
-  return tmp_path
+def zoo(importable):
+  return importable('zoo_of_steps', ZOO)
 
 
 def run(*args):

@@ -59,19 +59,16 @@ MODEL = ['--model', 'zoo_of_cli:net', '--input', '5x6x6x2']
 
 
 @pytest.fixture
-def zoo(tmp_path, monkeypatch):
+def zoo(importable):
   """A folder with a module of models, a file of weights and one of images."""
-  (tmp_path / 'zoo_of_cli.py').write_text(ZOO)
-  monkeypatch.chdir(tmp_path)
-  monkeypatch.syspath_prepend(str(tmp_path))
-  monkeypatch.delitem(sys.modules, 'zoo_of_cli', raising=False)
+  folder = importable('zoo_of_cli', ZOO)
   rng = np.random.default_rng(0)
   files.save_arrays('torch.safetensors', state(rng))
   images = np.float32(3 + rng.normal(size=(13, 6, 6, 2)))
   np.savez('images.npz', images=images, labels=np.arange(13))
   names = {'conv': 'Conv_0', 'bn': 'BatchNorm_0', 'fc': 'Dense_0'}
-  (tmp_path / 'names.json').write_text(json.dumps(names))
-  return tmp_path
+  (folder / 'names.json').write_text(json.dumps(names))
+  return folder
 
 
 def state(rng):
