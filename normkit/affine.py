@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from normkit import _shards, _types, platforms
 from normkit._types import Array, DType, Scalar
 from normkit.centred import Centred
+from normkit.closures import traced_once
 from normkit.kernels.rows import Rounding, reciprocal_root
 from normkit.lean import lean
 
@@ -27,6 +28,7 @@ class Arguments(NamedTuple):
   dtype: DType
   statistics_dtype: DType
   rounding: Rounding | None = None
+  given: DType | None = None  # of x before it was widened
 
 
 def widened(
@@ -44,13 +46,17 @@ def widened(
 def by_running(x: Array, args: Arguments, stats: Centred) -> Array:
   """`affine` by statistics that x has no part in, and so uses x but once."""
   arrays, of_arrays = _parted(lambda x, a, stats: affine(x, stats, a), args)
+  wide = args.statistics_dtype
 
   def run(x: Array, arrays: Any, stats: Centred) -> Array:
-    y: Array = of_arrays(x.astype(args.statistics_dtype), arrays, stats)
+    y: Array = of_arrays(x.astype(wide), arrays, stats)
     return y
 
-  kept = jax.checkpoint(run, prevent_cse=False)
-  y: Array = _types.ruled(kept, x, arrays, stats)
+  def kept(*given: Any) -> Array:
+    y: Array = _types.ruled(jax.checkpoint(run, prevent_cse=False), *given)
+    return y
+
+  y: Array = traced_once(kept, x, arrays, stats)
   return y
 
 
@@ -59,17 +65,20 @@ def _parted(
 ) -> tuple[Any, Callable[..., Any]]:
   """The arrays among the arguments, and `run` as a function of them."""
   real = _types.real_dtype(args.statistics_dtype)
+  is_array = isinstance(args.epsilon, Array)
+  arrays = args.scale, args.bias, args.where, args.epsilon if is_array else None
+  rest = args._replace(scale=None, bias=None, where=None)
+  rest = rest._replace(epsilon=0.0) if is_array else rest
 
   def of_arrays(x: Array, arrays: Any, *given: Any) -> Any:
     *parameters, where, epsilon = arrays
     scale, bias = (_types.widen(p, real) for p in parameters)
-    inner = args._replace(scale=scale, bias=bias, where=where)
+    inner = rest._replace(scale=scale, bias=bias, where=where)
     if epsilon is not None:
       inner = inner._replace(epsilon=epsilon)
     return run(x, inner, *given)
 
-  epsilon = args.epsilon if isinstance(args.epsilon, Array) else None
-  return (args.scale, args.bias, args.where, epsilon), of_arrays
+  return arrays, of_arrays
 
 
 def affine(

@@ -46,7 +46,7 @@ def check_arguments(
   if _types.check_flag(round_before_scale, 'round_before_scale'):
     rounding = Rounding(x.dtype, _product_dtype(x, scale))
   where = _types.check_where(where, x.shape)
-  return Arguments(scale, bias, epsilon, where, dtype, wide, rounding)
+  return Arguments(scale, bias, epsilon, where, dtype, wide, rounding, x.dtype)
 
 
 def _plus_offset(

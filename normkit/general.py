@@ -163,7 +163,7 @@ def normalize_any(
       return y
 
   def run(wide: Array, args: Arguments) -> Array:
-    stats = centred(wide, axes, args.where, center, given=x.dtype)
+    stats = centred(wide, axes, args.where, center, given=args.given)
     stats = pool(stats, axis_name, axis_index_groups, center)
     return affine(wide, stats, args, center)
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from normkit._types import Array, DType, is_known, ruled
 from normkit.centred import STATISTICS
+from normkit.closures import traced_once
 
 COLLECTIVES = (
   'psum',
@@ -33,7 +34,8 @@ def lean(run: Callable[..., Any], dtype: DType, x: Array, *given: Any) -> Any:
   """`run(x.astype(dtype), *given)`, of which x, `given` and sums are kept.
 
   Args:
-    run: a function of arrays and trees of them; it closes over no array.
+    run: a function of arrays and trees of them; it closes over no array, and
+      is traced once for all that are alike (see `traced_once`).
     dtype: of x inside of `run`.
     x: an array.
     *given: what else `run` takes.
@@ -41,6 +43,15 @@ def lean(run: Callable[..., Any], dtype: DType, x: Array, *given: Any) -> Any:
   Returns:
     What `run` returns.
   """
+
+  def whole(x: Array, *given: Any) -> Any:
+    return _lean(run, dtype, x, *given)
+
+  return traced_once(whole, x, *given)
+
+
+def _lean(run: Callable[..., Any], dtype: DType, x: Array, *given: Any) -> Any:
+  size = x.size  # x itself, held by a rule, would be a leaked tracer
   leaves, tree = jax.tree.flatten((x, given))
 
   def whole(*leaves: Array) -> Any:
@@ -62,7 +73,7 @@ def lean(run: Callable[..., Any], dtype: DType, x: Array, *given: Any) -> Any:
     if not moved:
       results = evaluate(*primals)
       return results, jax.tree.map(jnp.zeros_like, results)
-    kept = functools.partial(is_kept, x.size)
+    kept = functools.partial(is_kept, size)
     along = jax.checkpoint(along, prevent_cse=False, policy=kept)
     return along(primals, [tangents[i] for i in moved])
 

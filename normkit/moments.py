@@ -87,10 +87,10 @@ def moments(
   mask = _types.check_where(where, x.shape)
   _types.check_not_empty(x.shape, axes)
   dtype = _types.check_output_dtype(dtype, x.dtype)
-  wide = _types.statistics_dtype(dtype)
+  wide, given = _types.statistics_dtype(dtype), x.dtype
 
   def run(values: Array, mask: Array | None) -> Moments:
-    stats = centred(values, axes, mask, given=x.dtype)
+    stats = centred(values, axes, mask, given=given)
     return flatten(pool(stats, axis_name, axis_index_groups))
 
   result: Moments = lean(run, wide, x, mask)

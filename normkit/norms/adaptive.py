@@ -222,7 +222,7 @@ def _modulated(
   def run(wide: Array, args: Arguments) -> Array:
     if args.scale is not None:  # in float32 or wider, like x
       args = args._replace(scale=1 + args.scale)
-    stats = centred(wide, axes, args.where, center, given=x.dtype)
+    stats = centred(wide, axes, args.where, center, given=args.given)
     stats = pool(stats, axis_name, axis_index_groups, center)
     return affine(wide, stats, args, center)
 

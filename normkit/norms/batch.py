@@ -151,9 +151,9 @@ def batch_norm(
 
   def run(wide: Array, args: Arguments) -> tuple[Array, Centred]:
     if ghosts is not None:
-      y, stats = ghost_norm(wide, args, reduced, ghosts, x.dtype)
+      y, stats = ghost_norm(wide, args, reduced, ghosts)
       return y, pool(stats, *pooling)
-    stats = centred(wide, reduced, args.where, given=x.dtype)
+    stats = centred(wide, reduced, args.where, given=args.given)
     stats = pool(stats, *pooling)
     return affine(wide, stats, args), stats
 
@@ -173,7 +173,6 @@ def ghost_norm(
   args: Arguments,
   reduced: tuple[int, ...],
   ghosts: int,
-  given: DType,
 ) -> tuple[Array, Centred]:
   """Normalizes virtual batches; returns the output and the whole's moments.
 
@@ -194,7 +193,7 @@ def ghost_norm(
   args = args._replace(**jax.tree.map(split, arrays))
   axes = tuple(a + 1 for a in reduced)
   batches = split(x)
-  own = parts = centred(batches, axes, args.where, given=given)
+  own = parts = centred(batches, axes, args.where, given=args.given)
   if pieces != ghosts:
     parts = merge_channels(parts, first, ghosts)
     own = Centred(*(spread(p, first, pieces) for p in parts))

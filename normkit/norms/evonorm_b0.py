@@ -115,9 +115,9 @@ def evonorm_b0(
   ) -> tuple[Array, Centred]:
     batch = old
     if is_training:
-      batch = centred(wide, reduced, args.where, given=x.dtype)
+      batch = centred(wide, reduced, args.where, given=args.given)
       batch = pool(batch, axis_name, axis_index_groups)
-    each = centred(wide, tuple(range(1, last)), args.where, given=x.dtype)
+    each = centred(wide, tuple(range(1, last)), args.where, given=args.given)
     roots = (root(v + args.epsilon) for v in (batch.var, each.var))
     statistics = *roots, batch.count > 0
     return finish(_over_larger, wide, slope, statistics, args), batch

@@ -87,10 +87,10 @@ def evonorm_s0(
   _types.check_not_empty(x.shape, tuple(range(1, x.ndim)))
 
   def run(wide: Array, args: Arguments, slope: Array) -> Array:
-    stats = centred(wide, tuple(range(1, last)), args.where, given=x.dtype)
+    stats = centred(wide, tuple(range(1, last)), args.where, given=args.given)
     stats = merge_channels(stats, last, num_groups)
     stats = pool(stats, axis_name, axis_index_groups)
-    stats = Centred(*(spread(s, last, x.shape[last]) for s in stats))
+    stats = Centred(*(spread(s, last, wide.shape[last]) for s in stats))
     root = reciprocal_root(stats.var, args.epsilon)
     root = jnp.where(stats.count > 0, root, 0)
     return finish(_swish, wide, slope, (root,), args)

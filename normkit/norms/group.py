@@ -131,10 +131,10 @@ def group_norm_any(
       return y
 
   def run(wide: Array, args: Arguments) -> Array:
-    stats = centred(wide, spatial, args.where, given=x.dtype)
+    stats = centred(wide, spatial, args.where, given=args.given)
     stats = merge_channels(stats, channel, num_groups)
     stats = pool(stats, axis_name, axis_index_groups)
-    stats = Centred(*(spread(s, channel, x.shape[channel]) for s in stats))
+    stats = Centred(*(spread(s, channel, wide.shape[channel]) for s in stats))
     return affine(wide, stats, args)
 
   normalized: Array = widened(run, x, args)

@@ -139,7 +139,7 @@ def batch_renorm(
   def run(
     wide: Array, args: Arguments, old: Centred, limits: list[Array]
   ) -> tuple[Array, Centred]:
-    stats = centred(wide, reduced, args.where, given=x.dtype)
+    stats = centred(wide, reduced, args.where, given=args.given)
     stats = pool(stats, axis_name, axis_index_groups)
     r, d = corrections(stats, old, args.epsilon, *limits)
     factor = r if args.scale is None else r * args.scale

@@ -135,7 +135,7 @@ def streaming_norm(
   def run(
     wide: Array, args: Arguments, old: Centred, weights: list[Array]
   ) -> tuple[Array, Centred]:
-    batch = centred(wide, reduced, args.where, given=x.dtype)
+    batch = centred(wide, reduced, args.where, given=args.given)
     batch = pool(batch, axis_name, axis_index_groups)
     stats = _weighted(Centred(*map(lax.stop_gradient, old)), batch, *weights)
     return affine(wide, stats, args), stats

@@ -147,7 +147,7 @@ def iterative_whitening(
 
   def run(wide: Array, args: Arguments) -> tuple[Array, Centred, Array]:
     whole = _shards.unshard(wide, last)
-    stats = pool(centred(whole, axes, args.where, given=x.dtype), *pooled)
+    stats = pool(centred(whole, axes, args.where, given=args.given), *pooled)
     covariances = covariance(whole, stats, args.where, groups)
     covariances = pool_sum(covariances, *pooled)
     matrix = inverse_root(covariances, args.epsilon, n_steps)
