@@ -36,6 +36,47 @@ class Centred(NamedTuple):
   count: Array  # type: ignore[assignment]
 
 
+class Sets(NamedTuple):
+  """Which elements are one set: along `axes`, of a group of channels.
+
+  What belongs to a set has size one along the axes and, where there are groups,
+  one number for each of them along the axis of the channels.
+  """
+
+  axes: tuple[int, ...]
+  channel: int = 0
+  groups: int | None = None
+
+  def sum(self, values: Array, **options: Any) -> Array:
+    """The sum of each set."""
+    total = jnp.sum(values, self.axes, keepdims=True, **options)
+    if self.groups is None:
+      return total
+    total = _shards.unshard(total, self.channel)
+    shape = list(total.shape)
+    shape[self.channel] //= self.groups
+    shape.insert(self.channel, self.groups)
+    return total.reshape(shape).sum(self.channel + 1)
+
+  def mean(self, values: Array, count: Array) -> Array:
+    """The mean of each set; zero for one without elements."""
+    return self.sum(values) / jnp.maximum(count, 1)
+
+  def spread(self, values: Array, x: Array) -> Array:
+    """Gives what belongs to a set to each of its channels in x."""
+    if self.groups is None:
+      return values
+    return spread(values, self.channel, x.shape[self.channel])
+
+
+def spread(values: Array, channel: int, num_channels: int) -> Array:
+  """Gives each channel the value of its group."""
+  shape = list(values.shape)
+  shape.insert(channel + 1, num_channels // values.shape[channel])
+  spread = jnp.broadcast_to(lax.expand_dims(values, [channel + 1]), shape)
+  return lax.collapse(spread, channel, channel + 2)
+
+
 # What a policy of `jax.checkpoint` knows the statistics by.
 STATISTICS = 'normkit.statistics'
 
@@ -67,8 +108,12 @@ def centred(
   dtype: DType | None = None,
   output_alone: bool = True,
   given: DType | None = None,
+  groups: tuple[int, int] | None = None,
 ) -> Centred:
   """Moments over `axes`, kept with size one, in float32 or wider.
+
+  With groups, an axis of channels and their number, also over the channels of
+  each group.
 
   With `center=False` the mean is taken as zero, as in RMS norm. `output_alone`
   says that they are used for the norm's output and not returned themselves;
@@ -77,7 +122,7 @@ def centred(
   found: Centred = _types.ruled(
     _centred,
     x,
-    axes,
+    Sets(axes, *groups) if groups else Sets(axes),
     where,
     center,
     _types.statistics_dtype(x.dtype if dtype is None else dtype),
@@ -97,18 +142,18 @@ class Form(NamedTuple):
 @functools.partial(jax.jit, static_argnums=(1, 3, 4, 5))
 def _centred(
   x: Array,
-  axes: tuple[int, ...],
+  sets: Sets,
   where: Array | None,
   center: bool,
   dtype: DType,
   form: Form,
 ) -> Centred:
-  count = counts(x, axes, where, _types.real_dtype(dtype))
+  count = counts(x, sets, where, _types.real_dtype(dtype))
   if not center:
-    var = _types.ruled(_mean_square, x, where, count, axes, dtype)
+    var = _types.ruled(_mean_square, x, where, count, sets, dtype)
     zero = jnp.zeros_like(var, dtype)
     return Centred(zero, zero, var, count)
-  stats = _types.ruled(_local, x, where, count, axes, dtype, form)
+  stats = _types.ruled(_local, x, where, count, sets, dtype, form)
   pivot, offset, var = stats
   return Centred(lax.stop_gradient(pivot), offset, var, count)
 
@@ -118,20 +163,20 @@ def _mean_square(
   x: Array,
   where: Array | None,
   count: Array,
-  axes: tuple[int, ...],
+  sets: Sets,
   dtype: DType,
 ) -> Array:
-  return _mean(square(_valid(x.astype(dtype), where)), axes, count)
+  return sets.mean(square(_valid(x.astype(dtype), where)), count)
 
 
 @_mean_square.defjvp
 def _mean_square_jvp(
-  axes: tuple[int, ...], dtype: DType, primals: Any, tangents: Any
+  sets: Sets, dtype: DType, primals: Any, tangents: Any
 ) -> tuple[Array, Array]:
   x, where, count = primals
-  var = named(_mean_square(x, where, count, axes, dtype))
+  var = named(_mean_square(x, where, count, sets, dtype))
   d, dx = (_valid(a.astype(dtype), where) for a in (x, tangents[0]))
-  return var, 2 * _mean((d.conj() * dx).real, axes, count)
+  return var, 2 * sets.mean((d.conj() * dx).real, count)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
@@ -139,7 +184,7 @@ def _local(
   x: Array,
   where: Array | None,
   count: Array,
-  axes: tuple[int, ...],
+  sets: Sets,
   dtype: DType,
   form: Form,
 ) -> tuple[Array, Array, Array]:
@@ -157,21 +202,21 @@ def _local(
   47.8 less. Squares of bfloat16 are exact in float32, and what cancellation
   costs is an eighth at most of what rounding x to bfloat16 has cost already.
   """
-  pivot = _pivot(lax.stop_gradient(x), where, count, axes, dtype, form)
-  return about(pivot, x, count, axes, where)
+  pivot = _pivot(lax.stop_gradient(x), where, count, sets, dtype, form)
+  return about(pivot, x, count, sets, where)
 
 
 def about(
   pivot: Array,
   x: Array,
   count: Array,
-  axes: tuple[int, ...],
+  sets: Sets,
   where: Array | None = None,
 ) -> tuple[Array, Array, Array]:
   """Pivot, offset and variance, about a pivot that is given."""
-  d = _valid(x.astype(pivot.dtype) - pivot, where)
-  offset = _mean(d, axes, count)
-  var = _mean(square(d), axes, count) - square(offset)
+  d = _valid(x.astype(pivot.dtype) - sets.spread(pivot, x), where)
+  offset = sets.mean(d, count)
+  var = sets.mean(square(d), count) - square(offset)
   return pivot, offset, jnp.maximum(var, 0)
 
 
@@ -179,21 +224,21 @@ def _pivot(
   x: Array,
   where: Array | None,
   count: Array,
-  axes: tuple[int, ...],
+  sets: Sets,
   dtype: DType,
   form: Form,
 ) -> Array:
   if where is not None:
-    return _own_mean(x, count, axes, dtype, where)
+    return _own_mean(x, count, sets, dtype, where)
   forms: dict[str, Callable[..., Any]] = {'default': _mean_of_sample}
   if form.given == jnp.bfloat16:
     forms |= {'cuda': _zero, 'tpu': _zero}
-  if axes == (x.ndim - 1,) and _is_short(x.shape[-1]):
+  if sets == Sets((x.ndim - 1,)) and _is_short(x.shape[-1]):
     forms |= {'cpu': _own_mean}
     forms |= {'cuda': _own_mean} if form.output_alone else {}
   if len(forms) == 1:
-    return _mean_of_sample(x, count, axes, dtype)
-  options = {'axes': axes, 'dtype': dtype}
+    return _mean_of_sample(x, count, sets, dtype)
+  options = {'sets': sets, 'dtype': dtype}
   runs = {f: functools.partial(f, **options) for f in {*forms.values()}}
   pivot: Array = platforms.dependent(
     x, count, **{name: runs[f] for name, f in forms.items()}
@@ -207,7 +252,7 @@ def _is_short(row: Any) -> bool:
 
 @_local.defjvp
 def _local_jvp(
-  axes: tuple[int, ...],
+  sets: Sets,
   dtype: DType,
   form: Form,
   primals: Any,
@@ -216,9 +261,9 @@ def _local_jvp(
   """The statistics, and how they change with x; the pivot is held."""
   x, where, count = primals
   form = form._replace(output_alone=False)
-  pivot, offset, var = named(_local(x, where, count, axes, dtype, form))
+  pivot, offset, var = named(_local(x, where, count, sets, dtype, form))
   stats = Centred(pivot, offset, var, count)
-  doffset, dvar = changes(x, stats, tangents[0], axes, where)
+  doffset, dvar = changes(x, stats, tangents[0], sets, where)
   return (pivot, offset, var), (jnp.zeros_like(pivot), doffset, dvar)
 
 
@@ -226,42 +271,43 @@ def changes(
   x: Array,
   stats: Centred,
   dx: Array,
-  axes: tuple[int, ...],
+  sets: Sets,
   where: Array | None = None,
 ) -> tuple[Array, Array]:
   """dE[x] = E[dx] and dVar[x] = 2 E[(x - E[x]) dx]."""
   dtype = stats.pivot.dtype
   dx = _valid(dx.astype(dtype), where)
-  d = _valid((x.astype(dtype) - stats.pivot) - stats.offset, where)
-  dvar = 2 * _mean((d.conj() * dx).real, axes, stats.count)
-  return _mean(dx, axes, stats.count), dvar
+  pivot, offset = (sets.spread(s, x) for s in (stats.pivot, stats.offset))
+  d = _valid((x.astype(dtype) - pivot) - offset, where)
+  dvar = 2 * sets.mean((d.conj() * dx).real, stats.count)
+  return sets.mean(dx, stats.count), dvar
 
 
-def _mean_of_sample(
-  x: Array, count: Array, axes: tuple[int, ...], dtype: DType
-) -> Array:
+def _mean_of_sample(x: Array, count: Array, sets: Sets, dtype: DType) -> Array:
   """Both sums about it come from one read of x."""
   del count
-  sample = _sample(x, axes).astype(dtype)
-  size = counts(sample, axes, None, _types.real_dtype(dtype))
-  return fixed(_mean(sample, axes, size))
+  sample = _sample(x, sets.axes).astype(dtype)
+  size = counts(sample, sets, None, _types.real_dtype(dtype))
+  return fixed(sets.mean(sample, size))
 
 
 def _own_mean(
   x: Array,
   count: Array,
-  axes: tuple[int, ...],
+  sets: Sets,
   dtype: DType,
   where: Array | None = None,
 ) -> Array:
   """The mean, whose rounding error the offset holds."""
-  return fixed(_mean(_valid(x.astype(dtype), where), axes, count))
+  return fixed(sets.mean(_valid(x.astype(dtype), where), count))
 
 
-def _zero(x: Array, count: Array, axes: tuple[int, ...], dtype: DType) -> Array:
+def _zero(x: Array, count: Array, sets: Sets, dtype: DType) -> Array:
   """As in the textbook's E[x^2] - E[x]^2."""
   del count
-  shape = [1 if a in axes else size for a, size in enumerate(x.shape)]
+  shape = [1 if a in sets.axes else size for a, size in enumerate(x.shape)]
+  if sets.groups is not None:
+    shape[sets.channel] = sets.groups
   return _shards.vary(jnp.zeros(shape, dtype), x)
 
 
@@ -275,10 +321,6 @@ def fixed(pivot: Array) -> Array:
   if jnp.iscomplexobj(pivot):
     return lax.complex(fixed(pivot.real), fixed(pivot.imag))
   return jnp.maximum(pivot, jnp.finfo(pivot.dtype).min)
-
-
-def _mean(values: Array, axes: tuple[int, ...], count: Array) -> Array:
-  return jnp.sum(values, axes, keepdims=True) / jnp.maximum(count, 1)
 
 
 def _valid(values: Array, where: Array | None) -> Array:
@@ -310,17 +352,19 @@ def _sample(x: Array, axes: tuple[int, ...]) -> Array:
   return x[tuple(slice(None, None, s) for s in step)]
 
 
-def counts(
-  x: Array, axes: tuple[int, ...], where: Array | None, dtype: DType
-) -> Array:
-  """How many elements count along `axes`, in `dtype`."""
+def counts(x: Array, sets: Sets, where: Array | None, dtype: DType) -> Array:
+  """How many elements of each set count, in `dtype`."""
+  axes = sets.axes
+  if sets.groups is not None:
+    axes = *axes, sets.channel
   if where is None:
-    size = _product([x.shape[a] for a in axes], dtype)
+    size = _product([x.shape[a] for a in axes], dtype) / (sets.groups or 1)
     return jnp.full((1,) * x.ndim, size, dtype)
   repeats = _product([x.shape[a] for a in axes if where.shape[a] == 1], dtype)
+  if sets.groups is not None and where.shape[sets.channel] == 1:
+    sets, repeats = Sets(sets.axes), repeats / sets.groups
   repeats = jnp.full((), repeats, dtype)  # more than an int32 holds
-  count: Array = jnp.sum(where, axes, keepdims=True, dtype=dtype) * repeats
-  return count
+  return sets.sum(where, dtype=dtype) * repeats
 
 
 def _product(sizes: list[Any], dtype: DType) -> Any:

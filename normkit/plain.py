@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from normkit import _types
 from normkit._types import Array, DType
 from normkit.affine import Arguments, activated, rounded
-from normkit.centred import Centred, centred, changes
+from normkit.centred import Centred, Sets, centred, changes, spread
 from normkit.kernels.rows import Spec, statistics
-from normkit.pooling import merge_channels, spread
 
 Arrays = dict[str, Array]
 SUMMANDS = 'x', 'residual'
@@ -32,13 +31,12 @@ def statistics_of_rows(spec: Spec, given: Arrays) -> Arrays:
   """Of rows or groups, by the names that kernels give them."""
   x, dtype = _sum(given, spec), given['x'].dtype
   stats = _centred(x, dtype, spec, output_alone=False)
-  if spec.groups is not None:
-    stats = merge_channels(stats, given['x'].ndim - 1, spec.groups)
   return {n: getattr(stats, n) for n in statistics(spec)}
 
 
 def _centred(x: Array, dtype: DType, spec: Spec, output_alone: bool) -> Centred:
-  options = {'output_alone': output_alone, 'given': dtype}
+  groups = None if spec.groups is None else (x.ndim - 1, spec.groups)
+  options = {'output_alone': output_alone, 'given': dtype, 'groups': groups}
   return centred(x, _axes(x, spec), None, spec.center, **options)
 
 
@@ -104,7 +102,7 @@ def tangents(
   values = {n: saved[n] for n in moved}
   changed = dict(moved)
   if 'x' in moved:
-    found = list(changes(x, stats, moved['x'], _axes(x, spec)))
+    found = list(changes(x, stats, moved['x'], Sets(_axes(x, spec))))
     if spec.groups is not None:  # what they sum was divided by all of a group
       found = [_of_group(c, spec.groups) for c in found]
     doffset, changed['var'] = found

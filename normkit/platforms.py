@@ -126,6 +126,8 @@ def dependent(
   *operands: Any, default: Callable[..., Any], **forms: Callable[..., Any]
 ) -> Any:
   """`lax.platform_dependent`, or the form of the platform that was named."""
+  if not forms:
+    return default(*operands)
   name = named()
   if name is not None:
     return forms.get(name, default)(*operands)

@@ -50,14 +50,6 @@ def merge_channels(stats: Centred, channel: int, num_groups: int) -> Centred:
   return Centred(*(s.squeeze(channel + 1) for s in merged))
 
 
-def spread(values: Array, channel: int, num_channels: int) -> Array:
-  """Gives each channel the value of its group."""
-  shape = list(values.shape)
-  shape.insert(channel + 1, num_channels // values.shape[channel])
-  spread = jnp.broadcast_to(lax.expand_dims(values, [channel + 1]), shape)
-  return lax.collapse(spread, channel, channel + 2)
-
-
 # A power of two, so that counts times means near the largest number of a float
 # do not overflow: up to 2^32 elements.
 PART = 2.0**-32

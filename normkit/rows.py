@@ -88,6 +88,9 @@ def normalize_rows(
   )
   given = {'x': x} if residual is None else {'x': x, 'residual': residual}
   given = {n: a[None] if x.ndim == 1 else a for n, a in given.items()}
+  is_plain = residual is None and implementation is None
+  if is_plain and not _names(given, spec, None):
+    return None
   if why is None:
     found = _partitioned(given | _parameters(args), spec, implementation)
   else:

@@ -15,6 +15,7 @@ import normkit as nk
 from normkit.affine import Arguments, affine
 from normkit.centred import (
   Centred,
+  Sets,
   _mean_of_sample,
   _own_mean,
   _zero,
@@ -44,15 +45,15 @@ def public(x, axis):
 def rows_on_gpu(x, axis):
   """What a GPU runs for rows, and all platforms with a mask."""
   count = jnp.full((1, 1), x.shape[axis], x.dtype)
-  pivot = _own_mean(x, count, (axis,), x.dtype)
-  return Centred(*about(pivot, x, count, (axis,)), count)
+  pivot = _own_mean(x, count, Sets((axis,)), x.dtype)
+  return Centred(*about(pivot, x, count, Sets((axis,))), count)
 
 
 def elsewhere(x, axis):
   """What all platforms run for columns, and all but the GPU for rows."""
   count = jnp.full((1, 1), x.shape[axis], x.dtype)
-  pivot = _mean_of_sample(x, count, (axis,), x.dtype)
-  return Centred(*about(pivot, x, count, (axis,)), count)
+  pivot = _mean_of_sample(x, count, Sets((axis,)), x.dtype)
+  return Centred(*about(pivot, x, count, Sets((axis,))), count)
 
 
 def naive(x, axis):
@@ -129,8 +130,8 @@ def test_bfloat16_on_accelerators(shape, axis, ratio):
 
   @jax.jit
   def form(half):
-    axes = (axis % 2,)
-    return about(_zero(half, count, axes, jnp.float32), half, count, axes)
+    sets = Sets((axis % 2,))
+    return about(_zero(half, count, sets, jnp.float32), half, count, sets)
 
   _, _, var = form(half)
   before, after = (exact(a, axis)[1] for a in (x, half))
@@ -321,5 +322,6 @@ def test_a_mask_of_size_one_over_many_elements():
   """More than an int32 counts; nothing of that size is made."""
   x = jax.ShapeDtypeStruct((2**17, 2**16, 2), jnp.float32)
   where = jnp.array([[[True, False]]])
-  count = jax.jit(lambda where: counts(x, (0, 1), where, jnp.float32))(where)
+  sets = Sets((0, 1))
+  count = jax.jit(lambda where: counts(x, sets, where, jnp.float32))(where)
   np.testing.assert_array_equal(count, [[[2.0**33, 0]]])

@@ -71,6 +71,7 @@ LAYERS = (
   ('kernels.cases', 'kernels.rows'),
   ('kernels.configs', 'kernels.record'),
   ('kernels',),
+  ('closures',),
   ('_shards', 'platforms'),
   ('_lazy', '_types', '_words'),
 )

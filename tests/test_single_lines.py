@@ -32,7 +32,7 @@ def test_a_variance_is_never_negative():
   count, pivot = jnp.full((1, 1), size, jnp.float32), jnp.zeros((500, 1))
   unclamped = jnp.mean(x * x, 1) - jnp.mean(x, 1) ** 2
   assert (unclamped < 0).any()  # so that there is something to clamp
-  assert (centred.about(pivot, x, count, (1,))[2] >= 0).all()
+  assert (centred.about(pivot, x, count, centred.Sets((1,)))[2] >= 0).all()
 
 
 @pytest.mark.parametrize('scaled', [False, True])

@@ -16,6 +16,7 @@ import numpy as np
 from normkit import _shards, _types, arguments, norm
 from normkit._types import Array, Axes, AxisName, DType, Groups, Scalar
 from normkit.centred import Centred
+from normkit.closures import traced_once
 from normkit.moments import Moments
 
 
@@ -80,6 +81,25 @@ def update(
   skip_nonfinite: bool = False,
 ) -> BatchNormState:
   """Moves the running statistics of the features that the batch held."""
+  given = momentum if _types.is_array(momentum) else None
+  number = momentum if given is None else None
+
+  def run(state: BatchNormState, batch: Moments, given: Any) -> BatchNormState:
+    momentum = number if given is None else given
+    return _updated(state, batch, momentum, debias, unbiased, skip_nonfinite)
+
+  moved: BatchNormState = traced_once(run, state, batch, given)
+  return moved
+
+
+def _updated(
+  state: BatchNormState,
+  batch: Moments,
+  momentum: Scalar | None,
+  debias: bool,
+  unbiased: bool,
+  skip_nonfinite: bool,
+) -> BatchNormState:
   new_mean, new_var = batch.mean, batch.var
   number = _shards.broadcast_like(batch.count, new_var)
   held = number > 0

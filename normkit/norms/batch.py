@@ -17,7 +17,7 @@ from normkit._types import (
   Scalar,
 )
 from normkit.affine import Arguments, affine, by_running, widened
-from normkit.centred import Centred, centred
+from normkit.centred import Centred, centred, spread
 from normkit.moments import flatten, squeeze
 from normkit.norm import NormParams
 from normkit.norms._running import (
@@ -30,7 +30,7 @@ from normkit.norms._running import (
   running,
   update,
 )
-from normkit.pooling import merge, merge_channels, pool, spread
+from normkit.pooling import merge, merge_channels, pool
 
 
 def batch_norm(

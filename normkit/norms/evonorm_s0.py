@@ -16,7 +16,7 @@ from normkit._types import (
   Scalar,
 )
 from normkit.affine import Arguments, widened
-from normkit.centred import Centred, centred
+from normkit.centred import Centred, centred, spread
 from normkit.kernels.rows import reciprocal_root
 from normkit.norm import EmptyState
 from normkit.norms._evonorm import (
@@ -25,7 +25,7 @@ from normkit.norms._evonorm import (
   finish,
   prepare,
 )
-from normkit.pooling import merge_channels, pool, spread
+from normkit.pooling import pool
 
 
 def evonorm_s0(
@@ -87,8 +87,8 @@ def evonorm_s0(
   _types.check_not_empty(x.shape, tuple(range(1, x.ndim)))
 
   def run(wide: Array, args: Arguments, slope: Array) -> Array:
-    stats = centred(wide, tuple(range(1, last)), args.where, given=args.given)
-    stats = merge_channels(stats, last, num_groups)
+    groups, axes = (last, num_groups), tuple(range(1, last))
+    stats = centred(wide, axes, args.where, given=args.given, groups=groups)
     stats = pool(stats, axis_name, axis_index_groups)
     stats = Centred(*(spread(s, last, wide.shape[last]) for s in stats))
     root = reciprocal_root(stats.var, args.epsilon)

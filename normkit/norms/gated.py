@@ -18,9 +18,9 @@ from normkit._types import (
   Scalar,
 )
 from normkit.affine import Arguments, affine, widened
-from normkit.centred import Centred, centred
+from normkit.centred import Centred, centred, spread
 from normkit.norm import EmptyState, NormParams
-from normkit.pooling import pool, spread
+from normkit.pooling import pool
 
 _WHY = 'gates are of real numbers'
 

@@ -16,9 +16,9 @@ from normkit._types import (
   Scalar,
 )
 from normkit.affine import Arguments, affine, widened
-from normkit.centred import Centred, centred
+from normkit.centred import Centred, centred, spread
 from normkit.norm import EmptyState, NormParams
-from normkit.pooling import merge_channels, pool, spread
+from normkit.pooling import pool
 
 
 def group_norm(
@@ -131,8 +131,8 @@ def group_norm_any(
       return y
 
   def run(wide: Array, args: Arguments) -> Array:
-    stats = centred(wide, spatial, args.where, given=args.given)
-    stats = merge_channels(stats, channel, num_groups)
+    groups = channel, num_groups
+    stats = centred(wide, spatial, args.where, given=args.given, groups=groups)
     stats = pool(stats, axis_name, axis_index_groups)
     stats = Centred(*(spread(s, channel, wide.shape[channel]) for s in stats))
     return affine(wide, stats, args)

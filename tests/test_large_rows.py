@@ -1,0 +1,129 @@
+"""Layer and RMS norm of rows that are many: the form for CPUs.
+
+It has derivatives of its own, and is taken from `affine.LARGE` elements on.
+"""
+
+import functools
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+import numpy as np
+import pytest
+
+import normkit as nk
+from normkit.affine import LARGE
+
+ROWS, WIDTH = 64, LARGE // 64
+EPSILON = 1e-6
+
+
+@pytest.fixture(scope='module')
+def data():
+  """x, two directions, scale and bias; rows far from zero among them."""
+  rng = np.random.default_rng(0)
+  x, dy, v = rng.standard_normal((3, ROWS, WIDTH))
+  x = x * rng.uniform(0.5, 2, (ROWS, 1)) + rng.uniform(-9, 9, (ROWS, 1))
+  scale, bias = 1 + rng.standard_normal((2, WIDTH)) / 4
+  return [np.asarray(a, np.float32) for a in (x, dy, v, scale, bias)]
+
+
+def norm(center, x, scale, bias):
+  options = {'axis': -1, 'center': center, 'epsilon': EPSILON}
+  return nk.normalize(x, scale, bias, **options)
+
+
+def exact(center, x, scale, bias):
+  """The formula, in float64."""
+  d = x - x.mean(-1, keepdims=True) if center else x
+  root = 1 / np.sqrt((d**2).mean(-1, keepdims=True) + EPSILON)
+  return d * root * scale + bias
+
+
+def exact_gradients(center, x, dy, scale):
+  """Of sum(y * dy), in float64; Ba and others (2016), derived by hand."""
+  y = exact(center, x, 1.0, 0.0)
+  d = x - x.mean(-1, keepdims=True) if center else x
+  root = 1 / np.sqrt((d**2).mean(-1, keepdims=True) + EPSILON)
+  g = dy * scale
+  along = (g * y).mean(-1, keepdims=True)
+  mean = g.mean(-1, keepdims=True) if center else 0.0
+  return root * (g - mean - y * along), (dy * y).sum(0), dy.sum(0)
+
+
+def gradients(center, x, dy, scale, bias):
+  def loss(x, scale, bias):
+    return (norm(center, x, scale, bias) * dy).sum()
+
+  return jax.grad(loss, (0, 1, 2))(x, scale, bias)
+
+
+@pytest.mark.parametrize('center', [True, False])
+def test_gradients(data, center):
+  x, dy, _, scale, bias = data
+  found = jax.jit(gradients, static_argnums=0)(center, x, dy, scale, bias)
+  chex.assert_tree_all_finite(found)
+  wide = [a.astype(np.float64) for a in (x, dy, scale)]
+  for got, want in zip(found, exact_gradients(center, *wide), strict=True):
+    chex.assert_shape(got, want.shape)
+    largest = np.abs(want).max()
+    np.testing.assert_allclose(got / largest, want / largest, atol=2e-6)
+
+
+@pytest.mark.parametrize('center', [True, False])
+def test_second_derivatives_and_vmap(data, center):
+  """Along v, by differences of the exact gradient in float64."""
+  x, dy, v, scale, bias = data
+
+  @jax.jit
+  def along(x, v):
+    def dx(x):
+      return gradients(center, x, dy, scale, bias)[0]
+
+    return jax.vmap(lambda v: jax.jvp(dx, (x,), (v,))[1])(
+      jnp.stack([v, -2 * v])
+    )
+
+  x, v = (a.astype(np.float64) for a in (x, v))
+  step = 1e-5
+  above, below = (
+    exact_gradients(center, x + s * v, dy, scale)[0] for s in (step, -step)
+  )
+  want = (above - below) / (2 * step)
+  found = along(data[0], data[2])
+  largest = np.abs(want).max()
+  for got, factor in zip(found, (1, -2), strict=True):
+    np.testing.assert_allclose(
+      got / largest, factor * want / largest, atol=2e-5
+    )
+
+
+def test_only_from_this_size_on(data):
+  """Of fewer elements it would cost more to compile than it ever saves."""
+
+  def program(rows):
+    x, dy, _, scale, bias = data
+    return str(
+      jax.make_jaxpr(functools.partial(gradients, True))(
+        x[:rows], dy[:rows], scale, bias
+      )
+    )
+
+  assert 'dot_general' in program(ROWS)
+  assert 'dot_general' not in program(ROWS - 1)
+
+
+@pytest.mark.parametrize('axis', [0, 1])
+def test_nothing_is_gathered(data, axis):
+  """Where `jit` places batch or sequence: one sum over devices, for both."""
+  _, _, _, scale, bias = data
+  grid = jax.make_mesh((4,), ('d',), axis_types=(AxisType.Auto,))
+  spec = P(*[None] * axis, 'd')
+  x = jax.ShapeDtypeStruct(
+    (8, ROWS // 8, WIDTH), np.float32, sharding=NamedSharding(grid, spec)
+  )
+  run = jax.jit(functools.partial(gradients, True))
+  text = run.lower(x, x, scale, bias).compile().as_text()
+  assert set(re.findall(r' (all-[a-z]+)(?:-start)?\(', text)) == {'all-reduce'}
