@@ -8,14 +8,14 @@ import pathlib
 import statistics
 import subprocess
 import sys
-import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from rich.progress import track
 
-from benchmarks import layers, report, traffic
+from benchmarks import layers, report, traffic, whole
+from benchmarks.whole import timed
 
 SHAPES = layers.shapes((256, 512), (8, 16, 16, 64))
 DEPTH = 24
@@ -52,12 +52,6 @@ def table_of_imports(runs: int) -> list[list[str]]:
     ]
     for s, t in times.items()
   ]
-
-
-def timed(function: Callable[[], Any]) -> tuple[float, Any]:
-  start = time.perf_counter()
-  result = function()
-  return time.perf_counter() - start, result
 
 
 def one_norm(library: str, norm: str) -> layers.Program:
@@ -145,6 +139,17 @@ def run(args: argparse.Namespace) -> int:
         'traces of two lowerings',
       ),
       table_of_norms,
+    ),
+    (
+      'whole',
+      (
+        "normkit over Flax's (Flax's)",
+        'trace',
+        'compile',
+        'init',
+        'instructions',
+      ),
+      whole.table,
     ),
   )
   found = {}
