@@ -30,12 +30,15 @@ def traced_once(run: Callable[..., Any], *given: Any) -> Any:
     hash(alike)
   except TypeError:
     return run(*given)
-  return ruled(_call, alike, platforms.context(), *given)
+  return ruled(_norm, alike, platforms.context(), *given)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _call(run: Callable[..., Any], context: Any, *given: Any) -> Any:
-  """`context` keeps apart what was traced; see `platforms.context`."""
+def _norm(run: Callable[..., Any], context: Any, *given: Any) -> Any:
+  """`context` keeps apart what was traced; see `platforms.context`.
+
+  Programs and profiles show its name.
+  """
   del context
   return run(*given)
 
