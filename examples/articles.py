@@ -16,7 +16,7 @@
 #     python examples/articles.py --out out --small
 
 # %%
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import dataclasses
 import functools
 import importlib
@@ -273,34 +273,46 @@ def draw_runs(
   axes.set(xlabel='step', ylabel='test accuracy, %')
 
 
+# %% [markdown]
+# ## The runs
+#
+# In a notebook, options stand in this cell: `['--small']` for `None`.
+
 # %%
-def main(argv: Sequence[str] | None = None) -> None:
+if __name__ == '__main__':
   args = options.parse(
-    argv,
+    None,
     'Four networks of articles, with batch norm and without.',
     'digits and photographs',
   )
   tasks, seeds = (SMALL, 2) if args.small else (TASKS, 3)
   console = Console(markup=False, emoji=False, width=100)
+  datasets = {
+    name: data.part(task.load(args.data), args.small)
+    for name, task in tasks.items()
+  }
+  spread = f'mean and standard deviation of {seeds} seeds'
+
+# %% [markdown]
+# ### With and without batch norm
+
+# %%
+if __name__ == '__main__':
   runs: Results = {}
   with Progress(console=console) as progress:
     for name, task in tasks.items():
       bar = progress.add_task(name, total=len(task.variants) * seeds)
       watch = functools.partial(progress.advance, bar)
-      dataset = data.part(task.load(args.data), args.small)
-      runs[name] = train(task, dataset, seeds, watch)
-      if name == 'MnistNet':
-        mnist, images = runs[name], dataset.test_images
-  console.print(accuracy_table(runs), dead_table(mnist, images))
-  console.print(to_torch_and_back(mnist['batch'][0].variables, images[:100]))
-  spread = f'mean and standard deviation of {seeds} seeds'
-  figures.save(
-    args.out,
-    articles=draw_curves(runs, spread),
-    articles_last_relu=draw_last_relu(mnist, spread),
-  )
+      runs[name] = train(task, datasets[name], seeds, watch)
+  console.print(accuracy_table(runs))
+  figures.save(args.out, articles=draw_curves(runs, spread))
 
+# %% [markdown]
+# ### The last ReLU, and PyTorch
 
 # %%
 if __name__ == '__main__':
-  main()
+  mnist, images = runs['MnistNet'], datasets['MnistNet'].test_images
+  console.print(dead_table(mnist, images))
+  console.print(to_torch_and_back(mnist['batch'][0].variables, images[:100]))
+  figures.save(args.out, articles_last_relu=draw_last_relu(mnist, spread))

@@ -21,6 +21,7 @@
 # several gigabytes of memory.
 
 # %%
+import argparse
 from collections.abc import Callable, Sequence
 import functools
 import importlib
@@ -480,12 +481,15 @@ def markdown(report: Report) -> str:
   return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
-def update(documents: list[pathlib.Path], reports: list[Report]) -> None:
-  """Puts the tables between their marks, `<!-- batch-size -->` and so on."""
-  sys.path.append(str(pathlib.Path(__file__).parents[1]))
-  quote = importlib.import_module('benchmarks.report').quote
-  for path in documents:
-    for report in reports:
+def publish(report: Report, args: argparse.Namespace) -> None:
+  """Shows a table, writes it, and puts it into the documents of `--update`."""
+  show(report)
+  args.out.mkdir(parents=True, exist_ok=True)
+  (args.out / f'{report.name}.md').write_text(markdown(report) + '\n')
+  if args.update:
+    sys.path.append(str(pathlib.Path(__file__).parents[1]))
+    quote = importlib.import_module('benchmarks.report').quote
+    for path in args.update:  # between marks, `<!-- batch-size -->` and so on
       quote(path, report.name, markdown(report))
 
 
@@ -534,10 +538,13 @@ STYLES = {
 }
 
 
-def draw(errors: Errors, columns: Sequence[int], title: str) -> Figure:
+def draw(
+  errors: Errors, columns: Sequence[int], title: str, label: str
+) -> Figure:
   """The error against the columns: those of a batch, and all the others."""
   figure, ((left, right),) = figures.make(title, 1, 2)
   figure.set_figheight(4.8)
+  figure.supxlabel(label)
   of_batch = NAMES[: NAMES.index('group')]
   for name, found in errors.items():
     draw_norm(left if name in of_batch else right, name, columns, found)
@@ -575,10 +582,16 @@ def finish(axes: Axes, columns: Sequence[int]) -> None:
     axes.legend(frameon=False, ncols=3, **below)
 
 
+# %% [markdown]
+# ## The runs
+#
+# In a notebook, options stand in this cell: `['--small']` for `None`.
+
 # %%
-def main(argv: Sequence[str] | None = None) -> None:
-  description = 'Which norm for which batch: errors, and what they cost.'
-  parser = options.make_parser(description, 'the digits')
+if __name__ == '__main__':
+  parser = options.make_parser(
+    'Which norm for which batch: errors, and what they cost.', 'the digits'
+  )
   parser.add_argument(
     '--update',
     type=pathlib.Path,
@@ -586,65 +599,48 @@ def main(argv: Sequence[str] | None = None) -> None:
     default=[],
     help='documents whose tables to replace',
   )
-  args = options.finish(parser, argv)
-  args.out.mkdir(parents=True, exist_ok=True)
+  args = options.finish(parser, None)
   setting = SMALL if args.small else Setting()
-  costs = measure(setting)
   dataset = args.data or data.digits()
-  digits = load(dataset, setting.folds)
-  sizes, classes = by_size(digits, setting), by_classes(digits, setting)
+  images = load(dataset, setting.folds)
   spread = f'mean ± standard deviation of {setting.folds} folds'
-  reports = [
-    error_table(
-      'batch-size',
-      f'Test error, %, by the size of the batch, {spread}',
-      list(map(str, setting.sizes)),
-      sizes,
-    ),
-    error_table(
-      'skewed',
-      f'Test error, %, by the classes in a batch of {SKEWED}, {spread}',
-      list(map(str, setting.classes)),
-      classes,
-    ),
-    cost_table(costs, setting.shape),
-  ]
-  for report in reports:
-    show(report)
-    (args.out / f'{report.name}.md').write_text(markdown(report) + '\n')
-  summary.tell(conclusions(sizes, classes, setting), args.small)
-  picture(sizes, classes, setting, dataset.name, args.out)
-  update(args.update, reports)
 
-
-def conclusions(sizes: Errors, classes: Errors, setting: Setting) -> list[str]:
-  """All findings; 64 images and ten classes are what is usual."""
-  usual = setting.sizes.index(64)
-  unit = f'from 64 images a batch to {setting.sizes[0]}'
-  lines = findings(sizes, unit, usual, 0)
-  unit = f'from ten classes a batch to {setting.classes[0]}'
-  return lines + findings(classes, unit, -1, 0)
-
-
-def picture(
-  sizes: Errors,
-  classes: Errors,
-  setting: Setting,
-  name: str,
-  out: pathlib.Path,
-) -> None:
-  """Draws both figures."""
-  seen = (
-    f'{setting.images:,} images seen at every size, or {setting.least_steps} '
-    'steps'
-  )
-  by_size = draw(sizes, setting.sizes, f'{name}: {seen}')
-  by_size.supxlabel('images in a batch')
-  by_classes = draw(classes, setting.classes, f'{name}: batches of {SKEWED}')
-  by_classes.supxlabel('classes in a batch')
-  figures.save(out, batch_size=by_size, skewed=by_classes)
-
+# %% [markdown]
+# ### What a norm costs
 
 # %%
 if __name__ == '__main__':
-  main()
+  publish(cost_table(measure(setting), setting.shape), args)
+
+# %% [markdown]
+# ### By the size of the batch
+
+# %%
+if __name__ == '__main__':
+  errors = by_size(images, setting)
+  title = f'Test error, %, by the size of the batch, {spread}'
+  names = list(map(str, setting.sizes))
+  publish(error_table('batch-size', title, names, errors), args)
+  usual = setting.sizes.index(64)
+  unit = f'from 64 images a batch to {setting.sizes[0]}'
+  summary.tell(findings(errors, unit, usual, 0), args.small)
+  title = (
+    f'{dataset.name}: {setting.images:,} images seen at every size, or '
+    f'{setting.least_steps} steps'
+  )
+  label = 'images in a batch'
+  figures.save(args.out, batch_size=draw(errors, setting.sizes, title, label))
+
+# %% [markdown]
+# ### By the classes in a batch
+
+# %%
+if __name__ == '__main__':
+  errors = by_classes(images, setting)
+  title = f'Test error, %, by the classes in a batch of {SKEWED}, {spread}'
+  names = list(map(str, setting.classes))
+  publish(error_table('skewed', title, names, errors), args)
+  unit = f'from ten classes a batch to {setting.classes[0]}'
+  summary.tell(findings(errors, unit, -1, 0), args.small)
+  title, label = f'{dataset.name}: batches of {SKEWED}', 'classes in a batch'
+  figures.save(args.out, skewed=draw(errors, setting.classes, title, label))

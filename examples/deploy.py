@@ -17,7 +17,7 @@
 #     python examples/deploy.py --out out --small
 
 # %%
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import functools
 import itertools
 import pathlib
@@ -357,10 +357,15 @@ def draw_costs(costs: dict[int, dict[str, Cost]], title: str) -> Figure:
   return figure
 
 
+# %% [markdown]
+# ## The runs
+#
+# In a notebook, options stand in this cell: `['--small']` for `None`.
+
 # %%
-def main(argv: Sequence[str] | None = None) -> None:
+if __name__ == '__main__':
   args = options.parse(
-    argv, 'From training to a file that runs alone.', 'the photographs'
+    None, 'From training to a file that runs alone.', 'the photographs'
   )
   seeds = 2 if args.small else 3
   model = Network(layers=FEWER) if args.small else SmallResNet()
@@ -369,27 +374,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = {'steps': 4, 'images': 64, 'rounds': 5}
   dataset = data.part(args.data or data.photographs(), args.small)
   console = Console(markup=False, emoji=False, width=100)
+
+# %% [markdown]
+# ### What each step does to accuracy
+
+# %%
+if __name__ == '__main__':
   results = []
   for seed in range(seeds):
     with console.status(f'seed {seed}'):
       result = deploy(model, dataset, args.out, seed=seed, **settings)
     results.append(result)
   last = results[-1]
-  console.print(last.report, accuracy_table(results), cost_table(last.costs))
+  console.print(last.report, accuracy_table(results))
+  title = 'What each step does to accuracy'
+  figures.save(args.out, deploy_accuracy=draw_accuracies(results, title))
+
+# %% [markdown]
+# ### What a call costs
+
+# %%
+if __name__ == '__main__':
+  console.print(cost_table(last.costs))
   summary.tell((f'- {finding}' for finding in findings(results)), args.small)
-  figures.save(
-    args.out,
-    deploy_accuracy=draw_accuracies(results, 'What each step does to accuracy'),
-    deploy_cost=draw_costs(
-      last.costs, f'What a call costs, in {settings["rounds"]} rounds'
-    ),
-  )
+  title = f'What a call costs, in {settings["rounds"]} rounds'
+  figures.save(args.out, deploy_cost=draw_costs(last.costs, title))
   console.print(
     f'Wrote {args.out / "deploy.jax"}, {last.kilobytes:.0f} kB: program and '
     'weights of the last seed.'
   )
-
-
-# %%
-if __name__ == '__main__':
-  main()

@@ -31,7 +31,7 @@ from matplotlib.patches import Rectangle
 import numpy as np
 import optax
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import track
 from rich.table import Table
 
 import data
@@ -536,12 +536,17 @@ def outline(axes: Axes, box: np.ndarray, color: str, line: str) -> None:
   )
 
 
+# %% [markdown]
+# ## The runs
+#
+# In a notebook, options stand in this cell: `['--small']` for `None`.
+
 # %%
-def main(argv: Sequence[str] | None = None) -> None:
+if __name__ == '__main__':
   parser = options.make_parser(
     'A detector with two scenes a device, with several norms.', 'the digits'
   )
-  args = options.finish(parser, argv)
+  args = options.finish(parser, None)
   if args.data and args.data.train_images.shape[-1] > 1:
     parser.error(
       f'argument --data: {args.data.name} has images in color, accepted are '
@@ -553,33 +558,37 @@ def main(argv: Sequence[str] | None = None) -> None:
   train_set = compose(parts[0], setting.train, CANVAS, MOST, 2)
   test_set = compose(parts[1], setting.test, CANVAS, MOST, 3)
   singles = single_digits(parts, setting.singles)
-  results: dict[str, list[Run]] = {}
-  backbones: dict[str, list[Backboned]] = {}
-  with Progress(console=console) as progress:
-    for name in progress.track(setting.norms, description='norms'):
-      model = DETECTORS[name]
-      # These begin with the backbone that was trained on one device.
-      of_batch = model.norm is SYNCHRONIZED or model is FROZEN
-      backbones[name] = (
-        backbones['batch']
-        if of_batch
-        else [
-          pretrain(model.norm, singles, setting.pretraining, seed)
-          for seed in range(setting.seeds)
-        ]
-      )
-      results[name] = train(
-        model, backbones[name], train_set, test_set, setting
-      )
-  console.print(precision_table(results, backbones))
-  summary.tell(findings(results), args.small)
-  spread = f'mean and standard deviation of {setting.seeds} seeds'
-  curves = draw_curves(results, spread)
-  best = max(results, key=lambda name: results[name][0].precisions[-1])
-  scenes = draw_scenes(test_set, results[best][0].found, best)
-  figures.save(args.out, detection=curves, detection_scenes=scenes)
 
+# %% [markdown]
+# ### Each norm's precision
 
 # %%
 if __name__ == '__main__':
-  main()
+  results: dict[str, list[Run]] = {}
+  backbones: dict[str, list[Backboned]] = {}
+  for name in track(setting.norms, 'norms', console=console):
+    model = DETECTORS[name]
+    # These begin with the backbone that was trained on one device.
+    of_batch = model.norm is SYNCHRONIZED or model is FROZEN
+    backbones[name] = (
+      backbones['batch']
+      if of_batch
+      else [
+        pretrain(model.norm, singles, setting.pretraining, seed)
+        for seed in range(setting.seeds)
+      ]
+    )
+    results[name] = train(model, backbones[name], train_set, test_set, setting)
+  console.print(precision_table(results, backbones))
+  summary.tell(findings(results), args.small)
+  spread = f'mean and standard deviation of {setting.seeds} seeds'
+  figures.save(args.out, detection=draw_curves(results, spread))
+
+# %% [markdown]
+# ### What the best one finds
+
+# %%
+if __name__ == '__main__':
+  best = max(results, key=lambda name: results[name][0].precisions[-1])
+  scenes = draw_scenes(test_set, results[best][0].found, best)
+  figures.save(args.out, detection_scenes=scenes)

@@ -271,50 +271,85 @@ def inception_curves(
   return rate, curves
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+# %% [markdown]
+# ## The runs
+#
+# In a notebook, options stand in this cell: `['--small']` for `None`.
+
+# %%
+if __name__ == '__main__':
   args = options.parse(
-    argv,
+    None,
     'Steps to an accuracy, with batch norm and without.',
     'digits and photographs',
   )
-  dataset = args.data or data.digits()
-  dataset = data.part(dataset, args.small)
+  digits = data.part(args.data or data.digits(), args.small)
   layers, seeds, steps = (1, 2, 10) if args.small else (8, 5, 300)
   console = Console(markup=False, emoji=False, width=100)
   nets = {name: DeepNet((norm,) * layers) for name, norm in NORMS.items()}
   if args.small:
     del nets['layer'], nets['group']
-
   every = 4 if args.small else 1
   tried, sizes = RATES[::every], SCALES[::every]
+  over = f'mean and standard deviation of {seeds} seeds'
+
+# %% [markdown]
+# ### Learning rates
+
+# %%
+if __name__ == '__main__':
   rates = {}
   for name in track(nets, 'learning rates', console=console):
     settings = [Setting(rate) for rate in tried]
-    rates[name] = fit(nets[name], dataset, settings, seeds, steps)
+    rates[name] = fit(nets[name], digits, settings, seeds, steps)
   tuned = {name: best(tried, runs) for name, runs in rates.items()}
   console.print(settings_table(tried, rates, LAST, 'learning rate'))
+  title = f'Learning rates, {over}'
+  figures.save(
+    args.out, faster_rates=draw_settings(tried, rates, 'learning rate', title)
+  )
 
+# %% [markdown]
+# ### Initial weights
+
+# %%
+if __name__ == '__main__':
   scales = {}
   for name in track(nets, 'initial weights', console=console):
     settings = [Setting(tuned[name], scale) for scale in sizes]
-    scales[name] = fit(nets[name], dataset, settings, seeds, steps)
+    scales[name] = fit(nets[name], digits, settings, seeds, steps)
   console.print(settings_table(sizes, scales, LAST, 'scale'))
+  label = "scale of the initial weights, He's = 1"
+  title = f'Initial weights, each norm at its best rate, {over}'
+  figures.save(
+    args.out, faster_scales=draw_settings(sizes, scales, label, title)
+  )
 
+# %% [markdown]
+# ### Steps to an accuracy
+
+# %%
+if __name__ == '__main__':
   curves = {}
   for name, factors in track(TIMES.items(), 'curves', console=console):
     settings = [Setting(n * tuned['none']) for n in factors]
-    runs = fit(nets[name], dataset, settings, seeds, steps)
+    runs = fit(nets[name], digits, settings, seeds, steps)
     for row, n in enumerate(factors):
       curves[f'{name}, x{n}'] = row_of(runs, row)
   target = float(last(curves['none, x1']).mean())
   console.print(curves_table(curves, target))
   best_rates = ', '.join(f'{name} {rate:.2g}' for name, rate in tuned.items())
   console.print(f'Best learning rates: {best_rates}; x1 is that of none.')
-  found = claims(curves, target) + ranges(rates, scales)
-  summary.tell(found, args.small)
+  summary.tell(claims(curves, target) + ranges(rates, scales), args.small)
+  title = f'Error over the steps, {over}'
+  figures.save(args.out, faster_curves=draw_curves(curves, target, title, 2))
 
-  patches = args.data or data.photographs()
-  patches = data.part(patches, args.small)
+# %% [markdown]
+# ### A small Inception
+
+# %%
+if __name__ == '__main__':
+  patches = data.part(args.data or data.photographs(), args.small)
   seeds_of, steps_of = (2, 3) if args.small else (3, 180)
   size = {'widths': (8,)} if args.small else {}
   rate, inception = inception_curves(patches, seeds_of, steps_of, **size)
@@ -324,31 +359,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   console.print(f'Inception, best of {COARSE} without a norm: {rate:g}.')
   found = (f'Inception: {claim}' for claim in claims(inception, goal))
   summary.tell(found, args.small)
-
-  over = f'mean and standard deviation of {seeds} seeds'
+  title = f'A small Inception, mean and standard deviation of {seeds_of} seeds'
   figures.save(
-    args.out,
-    faster_curves=draw_curves(
-      curves, target, f'Error over the steps, {over}', 2
-    ),
-    faster_inception=draw_curves(
-      inception,
-      goal,
-      f'A small Inception, mean and standard deviation of {seeds_of} seeds',
-      10,
-    ),
-    faster_rates=draw_settings(
-      tried, rates, 'learning rate', f'Learning rates, {over}'
-    ),
-    faster_scales=draw_settings(
-      sizes,
-      scales,
-      "scale of the initial weights, He's = 1",
-      f'Initial weights, each norm at its best rate, {over}',
-    ),
+    args.out, faster_inception=draw_curves(inception, goal, title, 10)
   )
-
-
-# %%
-if __name__ == '__main__':
-  main()

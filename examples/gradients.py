@@ -642,29 +642,48 @@ LOOKS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+# %% [markdown]
+# ## The runs
+#
+# In a notebook, options stand in this cell: `['--small']` for `None`.
+
+# %%
+if __name__ == '__main__':
   args = options.parse(
-    argv,
+    None,
     'Gradients, shifts and smoothness, with batch norm or without.',
     'digits and photographs',
   )
-  digits = args.data or data.digits()
   blocks, layers, seeds, steps = (1, 1, 2, 8) if args.small else (3, 8, 5, 300)
-  size = {'widths': (16,)} if args.small else {}
-  levels = LEVELS[:1] if args.small else LEVELS
-  rates, units = ([COMMON], 64) if args.small else (RATES, 100)
   console = Console(markup=False, emoji=False, width=120)
   over = f'mean and standard deviation of {seeds} seeds'
   norms = {'none': None, 'batch': TORCH}
 
+# %% [markdown]
+# ### 1. At the start
+
+# %%
+if __name__ == '__main__':
   patches, starts = halved(args.data or data.photographs()), {}
+  size = {'widths': (16,)} if args.small else {}
   for name, norm in norms.items():
     net = SmallResNet(norm, blocks, **size)
     starts[name] = [at_start(net, patches, seed) for seed in range(seeds)]
   found = {name: of_start(runs) for name, runs in starts.items()}
   report('At the start', found, console, args.small)
-  start_figure = draw_start(starts, over)
+  figures.save(
+    args.out,
+    gradients_start=draw_start(starts, over),
+    gradients_channels=draw_channels(starts),
+  )
 
+# %% [markdown]
+# ### 2. Sigmoids
+
+# %%
+if __name__ == '__main__':
+  digits = args.data or data.digits()
+  units = 64 if args.small else 100
   found, quantiles = {}, {}
   for name, norm in norms.items():
     net = DeepNet((norm,) * min(layers, 3), units, nn.sigmoid)
@@ -674,8 +693,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     moves = np.median(drift(quantiles[name]), -1)
     found[name] = {'drift': moves, 'last accuracy, %': accuracies}
   report('Sigmoids', found, console, args.small)
-  sigmoid_figure = draw_sigmoid(when, quantiles)
+  figures.save(args.out, gradients_sigmoid=draw_sigmoid(when, quantiles))
 
+# %% [markdown]
+# ### 3. Noise
+
+# %%
+if __name__ == '__main__':
+  levels = LEVELS[:1] if args.small else LEVELS
+  rates = [COMMON] if args.small else RATES
   nets = {name: DeepNet((norm,) * layers) for name, norm in norms.items()}
   for level in levels:
     noisy = (NoisyBatchNorm(layer, level) for layer in range(layers))
@@ -688,25 +714,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     layer = max(layers // 2, 1)
     when, quantiles[name] = follow(net, digits, rate, seeds, steps, layer)
   report_noise(rates, runs, quantiles, console, args.small)
-  noise_figure = draw_noise(rates, runs, when, quantiles, over)
+  figures.save(
+    args.out, gradients_noise=draw_noise(rates, runs, when, quantiles, over)
+  )
 
+# %% [markdown]
+# ### 4. Along the gradient
+
+# %%
+if __name__ == '__main__':
   lines = {}
   for name in norms:
     when, lines[name] = landscape(nets[name], digits, COMMON, seeds, steps)
   found = {name: of_line(line) for name, line in lines.items()}
   report('Along the gradient', found, console, args.small)
-  landscape_figure = draw_landscape(when, lines, over)
-
-  figures.save(
-    args.out,
-    gradients_start=start_figure,
-    gradients_channels=draw_channels(starts),
-    gradients_sigmoid=sigmoid_figure,
-    gradients_noise=noise_figure,
-    gradients_landscape=landscape_figure,
-  )
-
-
-# %%
-if __name__ == '__main__':
-  main()
+  figures.save(args.out, gradients_landscape=draw_landscape(when, lines, over))

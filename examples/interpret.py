@@ -17,7 +17,6 @@
 #     python examples/interpret.py --out out --small
 
 # %%
-from collections.abc import Sequence
 import functools
 import itertools
 from typing import Any, NamedTuple
@@ -592,44 +591,42 @@ def draw_climbed(climbed: dict[str, list[Climbed]], title: str) -> Figure:
   return figure
 
 
+# %% [markdown]
+# ## The runs
+#
+# In a notebook, options stand in this cell: `['--small']` for `None`.
+
 # %%
-def main(argv: Sequence[str] | None = None) -> None:
+if __name__ == '__main__':
   args = options.parse(
-    argv, 'Looking into networks with batch norm and without.', 'the digits'
+    None, 'Looking into networks with batch norm and without.', 'the digits'
   )
   small, seeds = args.small, 3
   console = Console(markup=False, emoji=False, width=100)
   size = 8 if small else 28
   dataset = data.part(args.data or data.digits(), small)
   dataset = data.as_images(dataset, (size, size, 1))
-  mean = dataset.train_images.mean(0)
   images = dataset.test_images[: 20 if small else 100]
   labels = dataset.test_labels[: len(images)]
   with console.status('training'):
     trained, accuracies = train(dataset, 4 if small else 100, seeds)
+
+# %% [markdown]
+# ### Channels and saliency
+
+# %%
+if __name__ == '__main__':
   found = {
     name: [training.layer_outputs(MODELS[name], v, images, LAYERS) for v in of]
     for name, of in trained.items()
   }
+  mean = dataset.train_images.mean(0)
   explained = {
     name: [explain(MODELS[name], v, images, labels, mean) for v in of]
     for name, of in trained.items()
   }
-  with console.status('other images'):
-    depends = {
-      mode: dependences(trained, dataset, in_training, small)
-      for mode, in_training in MODES.items()
-    }
-  with console.status('maximizing'):
-    climbed = maximized(trained, dataset, 4 if small else 60)
   uneven = {name: unevennesses(of) for name, of in found.items()}
-  console.print(
-    network_table(accuracies, uneven, explained),
-    dependence_table(depends),
-    climbed_table(climbed),
-  )
-  found_here = findings(explained, depends, climbed)
-  summary.tell((f'- {finding}' for finding in found_here), small)
+  console.print(network_table(accuracies, uneven, explained))
   first = {name: of[0].maps[:6, ..., 0] for name, of in explained.items()}
   figures.save(
     args.out,
@@ -645,15 +642,31 @@ def main(argv: Sequence[str] | None = None) -> None:
       },
       'Which pixels the class depends on, with batch norm and without',
     ),
-    interpret_others=draw_dependence(
-      depends, f'What other images change, mean ± std of {seeds} seeds'
-    ),
-    interpret_maximized=draw_climbed(
-      climbed, 'The image that each class likes best'
-    ),
   )
 
+# %% [markdown]
+# ### The other images of a batch
 
 # %%
 if __name__ == '__main__':
-  main()
+  with console.status('other images'):
+    depends = {
+      mode: dependences(trained, dataset, in_training, small)
+      for mode, in_training in MODES.items()
+    }
+  console.print(dependence_table(depends))
+  title = f'What other images change, mean ± std of {seeds} seeds'
+  figures.save(args.out, interpret_others=draw_dependence(depends, title))
+
+# %% [markdown]
+# ### The images that classes like best
+
+# %%
+if __name__ == '__main__':
+  with console.status('maximizing'):
+    climbed = maximized(trained, dataset, 4 if small else 60)
+  console.print(climbed_table(climbed))
+  found_here = findings(explained, depends, climbed)
+  summary.tell((f'- {finding}' for finding in found_here), small)
+  title = 'The image that each class likes best'
+  figures.save(args.out, interpret_maximized=draw_climbed(climbed, title))

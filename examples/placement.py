@@ -231,21 +231,30 @@ def draw_conventions(found: Conventions) -> Figure:
   return figure
 
 
+# %% [markdown]
+# ## The runs
+#
+# In a notebook, options stand in this cell: `['--small']` for `None`.
+
 # %%
-def main(argv: Sequence[str] | None = None) -> None:
+if __name__ == '__main__':
   args = options.parse(
-    argv, 'Norm and activation, clipping, conventions.', 'the digits'
+    None, 'Norm and activation, clipping, conventions.', 'the digits'
   )
   dataset = data.part(args.data or data.digits(), args.small)
   layers, seeds, steps = (1, 2, 5) if args.small else (8, 5, 300)
   rates = [float(r) for r in np.geomspace(0.001, 10, 3 if args.small else 9)]
   settings = [Setting(rate) for rate in rates]
   console = Console(markup=False, emoji=False, width=100)
+  title = 'Last test accuracy, %; in brackets, runs that failed'
+  over = f'mean and standard deviation of {seeds} seeds'
 
-  activations, kinds = list(ACTIVATIONS), list(CLIPS)
-  if args.small:
-    activations, kinds = activations[:1], kinds[:2]
+# %% [markdown]
+# ### Before or after the activation
 
+# %%
+if __name__ == '__main__':
+  activations = list(ACTIVATIONS)[: 1 if args.small else None]
   placed: dict[str, dict[str, Runs]] = {}
   for name in track(activations, 'places', console=console):
     placed[name] = {
@@ -258,33 +267,34 @@ def main(argv: Sequence[str] | None = None) -> None:
       )
       for place in PLACES
     }
+  for name, runs in placed.items():
+    table = settings_table(rates, runs, f'{name}: {title}', 'learning rate')
+    console.print(table)
+  figures.save(args.out, placement_activation=draw_placed(rates, placed, over))
+
+# %% [markdown]
+# ### Clipping
+
+# %%
+if __name__ == '__main__':
   clips = {}
+  kinds = list(CLIPS)[: 2 if args.small else None]
   for name in track(kinds, 'clipping', console=console):
-    for title, place in (('no norm', 'none'), ('batch norm', 'before')):
+    for label, place in (('no norm', 'none'), ('batch norm', 'before')):
       model, clip = placed_net(place, nn.relu, layers), CLIPS[name]
-      clips[f'{title}, {name}'] = (
+      clips[f'{label}, {name}'] = (
         fit(model, dataset, settings, seeds, steps, clip)
         if clip
         else placed['ReLU'][place]
       )
-  found = conventions(dataset, 20 if args.small else 100)
-
-  title = 'Last test accuracy, %; in brackets, runs that failed'
-  for name, runs in placed.items():
-    table = settings_table(rates, runs, f'{name}: {title}', 'learning rate')
-    console.print(table)
   console.print(settings_table(rates, clips, title, 'learning rate'))
-  summary.tell(findings(placed, clips, found), args.small)
+  figures.save(args.out, placement_clipping=draw_clips(rates, clips, over))
 
-  over = f'mean and standard deviation of {seeds} seeds'
-  figures.save(
-    args.out,
-    placement_activation=draw_placed(rates, placed, over),
-    placement_clipping=draw_clips(rates, clips, over),
-    placement_conventions=draw_conventions(found),
-  )
-
+# %% [markdown]
+# ### Conventions
 
 # %%
 if __name__ == '__main__':
-  main()
+  found = conventions(dataset, 20 if args.small else 100)
+  summary.tell(findings(placed, clips, found), args.small)
+  figures.save(args.out, placement_conventions=draw_conventions(found))

@@ -107,6 +107,19 @@ def forms() -> dict[str, Callable]:
 
 
 # %%
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+  """The options; in a notebook there are none."""
+  parser = argparse.ArgumentParser(description='What is pooled, in each form.')
+  parser.add_argument(
+    '--out', type=pathlib.Path, default=pathlib.Path('out'), help='folder'
+  )
+  args = parser.parse_args(options.arguments(argv))
+  jax.config.update('jax_platforms', 'cpu')
+  if jax.config.jax_num_cpu_devices < DEVICES:
+    jax.config.update('jax_num_cpu_devices', DEVICES)
+  return args
+
+
 def sorted_digits() -> jax.Array:
   """64 images from faint to bold, (64, 8, 8, 1)."""
   images = data.digits().train_images[: DEVICES * EACH]
@@ -121,6 +134,48 @@ def means_used(x: jax.Array, y: jax.Array) -> np.ndarray:
   deviation = (x[rows, high] - x[rows, low]) / (y[rows, high] - y[rows, low])
   return x[rows, low] - y[rows, low] * deviation
 
+
+# %%
+if __name__ == '__main__':
+  args = parse(None)
+  x = sorted_digits()
+  every = jnp.ones((len(x), 1, 1, 1), bool)
+  used = {name: means_used(x, form(x, every)) for name, form in forms().items()}
+  for name, means in used.items():
+    print(f'{name}: {len(np.unique(means.round(5)))} means')
+
+# %% [markdown]
+# ## The picture
+
+
+# %%
+def draw(x: jax.Array, used: dict[str, np.ndarray]) -> Figure:
+  """A row a form, a column an image, the color the mean it was given."""
+  figure = Figure(figsize=(9, 4.6), layout='constrained')
+  own, strips = figure.subplots(2, 1, height_ratios=(1, 3), sharex=True)
+  own.bar(range(len(x)), np.asarray(x).mean((1, 2, 3)), width=1, color='0.6')
+  own.set_ylabel('its own mean')
+  own.set_title('Eight devices, eight images each: the mean each is given')
+  image = strips.imshow(
+    np.stack(list(used.values())), aspect='auto', cmap='viridis'
+  )
+  strips.set_yticks(range(len(used)), list(used))
+  strips.set_xlabel('image, from faint to bold')
+  mark_devices(strips, len(used))
+  figure.colorbar(image, ax=strips, label='mean used')
+  return figure
+
+
+def mark_devices(axes: Axes, rows: int) -> None:
+  for edge in range(EACH, DEVICES * EACH, EACH):
+    axes.axvline(edge - 0.5, color='white', linewidth=1)
+  for row in range(1, rows):
+    axes.axhline(row - 0.5, color='white', linewidth=3)
+
+
+# %%
+if __name__ == '__main__':
+  figures.save(args.out, pooling=draw(x, used))
 
 # %% [markdown]
 # ## Masks: counts that differ between devices
@@ -170,35 +225,6 @@ def compare(x: jax.Array, where: jax.Array) -> list[tuple[str, float, float]]:
   return rows
 
 
-# %% [markdown]
-# ## The picture
-
-
-# %%
-def draw(x: jax.Array, used: dict[str, np.ndarray]) -> Figure:
-  """A row a form, a column an image, the color the mean it was given."""
-  figure = Figure(figsize=(9, 4.6), layout='constrained')
-  own, strips = figure.subplots(2, 1, height_ratios=(1, 3), sharex=True)
-  own.bar(range(len(x)), np.asarray(x).mean((1, 2, 3)), width=1, color='0.6')
-  own.set_ylabel('its own mean')
-  own.set_title('Eight devices, eight images each: the mean each is given')
-  image = strips.imshow(
-    np.stack(list(used.values())), aspect='auto', cmap='viridis'
-  )
-  strips.set_yticks(range(len(used)), list(used))
-  strips.set_xlabel('image, from faint to bold')
-  mark_devices(strips, len(used))
-  figure.colorbar(image, ax=strips, label='mean used')
-  return figure
-
-
-def mark_devices(axes: Axes, rows: int) -> None:
-  for edge in range(EACH, DEVICES * EACH, EACH):
-    axes.axvline(edge - 0.5, color='white', linewidth=1)
-  for row in range(1, rows):
-    axes.axhline(row - 0.5, color='white', linewidth=3)
-
-
 def show(rows: list[tuple[str, float, float]]) -> None:
   table = summary.table(
     'a mask, unequal counts', ['form'], ['mean used', 'error']
@@ -209,24 +235,5 @@ def show(rows: list[tuple[str, float, float]]) -> None:
 
 
 # %%
-def main(argv: Sequence[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(description='What is pooled, in each form.')
-  parser.add_argument(
-    '--out', type=pathlib.Path, default=pathlib.Path('out'), help='folder'
-  )
-  args = parser.parse_args(options.arguments(argv))
-  jax.config.update('jax_platforms', 'cpu')
-  if jax.config.jax_num_cpu_devices < DEVICES:
-    jax.config.update('jax_num_cpu_devices', DEVICES)
-  x = sorted_digits()
-  every = jnp.ones((len(x), 1, 1, 1), bool)
-  used = {name: means_used(x, form(x, every)) for name, form in forms().items()}
-  for name, means in used.items():
-    print(f'{name}: {len(np.unique(means.round(5)))} means')
-  figures.save(args.out, pooling=draw(x, used))
-  show(compare(x, unequal_mask()))
-
-
-# %%
 if __name__ == '__main__':
-  main()
+  show(compare(x, unequal_mask()))

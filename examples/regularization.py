@@ -347,16 +347,34 @@ def draw_gap(runs: dict[str, Trained], seeds: int) -> Figure:
   return figure
 
 
+# %% [markdown]
+# ## The runs
+#
+# In a notebook, options stand in this cell: `['--small']` for `None`.
+
 # %%
-def main(argv: Sequence[str] | None = None) -> None:
+if __name__ == '__main__':
   args = options.parse(
-    argv, 'Noise, generalization and dropout beside batch norm.', 'the digits'
+    None, 'Noise, generalization and dropout beside batch norm.', 'the digits'
   )
   dataset = data.part(args.data or data.digits(), args.small)
-  sizes, draws = (SIZES[::3], 20) if args.small else (SIZES, 500)
   seeds, steps = (2, 3) if args.small else (5, 600)
   console = Console(markup=False, emoji=False, width=100)
+
+# %% [markdown]
+# ### Noise
+
+# %%
+if __name__ == '__main__':
+  sizes, draws = (SIZES[::3], 20) if args.small else (SIZES, 500)
   noises = noise(dataset, sizes, draws)
+  figures.save(args.out, regularization_noise=draw_noise(sizes, noises))
+
+# %% [markdown]
+# ### Generalization and dropout
+
+# %%
+if __name__ == '__main__':
   names = SMALL if args.small else VARIANTS
   runs = {
     name: fit(VARIANTS[name], dataset, seeds, steps)
@@ -370,13 +388,4 @@ def main(argv: Sequence[str] | None = None) -> None:
   }
   console.print(table(runs))
   summary.tell(findings(sizes, noises, runs, shifts), args.small)
-  figures.save(
-    args.out,
-    regularization_noise=draw_noise(sizes, noises),
-    regularization_gap=draw_gap(runs, seeds),
-  )
-
-
-# %%
-if __name__ == '__main__':
-  main()
+  figures.save(args.out, regularization_gap=draw_gap(runs, seeds))

@@ -38,7 +38,7 @@ from matplotlib.figure import Figure
 import numpy as np
 import optax
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import track
 from rich.table import Table
 
 import figures
@@ -660,42 +660,61 @@ def draw_gradients(gradients: dict[str, np.ndarray], seeds: int) -> Figure:
   return figure
 
 
+# %% [markdown]
+# ## The runs
+#
+# In a notebook, options stand in this cell: `['--small']` for `None`.
+
 # %%
-def main(argv: Sequence[str] | None = None) -> None:
+if __name__ == '__main__':
   args = options.parse(
-    argv, 'Norms in an LSTM and in a transformer, on documentation.'
+    None, 'Norms in an LSTM and in a transformer, on documentation.'
   )
   setting = SMALL if args.small else Setting()
   console = Console(markup=False, emoji=False, width=100)
   texts = [docstrings(package, setting.files) for package in PACKAGES]
-  train_set, test_set = classify_data(texts, setting.sentences)
-  text = characters(texts)
-  lstm, runs, gradients, costs = {}, {}, {}, {}
-  with Progress(console=console) as progress:
-    for name in progress.track(setting.lstms, description='LSTM'):
-      lstm[name] = classify(name, train_set, test_set, setting)
-    for case in progress.track(cases(setting), description='transformer'):
-      place, _, warm_up = case.place.partition(', ')
-      model = Transformer(NORMS[case.norm], place, case.depth)
-      runs[case] = guess(model, text, setting, bool(warm_up))
-      if case[:2] == (setting.depths[-1], 'layer') and not warm_up:
-        gradients[place] = first_gradients(model, text, setting.seeds)
-        costs[place] = temporaries(model, text)
-  frequencies = entropy(text)
-  console.print(
-    lstm_table(lstm),
-    transformer_table(runs, setting.rates),
-    place_table(gradients, costs),
-  )
-  summary.tell(findings(lstm, runs, frequencies), args.small)
-  figures.save(
-    args.out,
-    sequences_lstm=draw_lstm(lstm, test_set.lengths, setting),
-    sequences_transformer=draw_transformer(runs, frequencies, setting),
-    sequences_gradients=draw_gradients(gradients, setting.seeds),
-  )
 
+# %% [markdown]
+# ### The LSTM
 
 # %%
 if __name__ == '__main__':
-  main()
+  train_set, test_set = classify_data(texts, setting.sentences)
+  lstm = {}
+  for name in track(setting.lstms, 'LSTM', console=console):
+    lstm[name] = classify(name, train_set, test_set, setting)
+  console.print(lstm_table(lstm))
+  figures.save(
+    args.out, sequences_lstm=draw_lstm(lstm, test_set.lengths, setting)
+  )
+
+# %% [markdown]
+# ### The transformer
+
+# %%
+if __name__ == '__main__':
+  text = characters(texts)
+  runs, gradients, costs = {}, {}, {}
+  for case in track(cases(setting), 'transformer', console=console):
+    place, _, warm_up = case.place.partition(', ')
+    model = Transformer(NORMS[case.norm], place, case.depth)
+    runs[case] = guess(model, text, setting, bool(warm_up))
+    if case[:2] == (setting.depths[-1], 'layer') and not warm_up:
+      gradients[place] = first_gradients(model, text, setting.seeds)
+      costs[place] = temporaries(model, text)
+  frequencies = entropy(text)
+  console.print(transformer_table(runs, setting.rates))
+  figures.save(
+    args.out, sequences_transformer=draw_transformer(runs, frequencies, setting)
+  )
+
+# %% [markdown]
+# ### The place of the norm
+
+# %%
+if __name__ == '__main__':
+  console.print(place_table(gradients, costs))
+  summary.tell(findings(lstm, runs, frequencies), args.small)
+  figures.save(
+    args.out, sequences_gradients=draw_gradients(gradients, setting.seeds)
+  )

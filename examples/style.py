@@ -414,10 +414,10 @@ Classified = dict[str, list[Seen]]  # norm, seed
 Decoded = dict[str, list[Transfers]]
 
 
-def run_all(
+def classify_all(
   plan: Plan, dataset: data.Dataset, progress: Progress
-) -> tuple[Classified, Decoded]:
-  """Trains and tests everything, once a seed."""
+) -> Classified:
+  """Trains and tests a classifier with each norm, once a seed."""
   bar = progress.add_task('classifiers', total=plan.seeds * len(NORMS))
   classified: Classified = {name: [] for name in NORMS}
   for name, norm in NORMS.items():
@@ -425,6 +425,11 @@ def run_all(
       model = Classifier(norm, plan.layers)
       classified[name].append(classify(model, dataset, plan.classifier, seed))
       progress.advance(bar)
+  return classified
+
+
+def decode_all(plan: Plan, progress: Progress) -> Decoded:
+  """Trains and tests a decoder with each norm, once a seed."""
   bar = progress.add_task('decoders', total=plan.seeds * len(NORMS))
   decoded: Decoded = {name: [] for name in NORMS}
   for seed in range(plan.seeds):
@@ -434,7 +439,7 @@ def run_all(
       variables = fit_decoder(decoder, encoder, plan.decoder, seed)
       decoded[name].append(test_decoder(decoder, variables, encoder))
       progress.advance(bar)
-  return classified, decoded
+  return decoded
 
 
 def accuracy_table(classified: Classified) -> Table:
@@ -583,30 +588,48 @@ def show(axes: Any, image: np.ndarray, title: str = '', **scale: float) -> None:
   axes.spines[:].set_visible(False)
 
 
+# %% [markdown]
+# ## The runs
+#
+# In a notebook, options stand in this cell: `['--small']` for `None`.
+
 # %%
-def main(argv: Sequence[str] | None = None) -> None:
+if __name__ == '__main__':
   args = options.parse(
-    argv,
+    None,
     'Instance norm and AdaIN: contrast and style.',
     'the patches that are classified',
   )
   dataset = args.data or data.photographs()
   dataset = data.as_images(data.part(dataset, args.small), (32, 32, 3))
   console = Console(markup=False, emoji=False, width=100)
+  plan = SMALL if args.small else FULL
+
+# %% [markdown]
+# ### Contrast
+
+# %%
+if __name__ == '__main__':
   with Progress(console=console) as progress:
-    plan = SMALL if args.small else FULL
-    classified, decoded = run_all(plan, dataset, progress)
-  console.print(accuracy_table(classified), loss_table(decoded))
-  summary.tell(findings(classified, decoded), args.small)
+    classified = classify_all(plan, dataset, progress)
+  console.print(accuracy_table(classified))
   figures.save(
     args.out,
     style_contrast_accuracy=draw_accuracies(classified),
     style_contrast=draw_contrast(classified),
-    style_grid=draw_grid(decoded),
-    style_decoders=draw_decoders(decoded),
   )
 
+# %% [markdown]
+# ### Style
 
 # %%
 if __name__ == '__main__':
-  main()
+  with Progress(console=console) as progress:
+    decoded = decode_all(plan, progress)
+  console.print(loss_table(decoded))
+  summary.tell(findings(classified, decoded), args.small)
+  figures.save(
+    args.out,
+    style_grid=draw_grid(decoded),
+    style_decoders=draw_decoders(decoded),
+  )

@@ -591,8 +591,13 @@ def make_watch(progress: Progress, name: str, total: int, show: bool) -> Watch:
   return Watch(lambda: progress.advance(task), on_epoch)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-  args, splits = parse(argv)
+# %% [markdown]
+# In a notebook, options stand in this cell: `['--steps=20', '--seeds=1']` for
+# `None`.
+
+# %%
+if __name__ == '__main__':
+  args, splits = parse(None)
   console = Console(markup=False, emoji=False)
   names = [args.norm] if args.norm else list(NORMS)
   counts = ', '.join(
@@ -610,10 +615,14 @@ def main(argv: Sequence[str] | None = None) -> None:
       watch = make_watch(progress, name, total, show=name == names[0])
       results[name] = train_norm(name, splits, args, watch)
 
+# %%
+if __name__ == '__main__':
   path = args.out / 'checkpoint'
   save_and_check(results[names[0]][0], splits.test.images, path)
   console.print(f'{path} loads back to the same predictions.')
 
+# %%
+if __name__ == '__main__':
   rows = comparison(results)
   (args.out / 'accuracy.md').write_text(markdown(rows))
   write_losses(results, args.out / 'losses.csv')
@@ -621,8 +630,3 @@ def main(argv: Sequence[str] | None = None) -> None:
   figures.save(args.out, curves=draw(results, title))
   print_comparison(console, rows)
   console.print(f'Wrote accuracy.md and losses.csv to {args.out}.')
-
-
-# %%
-if __name__ == '__main__':
-  main()

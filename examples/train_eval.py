@@ -469,10 +469,15 @@ def draw_inspections(results: Results, title: str) -> Figure:
   return figure
 
 
+# %% [markdown]
+# ## The runs
+#
+# In a notebook, options stand in this cell: `['--small']` for `None`.
+
 # %%
-def main(argv: Sequence[str] | None = None) -> None:
+if __name__ == '__main__':
   args = options.parse(
-    argv, 'The gap between training and evaluation mode.', 'the photographs'
+    None, 'The gap between training and evaluation mode.', 'the photographs'
   )
   causes, seeds, steps, tests = list(CAUSES), 3, 100, 8
   if args.small:
@@ -487,19 +492,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     layers=FEWER if args.small else LAYERS,
     console=console,
   )
-  console.print(result_table(results))
-  summary.tell((f'- {finding}' for finding in findings(results)), args.small)
   mean = f'mean ± std of {seeds} seeds'
-  figures.save(
-    args.out,
-    train_eval_gap=draw_gaps(results, f'Both modes, {mean}'),
-    train_eval_curves=draw_curves(curves, f'While training, {mean}'),
-    train_eval_inspect=draw_inspections(
-      results, f'`inspect`, {mean}, without EMA'
-    ),
-  )
 
+# %% [markdown]
+# ### While training
 
 # %%
 if __name__ == '__main__':
-  main()
+  figures.save(
+    args.out, train_eval_curves=draw_curves(curves, f'While training, {mean}')
+  )
+
+# %% [markdown]
+# ### The gap, and what mends it
+
+# %%
+if __name__ == '__main__':
+  console.print(result_table(results))
+  figures.save(
+    args.out, train_eval_gap=draw_gaps(results, f'Both modes, {mean}')
+  )
+
+# %% [markdown]
+# ### What `inspect` sees
+
+# %%
+if __name__ == '__main__':
+  summary.tell((f'- {finding}' for finding in findings(results)), args.small)
+  title = f'`inspect`, {mean}, without EMA'
+  figures.save(args.out, train_eval_inspect=draw_inspections(results, title))

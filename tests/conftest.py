@@ -11,6 +11,7 @@ import re
 import sys
 from types import ModuleType
 
+import cells
 import hypothesis
 from images import idx
 import jax
@@ -62,7 +63,7 @@ def run_small(
     out = tmp_path / 'out'
     flags = [f'--data={data}'] if data else []
     with jax.numpy_rank_promotion('allow'):  # optax's schedules and masks
-      module.main(['--small', f'--out={out}', *flags])
+      cells.run(module, '--small', f'--out={out}', *flags)
     for name in figures:
       content = (out / f'{name}.png').read_bytes()
       assert content.startswith(b'\x89PNG')

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 
+import cells
 from images import idx
 import jax
 import numpy as np
@@ -395,7 +396,7 @@ def test_a_wrong_option_is_named(train_cnn, capsys, flag, message):
 def test_a_loss_that_is_not_finite_ends_the_run(train_cnn, tmp_path):
   flags = '--norm=none', '--seeds=1', f'--steps={STEPS}', f'--out={tmp_path}'
   with pytest.raises(SystemExit, match=r'is nan by step 20\. --lr=1e\+30 is'):
-    train_cnn.main([*flags, '--lr=1e30'])
+    cells.run(train_cnn, *flags, '--lr=1e30')
 
 
 def test_more_devices_than_there_are(train_cnn, capsys):
@@ -451,7 +452,7 @@ def test_batch_size(
   flags = '--small', f'--data={digits_folder}', f'--out={out}'
   monkeypatch.setattr(sys, 'path', sys.path.copy())
   with jax.numpy_rank_promotion('allow'):  # optax's schedules
-    example('batch_size').main([*flags, '--update', str(document)])
+    cells.run(example('batch_size'), *flags, '--update', document)
   printed = capsys.readouterr().out
   assert re.search(r'renorm: [\d.]+ to [\d.]+ %', printed)
   for name in names:

@@ -2,6 +2,7 @@
 
 import re
 
+import cells
 from images import idx
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ def write_mnist(folder, train=1024, test=100, classes=10):
 
 def test_color_is_no_ink(example, photographs_folder, capsys):
   with pytest.raises(SystemExit):
-    example('detection').main([f'--data={photographs_folder}'])
+    cells.run(example('detection'), f'--data={photographs_folder}')
   assert 'accepted are grey images' in capsys.readouterr().err
 
 

@@ -1,5 +1,6 @@
 """Examples as notebooks, what the site gives to download, small runs."""
 
+import ast
 import importlib.util
 import io
 import json
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 
+import cells
 from matplotlib.figure import Figure
 import pytest
 
@@ -61,15 +63,49 @@ def test_a_downloaded_notebook_shows_its_figure_and_table(pages, tmp_path):
   path = tmp_path / 'pooling.ipynb'
   path.write_text(pages.download('pooling', cells))
   run('-m', 'jupytext', '--execute', str(path), folder=tmp_path)
-  outputs = [
-    output
-    for cell in json.loads(path.read_text())['cells']
-    for output in cell.get('outputs', [])
-  ]
-  shown = set().union(*(output.get('data', {}) for output in outputs))
-  assert {'image/png', 'text/html'} <= shown
-  tables = [o['data'] for o in outputs if 'text/html' in o.get('data', {})]
-  assert any('unequal counts' in ''.join(t['text/plain']) for t in tables)
+  shown = {}  # by cell
+  for place, cell in enumerate(json.loads(path.read_text())['cells']):
+    for output in cell.get('outputs', []):
+      for kind, content in output.get('data', {}).items():
+        shown.setdefault(kind, {})[place] = ''.join(content)
+  ((figure, _),) = shown['image/png'].items()
+  (table,) = shown['text/html']
+  assert figure < table
+  assert 'unequal counts' in shown['text/plain'][table]
+
+
+def test_cells_show_what_they_make(pages):
+  """No name of theirs hides one that the script defines."""
+  for name, notebook in pages.read_examples():
+    path = ROOT / 'examples' / f'{name}.py'
+    running = [ast.unparse(cell) for cell in cells.guarded(path)]
+    assert len(running) > 2, name
+    showing = [c for c in running if 'figures.save' in c or 'print(' in c]
+    assert len(showing) > 1, name
+    parts = [c.source for c in notebook.cells if cells.GUARD in c.source]
+    assert len(parts) == len(running), name
+    assigned = set().union(*(stored(ast.parse(cell)) for cell in running))
+    module = ast.parse(path.read_text())
+    assert not assigned & defined(module), name
+
+
+def stored(tree):
+  """The names that statements assign."""
+  names = (n for n in ast.walk(tree) if isinstance(n, ast.Name))
+  return {n.id for n in names if isinstance(n.ctx, ast.Store)}
+
+
+def defined(module):
+  """The names of a script's imports, functions, classes and constants."""
+  names = set()
+  for node in module.body:
+    if isinstance(node, ast.Import | ast.ImportFrom):
+      names |= {(a.asname or a.name).split('.')[0] for a in node.names}
+    elif isinstance(node, ast.Assign):
+      names |= {n.id for n in node.targets if isinstance(n, ast.Name)}
+    else:
+      names.add(getattr(node, 'name', None))
+  return names
 
 
 @pytest.mark.second_tier
