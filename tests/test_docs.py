@@ -62,7 +62,7 @@ def test_writing(capsys):
       if language == 'python':
         exec(compile(block, 'writing.md', 'exec'), names)
         printed.append(capsys.readouterr().out)
-  said = [block for language, block in blocks if not language]
+  said = [block for language, block in blocks if language == 'output']
   assert len(said) == 2
   assert [*map(rounded, filter(None, printed))] == [*map(rounded, said)]
 
