@@ -4,8 +4,7 @@ Each check runs at trace time, before any work, and its message names the
 argument, what was given, what is accepted and how to mend it.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-import contextlib
+from collections.abc import Iterable, Sequence
 import functools
 import math
 import operator
@@ -76,14 +75,21 @@ def check_dtype(dtype: DType, name: str = 'dtype') -> DType:
   if not jnp.issubdtype(dtype, jnp.inexact):
     raise TypeError(
       f'{name} must have a floating-point or complex dtype, got {dtype}. '
-      'Cast it first, for example with x.astype(jnp.float32).'
+      f'{_of_dtype(name, "float32")}'
     )
   if dtype.itemsize < 2:
     raise TypeError(
       f'{name} must have at least 16 bits, got {dtype}. '
-      'Cast it first, for example with x.astype(jnp.bfloat16).'
+      f'{_of_dtype(name, "bfloat16")}'
     )
   return dtype
+
+
+def _of_dtype(name: str, dtype: str) -> str:
+  """A sentence for a message: how to give that dtype."""
+  if name.endswith('dtype'):
+    return f'Give one, for example {name}=jnp.{dtype}.'
+  return f'Cast it first, for example with {name}.astype(jnp.{dtype}).'
 
 
 def check_output_dtype(
@@ -197,13 +203,7 @@ def check_where(
   """Returns the mask as a boolean array of the rank of `shape`, or None."""
   if where is None:
     return None
-  where = as_array(where)
-  if where.dtype != jnp.bool_:
-    raise TypeError(
-      f'where must be boolean (True where x counts), got {where.dtype}. '
-      'Compare first, for example where=mask > 0.'
-    )
-  check_broadcast(where.shape, shape, 'where')
+  where = _as_mask(where, shape, 'where', TypeError)
   return where.reshape((1,) * (len(shape) - where.ndim) + where.shape)
 
 
@@ -216,13 +216,29 @@ def check_mask(
   """
   if mask is None:
     return None
-  mask = as_array(mask)
-  if mask.dtype != jnp.bool_ and not cast:
-    raise ValueError(
-      f'mask must be boolean (True where x counts), got {mask.dtype}. '
-      'Compare first, for example mask=mask > 0.'
+  return _as_mask(mask, shape, 'mask', None if cast else ValueError)
+
+
+def _as_mask(
+  mask: ArrayLike,
+  shape: tuple[int, ...],
+  name: str,
+  error: type[Exception] | None,
+) -> Array:
+  """The mask as a boolean array; raises `error`, if any, for numbers."""
+  try:
+    mask = as_array(mask)
+  except TypeError:
+    raise TypeError(
+      f'{name} must be an array of booleans, got {mask!r:.60}.'
+    ) from None
+  if mask.dtype != jnp.bool_ and error:
+    raise error(
+      f'{name} must be boolean (True where x counts), got {mask.dtype}. Of '
+      f'zeros and ones make it with {name}.astype(bool); of lengths by '
+      'comparing, jnp.arange(n) < lengths[:, None].'
     )
-  check_broadcast(mask.shape, shape, 'mask')
+  check_broadcast(mask.shape, shape, name)
   return mask.astype(bool)
 
 
@@ -237,7 +253,19 @@ def check_broadcast(
     raise ValueError(
       f'{name} of shape {shape} does not broadcast to the shape {to} of {of}. '
       'Each of its axes, counted from the last, must be 1 or equal.'
+      f'{_leading_axes(shape, to, name, of)}'
     )
+
+
+def _leading_axes(
+  shape: tuple[int, ...], to: tuple[int, ...], name: str, of: str
+) -> str:
+  """A sentence for a message, if these are the sizes of x's first axes."""
+  more = len(to) - len(shape)
+  if more < 1 or shape != to[: len(shape)]:
+    return ''
+  new = ', None' * more
+  return f' If its axes are the first of {of}, give {name}[...{new}].'
 
 
 def check_not_empty(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
@@ -373,44 +401,6 @@ def check_not_traced(flag: Any, name: str) -> None:
   """Raises for a flag of a Flax module that is known on the device alone."""
   if isinstance(flag, jax.core.Tracer):
     check_flag(flag, name)
-
-
-def is_matrix(weight: Any, only: bool) -> bool:
-  """Whether a weight has singular values; `only` refuses a higher rank."""
-  if only and len(weight.shape) > 2:
-    raise ValueError(
-      f'error_on_non_matrix=True, and a weight has shape {weight.shape}. Wrap '
-      'a layer whose weights are matrices, or give False: then the leading '
-      'axes are taken together.'
-    )
-  return len(weight.shape) > 1
-
-
-def is_bias(path: str) -> bool:
-  """Whether a parameter is no matrix, whatever its rank: a layer's bias.
-
-  An attention layer stores that of its heads as (heads, features).
-  """
-  return path.rpartition('/')[-1] == 'bias'
-
-
-def check_layer(layer: Any, module: type, example: str) -> None:
-  """Raises unless `layer` is an instance of a class of modules."""
-  if not isinstance(layer, module):
-    raise TypeError(
-      f'layer_instance must be a module, got {layer!r:.60}. Give the layer '
-      f'itself, for example {example}.'
-    )
-
-
-@contextlib.contextmanager
-def note_path(path: str) -> Iterator[None]:
-  """Adds to an error which weight it is about."""
-  try:
-    yield
-  except (TypeError, ValueError) as error:
-    error.add_note(f'The path of this weight is {path!r}.')
-    raise
 
 
 def check_implementation(

@@ -156,4 +156,7 @@ def _by_name(
   told = f'Its positional arguments: {taken}{rest}.'
   if first[0] == 'self' and not name and type(extra[0]) is int:
     told += ' If that is the width: it is found from the input.'
+  mask = next((n for n in ('where', 'mask') if n in by_name), '')
+  if mask and hasattr(extra[0], 'dtype'):
+    told += f' If that is a mask: {mask}=.'
   return told

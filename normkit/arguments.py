@@ -113,8 +113,9 @@ def check_feature(
       f'{name} must hold numbers, got booleans. Give a mask by name: where=.'
     )
   features = tuple(shape[a] for a in feature_axes)
+  others = _types.other_axes(feature_axes, len(shape))
   if value.shape == features:
-    return lax.expand_dims(value, _types.other_axes(feature_axes, len(shape)))
+    return lax.expand_dims(value, others)
   if value.ndim != len(shape):
     raise ValueError(
       f'{name} of shape {value.shape} fits neither the feature axes '
@@ -122,6 +123,13 @@ def check_feature(
       f'shape {shape}. Give one number a feature, or an array of rank '
       f'{len(shape)} that broadcasts to {of}.'
       f'{other_axis(value.shape, shape, feature_axes)}{not_sizes(given)}'
+    )
+  is_whole = jnp.issubdtype(value.dtype, jnp.integer)
+  if is_whole and any(value.shape[a] != 1 for a in others):
+    raise TypeError(
+      f'{name} holds integers of places in {of}, as a mask may, of '
+      f'{value.dtype}. Give a mask by name: where={name}.astype(bool). Cast '
+      f'another {name}: {name}.astype(jnp.float32).'
     )
   _types.check_broadcast(value.shape, shape, name, of)
   return value

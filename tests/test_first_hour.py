@@ -1,6 +1,7 @@
 """What goes wrong in a first hour: each message names the mend."""
 
 import copy
+import functools
 import inspect
 import pickle
 import sys
@@ -35,7 +36,7 @@ EVERY = (
   nk.GlobalResponseNorm(),
   nk.GroupNorm(num_groups=2),
   nk.InstanceNorm(),
-  nk.IterativeWhitening(),
+  nk.IterativeWhitening(group_size=2),
   nk.LayerNorm(),
   nk.RMSNorm(),
   nk.ScaleNorm(),
@@ -372,6 +373,58 @@ FAULTS = {
     TypeError,
     'scale must hold numbers.*where=',
   ),
+  'mask-position': (
+    lambda: nk.batch_norm(X, STATE, np.ones((4, 3, 1), int), train=True),
+    TypeError,
+    r'scale holds integers.*where=scale.astype\(bool\)',
+  ),
+  'mask-position-full': (
+    lambda: nk.layer_norm(X, *PARAMS, X > 0),
+    TypeError,
+    'positional arguments: x, scale, bias; .* If that is a mask: where=',
+  ),
+  'mask-position-apply': (
+    lambda: BN.apply(PARAMS, STATE, X, X > 0, train=True),
+    TypeError,
+    'If that is a mask: where=',
+  ),
+  'mask-position-linen': (
+    lambda: modules('LayerNorm').init(KEY, X, X > 0),
+    TypeError,
+    'If that is a mask: mask=',
+  ),
+  # Masks of other kinds.
+  'mask-modules': (
+    lambda: layers('LayerNorm', 6)(X, mask=np.ones((4, 3, 1), int)),
+    ValueError,
+    r'mask must be boolean.*int.*mask.astype\(bool\)',
+  ),
+  'mask-first-axes': (
+    lambda: nk.layer_norm(X, where=np.ones((4, 3), bool)),
+    ValueError,
+    r'its axes are the first of x, give where\[..., None\]',
+  ),
+  'mask-examples': (
+    lambda: nk.layer_norm(X, where=np.ones(4, bool)),
+    ValueError,
+    r'give where\[..., None, None\]',
+  ),
+  'mask-string': (
+    lambda: nk.layer_norm(X, where='valid'),
+    TypeError,
+    "where must be an array of booleans, got 'valid'",
+  ),
+  # Dtypes.
+  'dtype-integers': (
+    lambda: nk.layer_norm(X, dtype=int),
+    TypeError,
+    r'dtype must have a floating-point.*int.* dtype=jnp.float32',
+  ),
+  'dtype-init': (
+    lambda: nk.LayerNorm(param_dtype=int),
+    TypeError,
+    r'param_dtype must have.* param_dtype=jnp.float32',
+  ),
   # What Orbax gives back without a target.
   'restored-params': (
     lambda: BN.apply(PARAMS._asdict(), STATE, X, train=True),
@@ -404,6 +457,40 @@ FAULTS = {
 def test_names_the_mend(make, error, message):
   with pytest.raises(error, match=f'(?s){message}'):
     make()
+
+
+def calls(x=X, **options):
+  """Each transform's call."""
+  for transform in EVERY:
+    params, state = trace(transform.init, X)
+    call = functools.partial(transform.apply, x=x, train=True, **options)
+    yield functools.partial(trace, call, params, state)
+
+
+@pytest.mark.parametrize('dtype', ['int32', 'float32'])
+def test_a_mask_of_numbers(dtype):
+  """Every norm names both ways to make it boolean."""
+  for call in calls(where=np.ones((4, 3, 1), dtype)):
+    with pytest.raises(TypeError, match=dtype) as caught:
+      call()
+    assert 'where.astype(bool)' in str(caught.value)
+    assert 'jnp.arange(n) < lengths' in str(caught.value)
+
+
+def test_an_input_of_integers():
+  for call in calls(X.astype('int32')):
+    with pytest.raises(TypeError, match=r'int32.*x.astype\(jnp.float32\)'):
+      call()
+
+
+def test_the_mends_of_masks():
+  """They are what the messages say."""
+  numbers, lengths = np.array([[1, 1, 0]] * 4), np.array([3, 2, 1, 3])
+  for where in (numbers.astype(bool), np.arange(3) < lengths[:, None]):
+    y = trace(
+      lambda x, where=where: nk.layer_norm(x, where=where[..., None]), X
+    )
+    assert y.shape == X.shape
 
 
 @pytest.mark.parametrize('transform', EVERY, ids=lambda t: type(t).__name__)

@@ -13,6 +13,12 @@ from normkit import _types, weights
 from normkit._docs import documented
 from normkit._types import Array, Axes, DType, Scalar
 from normkit.linen._shared import Checked
+from normkit.weights._shared import (
+  check_layer,
+  is_bias,
+  is_matrix,
+  note_path,
+)
 
 
 @documented(nn.WeightNorm)
@@ -196,9 +202,7 @@ class SpectralNorm(Checked, nn.SpectralNorm):
     update = _types.check_flag(update_stats, 'update_stats')
 
     def normalized(path: str, weight: Array) -> Array:
-      if self.n_steps < 1 or not _types.is_matrix(
-        weight, self.error_on_non_matrix
-      ):
+      if self.n_steps < 1 or not is_matrix(weight, self.error_on_non_matrix):
         return weight
       return self._normalized(path, weight, update)
 
@@ -213,7 +217,7 @@ class SpectralNorm(Checked, nn.SpectralNorm):
     u = self.variable(place, f'{path}/u', draw)
     sigma = self.variable(place, f'{path}/sigma', ones, (), self.param_dtype)
     dtype = dtypes.canonicalize_dtype(weight, u.value, dtype=self.dtype)
-    if _types.is_bias(path):
+    if is_bias(path):
       return weight.astype(dtype)
     y, state = weights.spectral_norm(
       weight,
@@ -262,13 +266,13 @@ def _call_with(
   dtype that the layer gave it; with `keep` from those that the layer made.
   """
   layer = module.layer_instance
-  _types.check_layer(layer, nn.Module, 'nn.Dense(4)')
+  check_layer(layer, nn.Module, 'nn.Dense(4)')
   given: list[Any] = []
 
   def leaf(path: Any, weight: Array) -> Array:
     below = jax.tree_util.keystr(path[1:], simple=True, separator='/')
     name = f'{layer.name}/{below}'
-    with _types.note_path(name):
+    with note_path(name):
       return normalized(name, weight)
 
   def enter(params: Any) -> Any:

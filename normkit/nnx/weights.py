@@ -15,6 +15,12 @@ from normkit import _types, arguments, weights
 from normkit._docs import documented
 from normkit._types import Array, Axes, DType, Scalar
 from normkit.nnx._shared import Running, read, with_signature_of, write
+from normkit.weights._shared import (
+  check_layer,
+  is_bias,
+  is_matrix,
+  note_path,
+)
 
 _Path = tuple[Any, ...]
 
@@ -23,7 +29,7 @@ _KERNELS = nnx.PathContains('kernel')
 
 
 def _check(layer_instance: Any, epsilon: Any) -> None:
-  _types.check_layer(layer_instance, nnx.Pytree, 'nnx.Linear(...)')
+  check_layer(layer_instance, nnx.Pytree, 'nnx.Linear(...)')
   arguments.check_not_width(epsilon, 'The layer is the first argument.')
 
 
@@ -50,7 +56,7 @@ class _Wrapper(nnx.Module):
     graph, state = nnx.split(self.layer_instance)
     leaves = dict(nnx.to_flat_state(state))
     for path, param in self._params().items():
-      with _types.note_path('/'.join(map(str, path))):
+      with note_path('/'.join(map(str, path))):
         value = normalized(path, param)
       if value is not None:
         leaves[path] = param.copy(value)
@@ -321,7 +327,7 @@ class SpectralNorm(_Wrapper, nnx.SpectralNorm, Running):
     if options.get('n_steps', 1) >= 1:
       only = options.get('error_on_non_matrix', False)
       for param in jax.tree.leaves(nnx.state(layer_instance, nnx.Param)):
-        _types.is_matrix(param, only)
+        is_matrix(param, only)
     super().__init__(layer_instance, update_stats=update, **options)
 
   def __call__(
@@ -334,16 +340,14 @@ class SpectralNorm(_Wrapper, nnx.SpectralNorm, Running):
     update = not self._evaluates(frozen)
 
     def normalized(path: _Path, param: nnx.Param[Array]) -> Array | None:
-      if not self._normalizes(param) or _types.is_bias(str(path[-1])):
+      if not self._normalizes(param) or is_bias(str(path[-1])):
         return None
       return self._normalized(path, param[...], update)
 
     return self._call_with(normalized, x, **kwargs)
 
   def _normalizes(self, weight: Any) -> bool:
-    return self.n_steps >= 1 and _types.is_matrix(
-      weight, self.error_on_non_matrix
-    )
+    return self.n_steps >= 1 and is_matrix(weight, self.error_on_non_matrix)
 
   def _normalized(self, path: _Path, weight: Array, update: bool) -> Array:
     names = weights.SpectralNormState._fields

@@ -1,6 +1,7 @@
 """What norms of weights share: options, chosen weights, lengths and axes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import dataclasses
 from typing import Any, TypeAlias
 
@@ -84,7 +85,7 @@ def map_chosen(
   """Maps the chosen weights, with what `others` hold beside; None elsewhere."""
 
   def mapped(path: Any, is_chosen: bool, *leaves: Any) -> Any:
-    with _types.note_path(_name(path)):
+    with note_path(_name(path)):
       return function(*leaves) if is_chosen else None
 
   return jax.tree.map_with_path(mapped, chosen, weights, *others)
@@ -154,3 +155,41 @@ _FIELD_CHECKS: dict[str, Callable[[Any], Any]] = {
   'scaled': lambda flag: _types.check_flag(flag, 'scaled'),
   'use_gain': lambda flag: _types.check_flag(flag, 'use_gain'),
 }
+
+
+def is_matrix(weight: Any, only: bool) -> bool:
+  """Whether a weight has singular values; `only` refuses a higher rank."""
+  if only and len(weight.shape) > 2:
+    raise ValueError(
+      f'error_on_non_matrix=True, and a weight has shape {weight.shape}. Wrap '
+      'a layer whose weights are matrices, or give False: then the leading '
+      'axes are taken together.'
+    )
+  return len(weight.shape) > 1
+
+
+def is_bias(path: str) -> bool:
+  """Whether a parameter is no matrix, whatever its rank: a layer's bias.
+
+  An attention layer stores that of its heads as (heads, features).
+  """
+  return path.rpartition('/')[-1] == 'bias'
+
+
+def check_layer(layer: Any, module: type, example: str) -> None:
+  """Raises unless `layer` is an instance of a class of modules."""
+  if not isinstance(layer, module):
+    raise TypeError(
+      f'layer_instance must be a module, got {layer!r:.60}. Give the layer '
+      f'itself, for example {example}.'
+    )
+
+
+@contextlib.contextmanager
+def note_path(path: str) -> Iterator[None]:
+  """Adds to an error which weight it is about."""
+  try:
+    yield
+  except (TypeError, ValueError) as error:
+    error.add_note(f'The path of this weight is {path!r}.')
+    raise
