@@ -585,7 +585,7 @@ def finish(axes: Axes, columns: Sequence[int]) -> None:
 # %% [markdown]
 # ## The runs
 #
-# In a notebook, options stand in this cell: `['--small']` for `None`.
+# In a notebook, options stand in the next cell: `['--small']` for `None`.
 
 # %%
 if __name__ == '__main__':

@@ -360,7 +360,7 @@ def draw_costs(costs: dict[int, dict[str, Cost]], title: str) -> Figure:
 # %% [markdown]
 # ## The runs
 #
-# In a notebook, options stand in this cell: `['--small']` for `None`.
+# In a notebook, options stand in the next cell: `['--small']` for `None`.
 
 # %%
 if __name__ == '__main__':

@@ -539,7 +539,7 @@ def outline(axes: Axes, box: np.ndarray, color: str, line: str) -> None:
 # %% [markdown]
 # ## The runs
 #
-# In a notebook, options stand in this cell: `['--small']` for `None`.
+# In a notebook, options stand in the next cell: `['--small']` for `None`.
 
 # %%
 if __name__ == '__main__':

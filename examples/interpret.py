@@ -594,7 +594,7 @@ def draw_climbed(climbed: dict[str, list[Climbed]], title: str) -> Figure:
 # %% [markdown]
 # ## The runs
 #
-# In a notebook, options stand in this cell: `['--small']` for `None`.
+# In a notebook, options stand in the next cell: `['--small']` for `None`.
 
 # %%
 if __name__ == '__main__':

@@ -108,7 +108,7 @@ def forms() -> dict[str, Callable]:
 
 # %%
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-  """The options; in a notebook there are none."""
+  """The options; the devices are made of the processor."""
   parser = argparse.ArgumentParser(description='What is pooled, in each form.')
   parser.add_argument(
     '--out', type=pathlib.Path, default=pathlib.Path('out'), help='folder'

@@ -350,7 +350,7 @@ def draw_gap(runs: dict[str, Trained], seeds: int) -> Figure:
 # %% [markdown]
 # ## The runs
 #
-# In a notebook, options stand in this cell: `['--small']` for `None`.
+# In a notebook, options stand in the next cell: `['--small']` for `None`.
 
 # %%
 if __name__ == '__main__':

@@ -663,7 +663,7 @@ def draw_gradients(gradients: dict[str, np.ndarray], seeds: int) -> Figure:
 # %% [markdown]
 # ## The runs
 #
-# In a notebook, options stand in this cell: `['--small']` for `None`.
+# In a notebook, options stand in the next cell: `['--small']` for `None`.
 
 # %%
 if __name__ == '__main__':

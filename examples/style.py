@@ -591,7 +591,7 @@ def show(axes: Any, image: np.ndarray, title: str = '', **scale: float) -> None:
 # %% [markdown]
 # ## The runs
 #
-# In a notebook, options stand in this cell: `['--small']` for `None`.
+# In a notebook, options stand in the next cell: `['--small']` for `None`.
 
 # %%
 if __name__ == '__main__':

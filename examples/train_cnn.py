@@ -592,8 +592,8 @@ def make_watch(progress: Progress, name: str, total: int, show: bool) -> Watch:
 
 
 # %% [markdown]
-# In a notebook, options stand in this cell: `['--steps=20', '--seeds=1']` for
-# `None`.
+# In a notebook, options stand in the next cell: `['--steps=20', '--seeds=1']`
+# for `None`.
 
 # %%
 if __name__ == '__main__':

@@ -472,7 +472,7 @@ def draw_inspections(results: Results, title: str) -> Figure:
 # %% [markdown]
 # ## The runs
 #
-# In a notebook, options stand in this cell: `['--small']` for `None`.
+# In a notebook, options stand in the next cell: `['--small']` for `None`.
 
 # %%
 if __name__ == '__main__':
