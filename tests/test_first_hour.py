@@ -399,6 +399,16 @@ FAULTS = {
     ValueError,
     r'mask must be boolean.*int.*mask.astype\(bool\)',
   ),
+  'mask-norm': (
+    lambda: normkit.nnx.Norm(LN, X)(X, mask=np.ones((4, 3, 1), int)),
+    ValueError,
+    r'mask must be boolean.*int.*mask.astype\(bool\)',
+  ),
+  'mask-norm-linen': (
+    lambda: wrapped(LN, train=True, mask=np.ones((4, 3), int)),
+    ValueError,
+    r'give mask\[..., None\]',
+  ),
   'mask-first-axes': (
     lambda: nk.layer_norm(X, where=np.ones((4, 3), bool)),
     ValueError,
@@ -415,6 +425,11 @@ FAULTS = {
     "where must be an array of booleans, got 'valid'",
   ),
   # Dtypes.
+  'dtype-eight-bits': (
+    lambda: nk.quantized_rms_norm(X, dtype='float8'),
+    TypeError,
+    'dtype must be float8_e4m3fn or float8_e5m2, got float8',
+  ),
   'dtype-integers': (
     lambda: nk.layer_norm(X, dtype=int),
     TypeError,
@@ -483,6 +498,11 @@ def test_an_input_of_integers():
       call()
 
 
+def test_a_dtype_of_eight_bits_by_name():
+  q, _ = trace(functools.partial(nk.quantized_rms_norm, dtype='float8_e5m2'), X)
+  assert q.dtype == 'float8_e5m2'
+
+
 def test_the_mends_of_masks():
   """They are what the messages say."""
   numbers, lengths = np.array([[1, 1, 0]] * 4), np.array([3, 2, 1, 3])
@@ -491,6 +511,7 @@ def test_the_mends_of_masks():
       lambda x, where=where: nk.layer_norm(x, where=where[..., None]), X
     )
     assert y.shape == X.shape
+  wrapped(LN, train=True, mask=numbers[..., None])  # linen casts, as Flax
 
 
 @pytest.mark.parametrize('transform', EVERY, ids=lambda t: type(t).__name__)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from flax import linen as nn
+import jax.numpy as jnp
 
 from normkit import _types, _words, norm
 from normkit._types import Array
@@ -55,7 +56,8 @@ class Norm(_words.OwnWords, nn.Module):
 
     state = map_fields(variable, state, 'state')
     train = train and not self.is_initializing()
-    y, state = self.transform.apply(params, state, x, train=train, where=mask)
+    where = _types.check_mask(mask, jnp.shape(x), cast=True)
+    y, state = self.transform.apply(params, state, x, train=train, where=where)
     if train:
       map_fields(save, state, 'state')
     return y

@@ -6,7 +6,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from normkit import _words, norm
+from normkit import _types, _words, norm
 from normkit._types import Array
 from normkit.nnx._shared import Running, read, write
 
@@ -67,8 +67,9 @@ class Norm(_words.OwnWords, Running):
     train = not self._evaluates(use_running_average)
     params = self._gather('params', self._params_type)
     state = self._gather('state', self._state_type)
+    where = _types.check_mask(mask, jnp.shape(x), cast=False)
     y, updated = self.transform.apply(
-      read(params), read(state), x, train=train, where=mask
+      read(params), read(state), x, train=train, where=where
     )
     if train:
       write(state, updated)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from normkit import _types, general
 from normkit._types import Array, ArrayLike, Axes, DType, Scalar
 
-_DTYPES = jnp.float8_e4m3fn, jnp.float8_e5m2
+_NAMES = 'float8_e4m3fn', 'float8_e5m2'
 
 
 def quantized_rms_norm(
@@ -162,11 +162,13 @@ def _quantized(
       f'x must be real, got {x.dtype}: there are no complex numbers of eight '
       'bits. Take its real and imaginary part as features of their own.'
     )
-  if dtype not in _DTYPES:
+  name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+  if name not in _NAMES:
     raise TypeError(
-      'dtype must be float8_e4m3fn or float8_e5m2, got '
-      f'{jnp.dtype(dtype)}. Norms without quantized_ give wider ones.'
+      f'dtype must be float8_e4m3fn or float8_e5m2, got {name}. Norms without '
+      'quantized_ give wider ones.'
     )
+  dtype = jnp.dtype(name)
   axes = _types.check_axes(axis, x.ndim)
   wide = _types.statistics_dtype(x.dtype)
   y = general.normalize(
