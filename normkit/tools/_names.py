@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
+import functools
 import re
 from typing import Any, TypeAlias
 
 from normkit.tools._frameworks import Source
-from normkit.tools._template import Template
+from normkit.tools._template import Rename, Template
 
 Names: TypeAlias = Mapping[str, str] | Callable[[str], str] | str | None
 
@@ -36,30 +37,109 @@ def without_prefix(
   return sources
 
 
-def renamer(names: Names, old: str, new: str) -> Callable[[str], str]:
-  """The function from one side's layer names, with `old` between parts."""
-  if callable(names):
-    return names
+@dataclasses.dataclass(frozen=True)
+class Rules:
+  """A mapping of names or their beginnings, in which `*` is of one part.
+
+  Attributes:
+    names: the mapping.
+    old: what is between the parts of its names.
+    new: what is between the parts of what they become.
+  """
+
+  names: Mapping[str, str]
+  old: str
+  new: str
+
+  @functools.cached_property
+  def table(self) -> dict[str, str]:
+    """The mapping, without what may end a beginning."""
+    return {
+      str(name).strip(self.old): target.strip(self.new)
+      for name, target in self.names.items()
+    }
+
+  @functools.cached_property
+  def patterns(self) -> list[tuple[re.Pattern[str], str]]:
+    """Those with `*`; raises unless both sides have as many."""
+    patterns = []
+    for name, target in self.table.items():
+      if name.count('*') != target.count('*'):
+        raise ValueError(
+          f'names: {name!r} and {target!r} must have as many *: what each '
+          'stands for is put in its place.'
+        )
+      if '*' in name:
+        part = f'([^{re.escape(self.old)}]+)'
+        pattern = part.join(map(re.escape, name.split('*')))
+        patterns.append((re.compile(pattern), target))
+    return patterns
+
+  def exactly(self, name: str) -> str | None:
+    """What a whole name becomes, if it is named."""
+    if name in self.table:
+      return self.table[name]
+    for pattern, target in self.patterns:
+      if found := pattern.fullmatch(name):
+        first, *rest = target.split('*')
+        pairs = zip(found.groups(), rest, strict=True)
+        return first + ''.join(map(''.join, pairs))
+    return None
+
+  def beginning(self, name: str) -> tuple[str, str] | None:
+    """What the longest beginning that is named becomes, and the rest."""
+    parts = name.split(self.old)
+    for end in range(len(parts), 0, -1):
+      target = self.exactly(self.old.join(parts[:end]))
+      if target is not None:
+        return target, self.new.join(parts[end:])
+    return None
+
+  def layer(self, name: str) -> str:
+    """What the name of a layer becomes; its own parts if it is not named."""
+    found = self.beginning(name) or (name.replace(self.old, self.new),)
+    return self.new.join(filter(None, found))
+
+  def leaf(self, layer: str, leaf: str) -> tuple[str, str] | None:
+    """The layer and the name of an array that is named itself."""
+    if leaf not in {name.rpartition(self.old)[2] for name in self.table}:
+      return None
+    target = self.exactly(self.old.join(filter(None, (layer, leaf))))
+    above, _, last = (target or '').rpartition(self.new)
+    return None if target is None else (above, last)
+
+
+def rules(names: Names, old: str, new: str) -> Rules:
+  """The rules of a mapping, or of None."""
   if names is not None and not isinstance(names, Mapping):
     raise ValueError(
       f"names must be None, a mapping, a function or 'order', got {names!r}."
     )
-  prefixes = names or {}
+  found = Rules(names or {}, old, new)
+  found.patterns  # noqa: B018, checked once
+  return found
 
-  def rename(layer: str) -> str:
-    parts = layer.split(old)
-    for end in range(len(parts), 0, -1):
-      prefix = old.join(parts[:end])
-      if prefix in prefixes:
-        return new.join(filter(None, (prefixes[prefix], *parts[end:])))
-    return new.join(parts)
+
+def renamer(names: Names, old: str, new: str) -> Rename:
+  """The function from one side's arrays, with `old` between their parts."""
+  if callable(names):
+    return by_layer(names)
+  known = rules(names, old, new)
+
+  def rename(source: Source) -> tuple[str, str]:
+    leaf = source.key.rpartition(old)[2]
+    named = known.leaf(source.layer, leaf)
+    return named or (known.layer(source.layer), source.leaf)
 
   return rename
 
 
-def in_order(
-  template: Template, sources: Sequence[Source]
-) -> Callable[[str], str]:
+def by_layer(rename: Callable[[str], str]) -> Rename:
+  """The function from arrays of one from layers."""
+  return lambda source: (rename(source.layer), source.leaf)
+
+
+def in_order(template: Template, sources: Sequence[Source]) -> Rename:
   """Pairs the layers of each kind in natural order of their names."""
   given = _kinds((s.layer, s.leaf, s.value.shape) for s in sources)
   held = _kinds(
@@ -78,7 +158,7 @@ def in_order(
     for kind in held
     for theirs, ours in zip(given[kind], held[kind], strict=True)
   }
-  return pairs.__getitem__
+  return by_layer(pairs.__getitem__)
 
 
 def _kinds(

@@ -25,6 +25,9 @@ Leaf: TypeAlias = tuple[str, str]  # the layer's path, the leaf's name
 Layout: TypeAlias = Callable[
   [str, str, np.ndarray, tuple[int, ...]], np.ndarray
 ]
+# From an array there to the path of its layer here, and to its leaf: one here,
+# or what the source says.
+Rename: TypeAlias = Callable[[Source], tuple[str, str]]
 
 _WEIGHTS = ('kernel', 'embedding', 'scale')
 _IN_ORDER = (*_WEIGHTS, 'bias', 'mean', 'var')
@@ -166,7 +169,7 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
 def fill(
   template: Template,
   sources: Sequence[Source],
-  rename: Callable[[str], str],
+  rename: Rename,
   layout: Layout,
   count: int | None,
   added: Mapping[str, float],
@@ -179,7 +182,7 @@ def fill(
   origin: dict[Leaf, str] = {}
   faults = []
   for source in sources:
-    for leaf, value in _placed(source, rename(source.layer), template, layout):
+    for leaf, value in _placed(source, rename(source), template, layout):
       if leaf in origin:
         raise ValueError(
           f'{origin[leaf]!r} and {source.key!r} both go to {"/".join(leaf)!r}. '
@@ -223,17 +226,18 @@ def put(value: Any, struct: Any) -> jax.Array:
   return array
 
 
-def targets(source: Source, layer: str, template: Template) -> list[Leaf]:
+def targets(place: tuple[str, str], template: Template) -> list[Leaf]:
   """The leaves that an array for a layer goes to, of which it may be a part."""
+  layer, leaf = place
   layers = _attention.targets(layer, template.layers)
-  return [(here, leaf_of(source.leaf, here, template)) for here in layers]
+  return [(here, leaf_of(leaf, here, template)) for here in layers]
 
 
 def _placed(
-  source: Source, layer: str, template: Template, layout: Layout
+  source: Source, place: tuple[str, str], template: Template, layout: Layout
 ) -> list[tuple[Leaf, np.ndarray]]:
   """The leaves that a source goes to, each with its value as Flax has it."""
-  leaves = targets(source, layer, template)
+  leaves = targets(place, template)
   held = [leaf for leaf in leaves if leaf in template.leaves]
   if not held:
     return [(leaves[0], source.value)]

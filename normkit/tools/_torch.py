@@ -13,6 +13,7 @@ from normkit.tools._frameworks import Source
 from normkit.tools._layouts import Shapes
 from normkit.tools._template import (
   Leaf,
+  Rename,
   Template,
   matches,
   report,
@@ -69,14 +70,15 @@ def _unfilled(
 def named(
   template: Template,
   arrays: Mapping[Leaf, np.ndarray],
-  rename: Callable[[str], str],
+  rename: Rename,
 ) -> dict[str, np.ndarray]:
   """The arrays by names that PyTorch's own layers have."""
   state: dict[str, np.ndarray] = {}
 
   def put(layer: str, leaf: str, array: np.ndarray) -> None:
-    leaf = _frameworks.TORCH_NAMES.get(leaf, leaf)
-    key = '.'.join(filter(None, (rename(layer), leaf)))
+    there = _frameworks.TORCH_NAMES.get(leaf, leaf)
+    path = '/'.join(filter(None, (layer, leaf)))
+    key = '.'.join(filter(None, rename(Source(path, layer, there, array))))
     if key in state:
       raise ValueError(f'two arrays would be {key!r}. Mend names.')
     state[key] = np.array(array, order='C')
@@ -92,7 +94,7 @@ def alike(
   template: Template,
   arrays: Mapping[Leaf, np.ndarray],
   sources: Sequence[Source],
-  rename: Callable[[str], str],
+  rename: Rename,
   is_transposed: Callable[[str], bool],
   inputs_first: Sequence[str],
 ) -> dict[str, np.ndarray]:
@@ -101,7 +103,7 @@ def alike(
   faults = []
   left = dict(arrays)
   for source in sources:
-    leaves = targets(source, rename(source.layer), template)
+    leaves = targets(rename(source), template)
     leaf, like = leaves[0], source.value
     name = ' + '.join('/'.join(leaf) for leaf in leaves)
     if not all(leaf in arrays for leaf in leaves):

@@ -19,6 +19,7 @@ from normkit.tools._options import batch_norm_options
 from normkit.tools._stacked import Scanned, unstacked
 from normkit.tools._template import (
   Layout,
+  Rename,
   Template,
   check_added,
   fill,
@@ -423,7 +424,7 @@ def _fill(
 
 def _renamer(
   template: Template, sources: Sequence[Source], names: Names, separator: str
-) -> Callable[[str], str]:
+) -> Rename:
   if names == 'order':
     return in_order(template, sources)
   return renamer(names, separator, '/')
