@@ -97,9 +97,9 @@ def targets(layer: str, layers: Collection[str]) -> tuple[str, ...]:
   if layer in layers:
     return (layer,)
   parent, _, last = layer.rpartition('/')
-  if both := _projections(layer, layers):
+  if both := projections(layer, layers):
     return both
-  inward = _projections(parent, layers)
+  inward = projections(parent, layers)
   if not inward:
     return (layer,)
   if last in _FUSED:
@@ -111,14 +111,25 @@ def targets(layer: str, layers: Collection[str]) -> tuple[str, ...]:
   return (outward[0],) if last in _OUT and outward else (layer,)
 
 
-def _projections(parent: str, layers: Collection[str]) -> tuple[str, ...]:
+def is_fused(name: str) -> bool:
+  """Whether a layer of that name has query, key and value in turn."""
+  return name in _FUSED
+
+
+def projections(
+  parent: str, layers: Collection[str], separator: str = '/'
+) -> tuple[str, ...]:
   """The layers of query, key and value in an attention, or none."""
   found = [
-    [path for name in names if (path := _join(parent, name)) in layers]
+    [
+      path
+      for name in names
+      if (path := _join(parent, name, separator)) in layers
+    ]
     for names in _ROLES
   ]
   return tuple(paths[0] for paths in found) if all(found) else ()
 
 
-def _join(parent: str, name: str) -> str:
-  return f'{parent}/{name}' if parent else name
+def _join(parent: str, name: str, separator: str = '/') -> str:
+  return f'{parent}{separator}{name}' if parent else name

@@ -27,8 +27,10 @@ from normkit.tools._template import (
   template_of,
 )
 from normkit.tools.files import load_arrays, save_arrays
+from normkit.tools.matching import Matches, match
 
 __all__ = [
+  'Matches',
   'as_tensors',
   'batch_norm_options',
   'from_equinox',
@@ -36,6 +38,7 @@ __all__ = [
   'from_keras',
   'from_torch',
   'load_arrays',
+  'match',
   'save_arrays',
   'to_torch',
 ]
