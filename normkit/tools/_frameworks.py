@@ -300,6 +300,15 @@ def to_oihw(value: np.ndarray) -> np.ndarray:
   return np.moveaxis(value, (-2, -1), (1, 0))
 
 
+def without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+  """The shape of a kernel (*spatial, in, out), that of a matrix if it is one.
+
+  A convolution of windows of one place is a dense layer.
+  """
+  *spatial, ins, outs = shape if len(shape) > 1 else (*shape, 1)
+  return (ins, outs) if {*spatial} == {1} else shape
+
+
 def flipped(value: np.ndarray) -> np.ndarray:
   """A kernel with its spatial axes, all but the last two, turned round."""
   return np.flip(value, tuple(range(value.ndim - 2)))

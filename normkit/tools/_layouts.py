@@ -38,6 +38,8 @@ def channels_first(
       return _frameworks.from_torch_transposed(value, shape)
     if value.ndim > 2 or not matches(layer, inputs_first):
       value = _frameworks.from_oihw(value)
+    if _frameworks.without_ones(value.shape) == _frameworks.without_ones(shape):
+      value = value.reshape(shape)  # of windows of one place
     if layer in shapes and value.shape == shape:
       return _frameworks.from_flat(value, shapes[layer])
     return value

@@ -157,7 +157,8 @@ def _like_source(
 def _fits(leaf: str, here: tuple[int, ...], there: tuple[int, ...]) -> bool:
   """Whether shapes differ in axes of one element, or in how heads lie."""
   if here == there or leaf == 'kernel':
-    return here == there
+    matrices = [s[:2] if {*s[2:]} == {1} else s for s in (here, there)]
+    return matrices[0] == matrices[1]
   ours, theirs = (tuple(n for n in shape if n != 1) for shape in (here, there))
   is_flat = leaf == 'scale' and len(there) == 1
   return ours == theirs or (is_flat and math.prod(here) == there[0])

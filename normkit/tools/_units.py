@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 from typing import Any, TypeAlias
 
-from normkit.tools import _attention
+from normkit.tools import _attention, _frameworks
 from normkit.tools._frameworks import Source
 from normkit.tools._template import Template, leaf_of, matches
 
@@ -117,7 +117,7 @@ def _mark(shapes: Mapping[str, tuple[int, ...]], is_torch: bool) -> Mark:
     return 'norm', max(first, default=1), len(shapes), has_mean
   if not is_torch and len(first) > 2 and first[-1] == 1:
     first = (*first[:-2], 1, first[-2])  # depthwise
-  return 'kernel', first, len(shapes)
+  return 'kernel', _frameworks.without_ones(first), len(shapes)
 
 
 def _alone(shape: tuple[int, ...]) -> Mark:

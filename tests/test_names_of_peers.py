@@ -1,0 +1,136 @@
+"""Image models of timm and torchvision into twins whose names are others.
+
+Random weights; the names match themselves, from sorted names as a file has them
+and from the module. Outputs agree, and the weights come back bit by bit.
+"""
+
+import importlib
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import twins
+
+from normkit.tools import convert
+
+WHY = "models as published: pip install 'normkit[peers]'"
+pytestmark = pytest.mark.second_tier
+SIZE = 64
+
+
+def timm(name: str, **options: Any) -> Any:
+  return published('timm').create_model(name, **options)
+
+
+def torchvision(name: str, **options: Any) -> Any:
+  return getattr(published('torchvision.models'), name)(**options)
+
+
+def published(name: str) -> Any:
+  pytest.importorskip('torch', reason=WHY)
+  try:
+    return importlib.import_module(name)
+  except (ImportError, RuntimeError) as error:  # of another torch
+    pytest.skip(f'{WHY}: {error}')
+
+
+def convnext(depths, widths):
+  return lambda rngs: twins.ConvNeXt(depths, widths, rngs)
+
+
+ATTO = (2, 2, 6, 2), (40, 80, 160, 320)
+TINY = (3, 3, 9, 3), (96, 192, 384, 768)
+MODELS = {
+  'timm-resnet18': (
+    lambda: timm('resnet18'),
+    twins.ResNet((2, 2, 2, 2), shortcut_first=True),
+  ),
+  'timm-resnet26': (
+    lambda: timm('resnet26'),
+    twins.ResNet((2, 2, 2, 2), wide=4),
+  ),
+  'timm-efficientnet_b0': (
+    lambda: timm('efficientnet_b0'),
+    twins.EfficientNet(),
+  ),
+  'timm-convnext_atto': (lambda: timm('convnext_atto'), convnext(*ATTO)),
+  'timm-vit_tiny': (
+    lambda: timm('vit_tiny_patch16_224', img_size=SIZE),
+    twins.ViT(),
+  ),
+  'torchvision-resnet50': (
+    lambda: torchvision('resnet50'),
+    twins.ResNet((3, 4, 6, 3), wide=4, shortcut_first=True),
+  ),
+  'torchvision-efficientnet_b0': (
+    lambda: torchvision('efficientnet_b0'),
+    twins.EfficientNet(),
+  ),
+  'torchvision-convnext_tiny': (
+    lambda: torchvision('convnext_tiny'),
+    convnext(*TINY),
+  ),
+  'torchvision-vit': (
+    lambda: torchvision(
+      'VisionTransformer',
+      image_size=SIZE,
+      patch_size=16,
+      num_layers=3,
+      num_heads=3,
+      hidden_dim=192,
+      mlp_dim=768,
+    ),
+    twins.ViT(depth=3),
+  ),
+}
+
+
+def settled(module):
+  """The module in evaluation, no array of it like another."""
+  import torch  # noqa: PLC0415
+
+  torch.manual_seed(0)
+  with torch.no_grad():
+    for name, array in module.state_dict().items():
+      if array.ndim > 1:
+        fan = array[0].numel()
+        array.normal_(std=fan**-0.5)
+      elif name.endswith('running_var') or name.endswith('weight'):
+        array.uniform_(0.5, 1.5)
+      elif array.is_floating_point():
+        array.normal_(std=0.2)
+  return module.eval()
+
+
+@pytest.mark.parametrize(('make', 'twin'), MODELS.values(), ids=MODELS)
+def test_published(make, twin):
+  module = settled(make())
+  import torch  # noqa: PLC0415
+
+  state = dict(sorted(module.state_dict().items()))
+  x = np.random.default_rng(0).normal(size=(1, SIZE, SIZE, 3))
+  x = np.float32(x)
+  if hasattr(twin, 'init'):
+    template, call = twins.empty(twin, jnp.asarray(x)), twin.apply
+  else:
+    template, call = twins.abstract(twin), lambda model, x: model(x)
+  names = convert.match(state, template, call, x)
+  assert convert.match(module, template, call, x) == names
+  filled = convert.from_torch(state, template, names=names)
+  if isinstance(filled, nnx.Module):
+    graph, arrays = nnx.split(filled)
+    y = jax.jit(lambda a, x: nnx.merge(graph, a)(x))(arrays, x)
+  else:
+    y = jax.jit(call)(filled, x)
+  with torch.no_grad():
+    want = module(torch.tensor(x).movedim(-1, 1)).numpy()
+  error = np.abs(np.asarray(y) - want).max() / np.abs(want).max()
+  print(f'{error:.1e}')
+  assert error < 5e-6
+  back = convert.to_torch(filled, names=names, like=state)
+  for name, array in state.items():
+    if 'num_batches' not in name:
+      np.testing.assert_array_equal(back[name], array.numpy())
