@@ -7,7 +7,7 @@ and from the module. Outputs agree, and the weights come back bit by bit.
 import importlib
 from typing import Any
 
-from flax import nnx
+from flax import linen, nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,6 +103,60 @@ def settled(module):
       elif array.is_floating_point():
         array.normal_(std=0.2)
   return module.eval()
+
+
+def test_a_module_tells_more_than_its_names():
+  """Numbers that fall, a norm before each layer, gates by name alone."""
+  torch = published('torch')
+
+  class Module(torch.nn.Module):
+    def __init__(self):
+      super().__init__()
+      self.norm = torch.nn.LayerNorm(4)
+      self.blocks = torch.nn.ModuleList(
+        [
+          torch.nn.ModuleDict(
+            {
+              'fc': torch.nn.Linear(4, 4),
+              'norm': torch.nn.LayerNorm(4),
+            }
+          )
+          for _ in range(2)
+        ]
+      )
+      self.up = torch.nn.Linear(4, 4)
+      self.gate = torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+      for block in reversed(self.blocks):
+        x = block['fc'](block['norm'](x))
+      x = self.norm(x)
+      return torch.nn.functional.silu(self.gate(x)) * self.up(x)
+
+  class Twin(linen.Module):
+    names: tuple[str, str]
+
+    @linen.compact
+    def __call__(self, x):
+      x = linen.LayerNorm(epsilon=1e-5)(x)
+      for _ in range(2):
+        x = twins.DenseNorm()(x)
+      first, second = (linen.Dense(4, name=name)(x) for name in self.names)
+      return linen.silu(first) * second
+
+  module, x = settled(Module()), np.float32([[1, -2, 0.5, 3]])
+  twin = Twin(('gate', 'up'))
+  template = twins.empty(twin, x)
+  names = convert.match(module, template, twin.apply, x)
+  assert names['blocks.1.norm'] == 'LayerNorm_0'
+  assert names['norm'] == 'DenseNorm_1/LayerNorm_0'
+  state = module.state_dict()
+  y = twin.apply(convert.from_torch(state, template, names=names), x)
+  want = module(torch.tensor(x)).detach().numpy()
+  np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-6)
+  twin = Twin(('a', 'b'))
+  with pytest.raises(ValueError, match=r"'up', 'gate' may each be any of"):
+    convert.match(module, twins.empty(twin, x), twin.apply, x)
 
 
 @pytest.mark.parametrize(('make', 'twin'), MODELS.values(), ids=MODELS)

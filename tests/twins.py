@@ -1,4 +1,4 @@
-"""Flax twins of published image models, as people write them: names of their own.
+"""Flax twins of published image models, with names of their own.
 
 Layers have the names that linen counts, or those of lists in nnx, and lie in
 other modules than there.
@@ -6,6 +6,7 @@ other modules than there.
 
 from collections.abc import Callable, Sequence
 import functools
+import itertools
 from typing import Any
 
 from flax import linen as nn, nnx
@@ -17,6 +18,14 @@ Conv = functools.partial(nn.Conv, use_bias=False)
 Norm = functools.partial(nn.BatchNorm, use_running_average=True, epsilon=1e-5)
 LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-6)
 gelu = functools.partial(nn.gelu, approximate=False)
+
+
+class DenseNorm(nn.Module):
+  """A layer, and the norm of what it gives."""
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    return nn.LayerNorm(epsilon=1e-5)(nn.Dense(4)(x))
 
 
 class Block(nn.Module):
@@ -199,7 +208,7 @@ class ConvNeXtBlock(nnx.Module):
 
 
 class ConvNeXt(nnx.Module):
-  """As in the paper's code: what lies between stages is in a list of its own."""
+  """What lies between the stages is in a list of its own."""
 
   def __init__(
     self,
@@ -216,13 +225,15 @@ class ConvNeXt(nnx.Module):
       return nnx.Conv(ins, outs, window, window, padding='VALID', rngs=rngs)
 
     between = [nnx.Sequential(conv(3, widths[0], 4), norm(widths[0]))]
-    for ins, outs in zip(widths, widths[1:], strict=False):
+    for ins, outs in itertools.pairwise(widths):
       between.append(nnx.Sequential(norm(ins), conv(ins, outs, 2)))
     self.downsample_layers = nnx.List(between)
-    self.stages = nnx.List([
-      nnx.Sequential(*[ConvNeXtBlock(width, rngs) for _ in range(depth)])
-      for depth, width in zip(depths, widths, strict=True)
-    ])
+    self.stages = nnx.List(
+      [
+        nnx.Sequential(*[ConvNeXtBlock(width, rngs) for _ in range(depth)])
+        for depth, width in zip(depths, widths, strict=True)
+      ]
+    )
     self.norm = norm(widths[-1])
     self.head = nnx.Linear(widths[-1], classes, rngs=rngs)
 
@@ -234,7 +245,9 @@ class ConvNeXt(nnx.Module):
 
 def empty(model: nn.Module, x: Any) -> Any:
   """The variables of a linen model, as shapes."""
-  return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros_like(x)))
+  return jax.eval_shape(
+    lambda: model.init(jax.random.key(0), jnp.zeros_like(x))
+  )
 
 
 def abstract(make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:

@@ -127,6 +127,23 @@ class Matching:
     relation = _solve.supported(self.left, Relation(there, before))
     self._relate(relation, 'definition')
 
+  def check_definition(self) -> None:
+    """Raises if all that flows between two members flows against it.
+
+    Of what has one shape; shapes that are there once need no order.
+    """
+    kinds, _ = self._kinds
+    told = [
+      self.why.get(i) not in ('shape', 'given') for i in range(len(kinds))
+    ]
+    of_one = (kinds[:, None] == kinds) & np.array(told)[:, None] & told
+    forward = _solve.can_hold(self.left, self.flow.before) & of_one
+    reverse = _solve.can_hold(self.left, self.flow.before.T) & of_one
+    for first, second in _members([u.parts for u in self.there]):
+      at = np.ix_(first, second)
+      if reverse[at].any() and not forward[at].any():
+        raise Contradiction(first[0])
+
   def undecided(self) -> list[tuple[list[int], list[int]]]:
     """The units that are left, in groups that have no candidate in common."""
     groups: list[tuple[set[int], set[int]]] = []
@@ -165,7 +182,9 @@ def matching(
     found = Matching(there, here, flow, left)
     found.by_numbers()
   found.by_names()
-  if is_defined and not found.decided.all():
+  if is_defined and found.decided.all():
+    found.check_definition()
+  elif is_defined:
     kept = found.left.copy(), [*found.relations], {**found.why}
     try:
       found.by_definition()

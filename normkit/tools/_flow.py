@@ -12,7 +12,6 @@ import operator
 from typing import Any, NamedTuple
 
 from flax import nnx
-import jax
 import numpy as np
 
 from normkit.tools._program import trace
@@ -54,9 +53,10 @@ def of_flax(
   for op in program.ops:
     if op.is_constant:
       continue
-    held = {unit_at.get(v) for value in op.inputs for v in value.leaves}
+    used = {unit_at.get(v) for value in op.inputs for v in value.leaves}
+    units = sorted(unit for unit in used if unit is not None)
     into = _union(flows.get(value, 0) for value in op.inputs)
-    out = _use(uses, sorted(held - {None}), into)
+    out = _use(uses, units, into)
     flows.update(dict.fromkeys(op.outputs, out))
   return _flow(uses, count)
 
@@ -70,7 +70,7 @@ def of_torch(
   """
   torch: Any = importlib.import_module('torch')
   module = copy.deepcopy(module).eval()
-  unit_at = {}
+  unit_at: dict[int, int | None] = {}
   for name, parameter in module.named_parameters(remove_duplicate=False):
     if parameter.is_floating_point():
       parameter.requires_grad_()

@@ -6,12 +6,13 @@ pair is taken away only if it contradicts a relation, or if another has been
 decided; so what is left single is the only answer that the evidence allows.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from normkit.tools._units import Unit
+from normkit.tools._units import Mark, Unit
 
 _PROBES = 2000
 
@@ -84,7 +85,7 @@ def _small(relation: Relation) -> tuple[Relation, tuple[np.ndarray, ...]]:
 
 def _any(a: np.ndarray, b: np.ndarray) -> np.ndarray:
   """The product of matrices of truth."""
-  product: np.ndarray = np.float32(a) @ np.float32(b) > 0.5
+  product: np.ndarray = a.astype(np.float32) @ b.astype(np.float32) > 0.5
   return product
 
 
@@ -128,39 +129,46 @@ class Node(NamedTuple):
   depth: int
 
 
-def modules(
-  there: Sequence[Unit], here: Sequence[Unit]
-) -> list[tuple[list[Node], list[Node]]]:
-  """The modules of both sides that hold alike, and as many on each side.
+Peers: TypeAlias = tuple[list[Node], list[Node]]
 
-  From the top down: where as many hold the same marks on both sides, they go to
-  each other in some order; the largest of the others is opened.
+
+def modules(there: Sequence[Unit], here: Sequence[Unit]) -> list[Peers]:
+  """The modules of both sides that hold the same, as many on each side.
+
+  From the top down: those that hold the same go to each other in some order,
+  the largest of the others are opened.
   """
-  found: list[tuple[list[Node], list[Node]]] = []
-  whole = [Node(tuple(range(len(units))), 0) for units in (there, here)]
-  queue = [(_open(whole[0], there), _open(whole[1], here))]
-  while queue:
-    sides = [list(nodes) for nodes in queue.pop()]
-    while True:
-      settled = _settled(sides, there, here)
-      for ours in settled:
-        found.append(ours)
-        opened = [
+  sides = there, here
+  found: list[Peers] = []
+  left = [tuple(_open(Node((*range(len(u)),), 0), u) for u in sides)]
+  while left:
+    ours, theirs = left.pop()
+    whole = Counter(there[i].mark for node in ours for i in node.units)
+    while max(map(_size, [*ours, *theirs]), default=1) > 1:
+      settled = _settled(ours, theirs, there, here, whole)
+      found += settled
+      left += [
+        tuple(
           [part for node in nodes for part in _open(node, units)]
-          for nodes, units in zip(ours, (there, here), strict=True)
+          for nodes, units in zip(peers, sides, strict=True)
+        )
+        for peers in settled
+      ]
+      gone = {node for peers in settled for node in peers[0]}
+      ours = [node for node in ours if node not in gone]
+      gone = {node for peers in settled for node in peers[1]}
+      theirs = [node for node in theirs if node not in gone]
+      large = max(map(_size, [*ours, *theirs]), default=1)
+      ours, theirs = (
+        [
+          part
+          for node in nodes
+          for part in (
+            _open(node, units) if _size(node) == large > 1 else [node]
+          )
         ]
-        queue.append((opened[0], opened[1]))
-        sides = [
-          [node for node in side if node not in nodes]
-          for side, nodes in zip(sides, ours, strict=True)
-        ]
-      large = max((n for side in sides for n in side), key=_size, default=None)
-      if large is None or _size(large) == 1:
-        break
-      for side, units in zip(sides, (there, here), strict=True):
-        for node in [n for n in side if _size(n) == _size(large)]:
-          side.remove(node)
-          side.extend(_open(node, units))
+        for nodes, units in zip((ours, theirs), sides, strict=True)
+      )
   return found
 
 
@@ -169,33 +177,53 @@ def _size(node: Node) -> int:
 
 
 def _settled(
-  sides: Sequence[Sequence[Node]], there: Sequence[Unit], here: Sequence[Unit]
-) -> list[tuple[list[Node], list[Node]]]:
-  kinds: dict[object, tuple[list[Node], list[Node]]] = {}
-  for k, (side, units) in enumerate(zip(sides, (there, here), strict=True)):
-    for node in side:
+  ours: Sequence[Node],
+  theirs: Sequence[Node],
+  there: Sequence[Unit],
+  here: Sequence[Unit],
+  whole: Counter[Mark],
+) -> list[Peers]:
+  """Modules that hold the same, as many there as here.
+
+  Not those that what is outside of them, loose or in other modules, could make
+  up: modules do not cut through each other, so that no other case is left.
+  """
+  kinds: dict[object, Peers] = {}
+  marks: dict[object, Counter[Mark]] = {}
+  for k, (nodes, units) in enumerate(((ours, there), (theirs, here))):
+    for node in nodes:
       if _size(node) > 1:
-        marks = tuple(sorted(map(repr, (units[i].mark for i in node.units))))
-        kinds.setdefault(marks, ([], []))[k].append(node)
-  return [pair for pair in kinds.values() if len(pair[0]) == len(pair[1])]
+        held = Counter(units[i].mark for i in node.units)
+        kind = frozenset(held.items())
+        marks[kind] = held
+        kinds.setdefault(kind, ([], []))[k].append(node)
+  return [
+    pair
+    for kind, pair in kinds.items()
+    if len(pair[0]) == len(pair[1])
+    and any(
+      whole[mark] - len(pair[0]) * size < size
+      for mark, size in marks[kind].items()
+    )
+  ]
 
 
 def _open(node: Node, units: Sequence[Unit]) -> list[Node]:
   """The modules in a module, past those that hold one alone."""
   if len(node.units) < 2:
     return []
-  groups: dict[str | None, list[int]] = {}
+  groups: dict[str | int, list[int]] = {}
   for i in node.units:
     parts = units[i].parts
-    part = parts[node.depth] if node.depth < len(parts) else None
+    part = parts[node.depth] if node.depth < len(parts) else i
     groups.setdefault(part, []).append(i)
-  if len(groups) == 1 and None not in groups:
+  if len(groups) == 1:
     return _open(Node(node.units, node.depth + 1), units)
   return [Node(tuple(group), node.depth + 1) for group in groups.values()]
 
 
 def same_module(
-  pairs: Iterable[tuple[list[Node], list[Node]]], left: np.ndarray
+  pairs: Iterable[Peers], left: np.ndarray
 ) -> tuple[np.ndarray, list[Relation]]:
   """What is left, and the relations, if such modules go to each other."""
   left, relations = left.copy(), []

@@ -106,7 +106,8 @@ def _add_convert(commands: Any) -> None:
   )
   made.add_argument(
     '--names',
-    help="'order', or a JSON file: names there to paths here; else as they are",
+    help="'use' or 'order', or a JSON file: names there to paths here, or "
+    "both, 'use:FILE'; else as they are",
   )
   made.add_argument(
     '--flatten',
@@ -244,7 +245,6 @@ def _convert(args: argparse.Namespace) -> None:
   _check_free(args.overwrite, args.target)
   model = _load_model(args.model, args.input)
   options: dict[str, Any] = {
-    'names': _names(args.names),
     'ignore': args.ignore,
     'count': args.count,
     'add_to_scale': dict(args.add_to_scale),
@@ -262,7 +262,9 @@ def _convert(args: argparse.Namespace) -> None:
       '--flatten is for PyTorch: in Keras channels are last too.'
     )
   arrays = files.load_arrays(args.source)
-  filled = _READERS[args.framework](arrays, model.variables, **options)
+  names = _names(args, arrays, model)
+  read = _READERS[args.framework]
+  filled = read(arrays, model.variables, names=names, **options)
   leaves = template_of(filled).leaves
   named = {'/'.join(filter(None, k)): value for k, value in leaves.items()}
   files.save_arrays(args.target, named, overwrite=args.overwrite)
@@ -380,8 +382,31 @@ def _restore(args: argparse.Namespace, model: Loaded) -> Any:
   return _checkpoints.restore(args.source, template, collections, args.step)
 
 
-def _names(given: str | None) -> Any:
+def _names(
+  args: argparse.Namespace, arrays: Mapping[str, Any], model: Loaded
+) -> Any:
   """What `names` of the converters takes, from the option."""
+  given, colon, rest = (args.names or '').partition(':')
+  if given != 'use' or (colon and not rest):
+    return _names_of(args.names)
+  options = {} if args.transposed is None else {'transposed': args.transposed}
+  names = convert.match(
+    arrays,
+    model.variables,
+    model.evaluate,
+    args.input,
+    names=_names_of(rest or None),
+    framework=args.framework,
+    ignore=args.ignore,
+    inputs_first=args.inputs_first,
+    **options,
+  )
+  print(names)
+  return names
+
+
+def _names_of(given: str | None) -> Any:
+  """The names of a file, or the word that stands for them."""
   if given in (None, 'order'):
     return given
   try:

@@ -6,7 +6,7 @@ accounted for, and the options that no file holds (epsilon, momentum) come from
 `batch_norm_options`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -92,11 +92,12 @@ def from_torch(
       `jax.ShapeDtypeStruct` as `jax.eval_shape` gives them, or an
       `nnx.Module`. It is not changed.
     names: where the layers go. None: 'a.b' to 'a/b'. A mapping of names or
-      their beginnings, {'layer1.0': 'Block_0'}, where what is not named goes
-      as with None; or a function of the name of a layer. 'order': the layers
-      of each kind (batch norms, other norms, matrices, kernels by rank), in
-      natural order of their names on both sides, go to each other; refused
-      where names of layers of one shape differ in more than numbers.
+      their beginnings, {'layer1.0': 'Block_0', 'layers.*': 'Layer_*'}, or of
+      arrays, {'cls_token': 'embed/cls'}, where what is not named goes as with
+      None; what `match` found; or a function of the name of a layer. 'order':
+      the layers of each kind (batch norms, other norms, matrices, kernels by
+      rank), in natural order of their names on both sides, go to each other;
+      refused where names of layers of one shape differ in more than numbers.
     flatten: by the layer's path here, the (C, *spatial) flattened before it.
     transposed: patterns of the paths here that are transposed convolutions
       (with `transpose_kernel=False`), which no array tells; in an

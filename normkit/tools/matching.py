@@ -1,9 +1,9 @@
 """Which layer of another framework is which layer here, by how it is used."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+import importlib
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from normkit.tools import _flow, _frameworks
@@ -163,7 +163,10 @@ def match(
     raise ValueError(
       f'framework must be one of {[*_READERS]}, got {framework!r}.'
     )
-  is_torch, separator = framework == 'torch', '.' if framework == 'torch' else '/'
+  is_torch, separator = (
+    framework == 'torch',
+    '.' if framework == 'torch' else '/',
+  )
   known = rules(names, separator, '/')
   template = template_of(variables)
   is_module = hasattr(there, 'named_parameters')
@@ -192,9 +195,7 @@ def match(
     flow_there = _flow.of_torch(there, given, at, len(ours))
   left = _allowed(ours, theirs, known)
   try:
-    found = matching(
-      ours, theirs, flow, left, flow_there, _is_defined(sources)
-    )
+    found = matching(ours, theirs, flow, left, flow_there, _is_defined(sources))
   except Contradiction as error:
     raise ValueError(
       'nothing was matched: what is known of the names there, and of the flow '
@@ -248,8 +249,7 @@ def _numbers(units: Sequence[Unit], separator: str) -> dict[str, int]:
 
 def _inputs(x: Any) -> Any:
   """A tensor like x, channels first."""
-  import torch  # noqa: PLC0415, optional
-
+  torch: Any = importlib.import_module('torch')
   like = struct(x)
   shape = like.shape
   if len(shape) > 3:
