@@ -256,6 +256,21 @@ def test_numbers_there_are_the_order_of_use():
   assert {*why(names).values()} == {'numbers'}
 
 
+def test_numbers_that_fall_are_no_order():
+  """The first is used last, as its shape tells: no number is believed."""
+
+  class Decoder(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      for width in (4, 4, 3):
+        x = nn.Dense(width)(x)
+      return x
+
+  state = linear('up.0', 3, 4) | linear('up.1', 4, 4) | linear('up.2', 4, 4)
+  with pytest.raises(ValueError, match=r"'up.1', 'up.2' may each be any of"):
+    match(arrays(state), Decoder(), ROW)
+
+
 def test_beginnings_that_are_given_keep_to_their_paths():
   class Both(nn.Module):
     @nn.compact
