@@ -392,6 +392,33 @@ def test_nnx_and_keras():
   np.testing.assert_array_equal(filled.layers[0].kernel[...], want)
 
 
+@pytest.mark.parametrize('shortcut_first', [False, True])
+def test_keras_writes_modules_into_names(shortcut_first):
+  """Its applications number the shortcut first, whatever is called first."""
+  weights = {}
+
+  def add(name, ins, outs, size):
+    weights[f'{name}_conv'] = [zeros((size, size, ins, outs))]
+    weights[f'{name}_bn'] = [zeros(outs) for _ in range(4)]
+
+  add('conv1', 3, 4, 7)
+  for stage, block, ins in ((2, 1, 4), (2, 2, 16), (3, 1, 16)):
+    width, name = 4 * (stage - 1), f'conv{stage}_block{block}'
+    if block == 1:
+      add(f'{name}_0', ins, 4 * width, 1)
+    add(f'{name}_1', ins, width, 1)
+    add(f'{name}_2', width, width, 3)
+    add(f'{name}_3', width, 4 * width, 1)
+  weights['predictions'] = [zeros((32, 5)), zeros(5)]
+  twin = twins.ResNet((2, 1), 4, 4, 5, shortcut_first)
+  names = match(weights, twin, IMAGE, framework='keras')
+  places = [0, 1, 2, 3] if shortcut_first else [3, 0, 1, 2]
+  for i, place in enumerate(places):
+    assert names[f'conv2_block1_{i}_conv'] == f'Block_0/Conv_{place}'
+    assert names[f'conv2_block1_{i}_bn'] == f'Block_0/BatchNorm_{place}'
+  assert names['conv2_block2_3_bn'] == 'Block_1/BatchNorm_2'
+
+
 def test_table_of_pairs():
   names = match(in_file(linear('fc', 4, 4)), nn.Dense(4), ROW)
   assert str(names) == 'there  here  by\nfc           shape'

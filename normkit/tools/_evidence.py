@@ -66,20 +66,23 @@ class Matching:
   def by_numbers(self) -> None:
     """What is numbered there is used one after the other.
 
-    Where nothing here can be so it is not taken for that; where some of a
-    series can only be used the other way round, none of it is.
+    Of two members of a series that is taken where all of the one can flow into
+    all of the other here; of none of a series in which some can only be used
+    the other way round.
     """
     before = self.flow.before
     forward = _solve.can_hold(self.left, before)
-    reverse = _solve.can_hold(self.left, before.T)
+    backward = ~_solve.can_hold(self.left, ~before.T)
     there = np.zeros_like(self.left)
     for series in _series([u.parts for u in self.there]):
-      pairs = np.zeros_like(self.left)
-      for i, first in enumerate(series):
-        for second in series[i + 1 :]:
-          pairs[np.ix_(first, second)] = True
-      if not (pairs & reverse & ~forward).any():
-        there |= pairs & forward
+      places = [
+        np.ix_(first, second)
+        for i, first in enumerate(series)
+        for second in series[i + 1 :]
+      ]
+      if not any(backward[at].any() for at in places):
+        for at in places:
+          there[at] = forward[at].all()
     self._relate(Relation(there, before), 'numbers')
 
   def by_flow(self, there: Flow) -> None:

@@ -4,8 +4,9 @@ A unit has a mark, which is the same for a layer there and the one here: the
 shape of its kernel as Flax has it, and how many arrays lie beside it.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 import dataclasses
+import re
 from typing import Any, TypeAlias
 
 from normkit.tools import _attention, _frameworks
@@ -46,7 +47,18 @@ def units_there(
     if source.leaf != 'count':
       shape = _torch_shape(source) if is_torch else source.value.shape
       layers.setdefault(source.layer, {})[source.leaf] = shape
-  return _units(layers, separator, is_torch)
+  units = _units(layers, separator, is_torch)
+  return units if is_torch else [_as_keras(u, layers) for u in units]
+
+
+def _as_keras(unit: Unit, layers: Collection[str]) -> Unit:
+  """A unit with the modules that Keras writes into its flat names.
+
+  'conv2_block1_3_bn' is in 'block1' of 'conv2', and 'dense' before 'dense_1'.
+  """
+  is_first = f'{unit.name}_1' in layers
+  name = f'{unit.name}_0' if is_first else unit.name
+  return dataclasses.replace(unit, parts=tuple(re.split('[/_]', name)))
 
 
 def units_here(
@@ -87,6 +99,10 @@ def _units(
   is_torch: bool,
 ) -> list[Unit]:
   units = []
+
+  def parts(name: str) -> tuple[str, ...]:
+    return tuple(name.split(separator))
+
   for layer, shapes in layers.items():
     known = [leaf for leaf in shapes if leaf in _BESIDE or leaf.isdecimal()]
     main = [leaf for leaf in _MAIN if leaf in shapes][:1]
@@ -97,13 +113,12 @@ def _units(
       held = {leaf: shapes[leaf] for leaf in whole}
       arrays = tuple((layer, leaf) for leaf in whole)
       mark = _mark(held, is_torch)
-      units.append(Unit(layer, tuple(layer.split(separator)), mark, arrays))
+      units.append(Unit(layer, parts(layer), mark, arrays))
     for leaf in shapes:
       if leaf not in whole:
         name = separator.join(filter(None, (layer, leaf)))
         mark = _alone(shapes[leaf])
-        parts = tuple(name.split(separator))
-        units.append(Unit(name, parts, mark, ((layer, leaf),)))
+        units.append(Unit(name, parts(name), mark, ((layer, leaf),)))
   return _with_attention(units, separator)
 
 
