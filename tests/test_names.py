@@ -236,6 +236,23 @@ def test_attention_goes_by_name():
   assert [names[f'attn.{n}_proj'] for n in 'qkvo'] == [
     *('query', 'key', 'value', 'out')
   ]
+  given = {'attn.q_proj': 'query', 'attn.o_proj.': 'out'}
+  assert match(in_file(state), Attention(), ROW, names=given) == names
+  with pytest.raises(ValueError, match=r"to 'key', but query.* is 'query'"):
+    match(in_file(state), Attention(), ROW, names={'attn.q_proj': 'key'})
+
+
+def test_attention_that_is_joined_here_alone_is_refused():
+  class Joined(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return nn.Dense(4, name='out')(nn.Dense(12, name='qkv')(x)[:, :4])
+
+  state = {}
+  for name in ('q_proj', 'k_proj', 'v_proj', 'o_proj'):
+    state |= linear(f'attn.{name}', 4, 4)
+  with pytest.raises(ValueError, match='are one array here'):
+    match(in_file(state), Joined(), ROW)
 
 
 class Reversed(nn.Module):
@@ -292,6 +309,8 @@ def test_beginnings_that_are_given_keep_to_their_paths():
   assert names['decoder.fc2'] == 'a/Dense_0'
   with pytest.raises(ValueError, match=r"'encoder.fc1' to 'c'"):
     match(in_file(state), Both(), ROW, names={'encoder': 'c'})
+  with pytest.raises(ValueError, match="nothing there is called 'encode'"):
+    match(in_file(state), Both(), ROW, names={'encode': 'a'})
 
 
 class Nested(nn.Module):

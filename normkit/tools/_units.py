@@ -4,7 +4,7 @@ A unit has a mark, which is the same for a layer there and the one here: the
 shape of its kernel as Flax has it, and how many arrays lie beside it.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 import dataclasses
 import re
 from typing import Any, TypeAlias
@@ -25,7 +25,7 @@ class Unit:
 
   Attributes:
     name: the layer's, or the array's own.
-    parts: the parts of the name, numbers apart: ('layer1', '0', 'conv1').
+    parts: the parts of the name: ('layer1', '0', 'conv1').
     mark: what it has in common with its peer.
     arrays: its arrays, as (layer, leaf).
     roles: of an attention the layers of query, key and value, else none.
@@ -191,17 +191,14 @@ def named(
     last = there.name.rpartition(separator)[2]
     parent = here.name.rpartition('/')[0]
     return {there.name: '/'.join(filter(None, (parent, last)))}
+  if there.roles:
+    raise ValueError(
+      f'{", ".join(there.roles)} are one array here, in {here.name!r}, which '
+      'is not converted. Join them there, or part them here.'
+    )
   (layer, leaf), (path, held) = there.arrays[0], here.arrays[0]
   is_layer = there.name == layer
   if is_layer and leaf_of(leaf, path, template) == held:
     return {layer: path}
   name = separator.join(filter(None, (layer, leaf)))
   return {name: '/'.join(filter(None, (path, held)))}
-
-
-def count(marks: Iterable[Mark]) -> dict[Mark, int]:
-  """How often each mark is there."""
-  counts: dict[Mark, int] = {}
-  for mark in marks:
-    counts[mark] = counts.get(mark, 0) + 1
-  return counts

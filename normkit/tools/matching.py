@@ -1,5 +1,6 @@
 """Which layer of another framework is which layer here, by how it is used."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import importlib
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from normkit.tools._names import Rules, rules, without_prefix
 from normkit.tools._program import struct
 from normkit.tools._solve import Contradiction
 from normkit.tools._template import Template, matches, template_of
-from normkit.tools._units import Unit, count, named, units_here, units_there
+from normkit.tools._units import Unit, named, units_here, units_there
 
 _READERS = {'torch': _frameworks.read_torch, 'keras': _frameworks.read_keras}
 _TOLD = 12  # of each side, in an error
@@ -163,10 +164,8 @@ def match(
     raise ValueError(
       f'framework must be one of {[*_READERS]}, got {framework!r}.'
     )
-  is_torch, separator = (
-    framework == 'torch',
-    '.' if framework == 'torch' else '/',
-  )
+  is_torch = framework == 'torch'
+  separator = '.' if is_torch else '/'
   known = rules(names, separator, '/')
   template = template_of(variables)
   is_module = hasattr(there, 'named_parameters')
@@ -180,20 +179,14 @@ def match(
   ours = units_there(sources, separator, is_torch)
   theirs = units_here(template, is_torch, transposed, inputs_first)
   _check_marks(ours, theirs)
-  leaves = _numbers(theirs, '/')
-  flow = _flow.of_flax(call, variables, x, leaves, len(theirs))
+  left = _allowed(ours, theirs, known)
+  numbers = _numbers(theirs, '/')
+  flow = _flow.of_flax(call, variables, x, numbers, len(theirs))
   flow_there = None
   if is_module:
-    arrays = _numbers(ours, separator)
-    at = {
-      s.key: arrays[separator.join(filter(None, (s.layer, s.leaf)))]
-      for s in sources
-      if s.leaf != 'count'
-    }
-    given = _inputs(x) if inputs is None else inputs
-    given = given if isinstance(given, tuple) else (given,)
-    flow_there = _flow.of_torch(there, given, at, len(ours))
-  left = _allowed(ours, theirs, known)
+    flow_there = _run(
+      there, _inputs(x) if inputs is None else inputs, sources, ours
+    )
   try:
     found = matching(ours, theirs, flow, left, flow_there, _is_defined(sources))
   except Contradiction as error:
@@ -203,23 +196,39 @@ def match(
       'for some.'
     ) from error
   if open_ := found.undecided():
-    raise ValueError(_ambiguous(open_, ours, theirs))
+    is_file = is_torch and not is_module
+    more = ', or the PyTorch module in place of its state' if is_file else ''
+    raise ValueError(f'{_ambiguous(open_, ours, theirs)}{more}.')
   return _matches(found, flow, template, separator, known)
+
+
+def _run(
+  module: Any, inputs: Any, sources: Sequence[Source], units: Sequence[Unit]
+) -> _flow.Flow:
+  """The flow of a module that runs on inputs."""
+  numbers = _numbers(units, '.')
+  unit_of = {
+    source.key: numbers['.'.join(filter(None, (source.layer, source.leaf)))]
+    for source in sources
+    if source.leaf != 'count'
+  }
+  given = inputs if isinstance(inputs, tuple) else (inputs,)
+  return _flow.of_torch(module, given, unit_of, len(units))
 
 
 def _check_marks(ours: Sequence[Unit], theirs: Sequence[Unit]) -> None:
   """Raises unless each mark is as often there as here."""
-  there, here = (count(u.mark for u in units) for units in (ours, theirs))
+  there, here = (Counter(u.mark for u in units) for units in (ours, theirs))
   lines = []
   for mark in dict.fromkeys([*there, *here]):
-    if there.get(mark) != here.get(mark):
+    if there[mark] != here[mark]:
       names = [
         ', '.join([u.name for u in units if u.mark == mark][:_TOLD]) or 'none'
         for units in (ours, theirs)
       ]
       lines.append(
-        f'  {_shape(mark)}: {there.get(mark, 0)} there ({names[0]}), '
-        f'{here.get(mark, 0)} here ({names[1]})'
+        f'  {_shape(mark)}: {there[mark]} there ({names[0]}), '
+        f'{here[mark]} here ({names[1]})'
       )
   if lines:
     told = '\n'.join(lines)
@@ -256,7 +265,7 @@ def _inputs(x: Any) -> Any:
     shape = (shape[0], shape[-1], *shape[1:-1])
   if np.issubdtype(like.dtype, np.integer):
     return torch.zeros(shape, dtype=torch.int64)
-  return torch.randn(shape)
+  return torch.randn(shape, generator=torch.Generator())
 
 
 def _allowed(
@@ -269,23 +278,40 @@ def _allowed(
     for units in (ours, theirs)
   ]
   left: np.ndarray = marks[0][:, None] == marks[1]
+  calls = [_calls(unit, known.old) for unit in ours]
+  paths = [_calls(unit, known.new) for unit in theirs]
+  for name, target in known.table.items():
+    alone = Rules({name: target}, known.old, known.new)
+    if not any(alone.beginning(call) for each in calls for call in each):
+      raise ValueError(f'names: nothing there is called {name!r}.')
   for i, unit in enumerate(ours):
-    if (found := known.beginning(unit.name)) is None:
-      continue
-    target, rest = found
-    fits = [
-      not target
-      or u.name == target
-      or (bool(rest) and u.name.startswith(f'{target}/'))
-      for u in theirs
-    ]
-    left[i] &= fits
-    if not left[i].any():
-      raise ValueError(
-        f'names give {unit.name!r} to {target!r}, where nothing here has its '
-        f'shape, {_shape(unit.mark)}.'
-      )
+    for name in calls[i]:
+      if (found := known.beginning(name)) is None:
+        continue
+      target, rest = found
+      left[i] &= [_is_at(each, target, bool(rest)) for each in paths]
+      if not left[i].any():
+        raise ValueError(
+          f'names give {name!r} to {target!r}, where nothing here has its '
+          f'shape, {_shape(unit.mark)}.'
+        )
   return left
+
+
+def _calls(unit: Unit, separator: str) -> list[str]:
+  """All that a unit is called: an array that is alone may be meant too."""
+  arrays = unit.arrays if len(unit.arrays) == 1 else ()
+  names = [separator.join(filter(None, array)) for array in arrays]
+  return [*dict.fromkeys([*(unit.roles or [unit.name]), *names])]
+
+
+def _is_at(paths: Sequence[str], target: str, is_inside: bool) -> bool:
+  """Whether one of the paths is a target, or is in it."""
+  if not is_inside:
+    return target in paths
+  return (
+    any(f'{path}/'.startswith(f'{target}/') for path in paths) or not target
+  )
 
 
 def _is_defined(sources: Sequence[Source]) -> bool:
@@ -312,7 +338,7 @@ def _ambiguous(
   told = '\n'.join(lines)
   return (
     f'nothing tells these apart, and nothing was matched:\n{told}\n'
-    'Give names= for them, or the PyTorch module in place of its state dict.'
+    'Give names= for them'
   )
 
 
@@ -328,8 +354,15 @@ def _matches(
   for j in flow.order:
     i = peers[j]
     unit, why = found.there[i], found.why[i]
-    if why == 'shape' and known.beginning(unit.name) is not None:
+    given = map(known.beginning, _calls(unit, separator))
+    if why == 'shape' and any(given):
       why = 'given'
     names = named(unit, found.here[j], template, separator)
+    for name, path in names.items() if unit.roles else ():
+      if known.exactly(name) not in (None, path):
+        raise ValueError(
+          f'names give {name!r} to {known.exactly(name)!r}, but query, key and '
+          f'value go by what they are called: it is {path!r}.'
+        )
     pairs += [Pair(*name, why) for name in names.items()]
   return Matches(pairs)
