@@ -116,19 +116,27 @@ class Matching:
   def by_definition(self) -> None:
     """What is defined first there flows into what is defined later.
 
-    For two members of a module this is taken where nothing that is decided
-    speaks against it.
+    From the outermost modules inwards. Of two members of a module it is taken
+    where all of the one can flow into all of the other, and nothing that is
+    decided flows back; of no modules of a depth where that contradicts itself.
     """
     before = self.flow.before
-    against = _solve.can_hold(self.left & self.decided[:, None], before.T)
-    there = np.zeros_like(self.left)
-    for first, second in _members([u.parts for u in self.there]):
-      at = np.ix_(first, second)
-      there[at] = not against[at].any()
-    open_ = ~self.decided
-    there &= open_[:, None] | open_
-    relation = _solve.supported(self.left, Relation(there, before))
-    self._relate(relation, 'definition')
+    depth = max(len(unit.parts) for unit in self.there)
+    for level in range(depth):
+      if (is_decided := self.decided).all():
+        return
+      forward = _solve.can_hold(self.left, before)
+      back = _solve.can_hold(self.left & is_decided[:, None], before.T)
+      there = np.zeros_like(self.left)
+      for first, second in _members([u.parts for u in self.there], level):
+        at = np.ix_(first, second)
+        there[at] = forward[at].all() and not back[at].any()
+      there &= ~(is_decided[:, None] & is_decided)
+      kept = self.left.copy(), [*self.relations], {**self.why}
+      try:
+        self._relate(Relation(there, before), 'definition')
+      except Contradiction:
+        self.left, self.relations, self.why = kept
 
   def check_definition(self) -> None:
     """Raises if all that flows between two members flows against it.
@@ -188,11 +196,7 @@ def matching(
   if is_defined and found.decided.all():
     found.check_definition()
   elif is_defined:
-    kept = found.left.copy(), [*found.relations], {**found.why}
-    try:
-      found.by_definition()
-    except Contradiction:
-      found.left, found.relations, found.why = kept
+    found.by_definition()
   return found
 
 
@@ -203,7 +207,7 @@ def _called(unit: Unit, k: int) -> str:
 
 def _series(paths: Sequence[tuple[str, ...]]) -> Iterator[list[list[int]]]:
   """The numbered members of each module: of each the units, in order."""
-  for groups in _modules(paths):
+  for _, groups in _modules(paths):
     stems: dict[str, list[tuple[int, list[int]]]] = {}
     for part, units in groups.items():
       found = re.fullmatch(r'(.*?)(\d+)', part)
@@ -215,23 +219,26 @@ def _series(paths: Sequence[tuple[str, ...]]) -> Iterator[list[list[int]]]:
 
 
 def _members(
-  paths: Sequence[tuple[str, ...]],
+  paths: Sequence[tuple[str, ...]], depth: int | None = None
 ) -> Iterator[tuple[list[int], list[int]]]:
-  """Members of a module that no number orders, as they are defined."""
-  for groups in _modules(paths):
+  """Members of a module that no number orders, as they are defined.
+
+  Of all modules, or of those of a depth.
+  """
+  for level, groups in _modules(paths):
     members = [
       (re.sub(r'\d+$', '', part), units) for part, units in groups.items()
     ]
     for i, (stem, first) in enumerate(members):
       for other, second in members[i + 1 :]:
-        if stem != other:
+        if stem != other and depth in (None, level):
           yield first, second
 
 
 def _modules(
   paths: Sequence[tuple[str, ...]],
-) -> Iterator[dict[str, list[int]]]:
-  """The members of each module, each with its units."""
+) -> Iterator[tuple[int, dict[str, list[int]]]]:
+  """The depth of each module, and its members, each with its units."""
   left = [(0, [*range(len(paths))])]
   while left:
     depth, units = left.pop()
@@ -239,5 +246,5 @@ def _modules(
     for i in units:
       if depth < len(paths[i]):
         groups.setdefault(paths[i][depth], []).append(i)
-    yield groups
+    yield depth, groups
     left += [(depth + 1, group) for group in groups.values()]
