@@ -111,8 +111,8 @@ def match(
 
   What the evidence leaves open is refused by name, as query, key and value that
   are called `Dense_0` to `Dense_2` here, and so is what contradicts. The pairs
-  say what decided each: read those decided by numbers or by definition, which
-  are habits of the people that write models, or compare the outputs.
+  say what decided each: read those decided by modules, numbers or definition,
+  which are habits of the people that write models, or compare the outputs.
 
   Args:
     there: a state dict, as `from_torch` takes it, or a `torch.nn.Module`; with
