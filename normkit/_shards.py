@@ -1,5 +1,7 @@
 """Where arrays lie: what their types say of meshes and of mapped axes."""
 
+from collections.abc import Callable
+import itertools
 import math
 
 import jax
@@ -68,6 +70,44 @@ def broadcast_like(x: Array, like: Array) -> Array:
   `jnp.where` and `jnp.maximum` agree.
   """
   return reshard_like(jnp.broadcast_to(x, like.shape), like)
+
+
+def by_shards(
+  run: Callable[[list[Array]], list[Array]], check_vma: bool
+) -> Callable[[list[Array]], list[Array]]:
+  """Lets what works on elements see, of explicit axes too, one device's.
+
+  Arrays that are sharded over the same axes of a mesh run together.
+  """
+  axes = {*jax.sharding.get_abstract_mesh().explicit_axes}
+
+  def whole(leaves: list[Array]) -> list[Array]:
+    alike: dict[frozenset[str], list[int]] = {}
+    for place, leaf in enumerate(leaves):
+      alike.setdefault(_mesh_axes(leaf), []).append(place)
+    found = list(leaves)
+    for places in alike.values():
+      specs = [jax.typeof(leaves[p]).sharding.spec for p in places]
+      local = jax.shard_map(
+        run,
+        axis_names=axes,
+        in_specs=(specs,),
+        out_specs=specs,
+        check_vma=check_vma,
+      )
+      results = local([leaves[p] for p in places])
+      for place, result in zip(places, results, strict=True):
+        found[place] = result
+    return found
+
+  return whole
+
+
+def _mesh_axes(x: Array) -> frozenset[str]:
+  """The axes of a mesh over which the type of x says that it is sharded."""
+  spec = jax.typeof(x).sharding.spec
+  parts = [(s,) if isinstance(s, str) else s or () for s in spec]
+  return frozenset(itertools.chain(*parts))
 
 
 def shards(x: Array, axis: int) -> int:

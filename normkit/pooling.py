@@ -7,15 +7,16 @@ equation 2.1, by their counts and about a pivot that they share.
 
 from collections.abc import Callable
 import functools
-import itertools
+import math
 from typing import Any
 
 import jax
 from jax import lax
 from jax.flatten_util import ravel_pytree
 import jax.numpy as jnp
+import numpy as np
 
-from normkit import _shards
+from normkit import _groups, _shards
 from normkit._types import Array, AxisName, Groups
 from normkit.centred import Centred, fixed, square
 
@@ -115,30 +116,76 @@ def pool_sum(
   """Sums over all devices along named axes, or those of the own group."""
   if axis_name is None:
     return values
-  if axis_index_groups is None:
-    _shards.axis_size(axis_name)  # raises where it is not bound
-    return lax.psum(values, axis_name)
-  _check_groups(axis_index_groups, axis_name)
-  flat, unravel = ravel_pytree(values)
-  groups = [tuple(group) for group in axis_index_groups if group]
-  return unravel(_group_sum(flat, axis_name, groups))
-
-
-def _group_sum(values: Array, axis_name: AxisName, groups: Groups) -> Array:
-  """The sum of a vector over the own group, alike to the bit in all members.
-
-  JAX's own, `psum`, takes no groups under `vmap` nor where `shard_map` checks
-  what varies, and on TPUs none of unequal sizes.
-  """
-  index = lax.axis_index(axis_name)
-  values = _shards.vary(values, index)
   names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-  devices = jax.sharding.get_abstract_mesh().manual_axes
-  if names != tuple(n for n in devices if n in names):
-    return _sum_of_all(values, names, groups)
+  _shards.axis_size(names)  # raises where it is not bound
+  _check_names(names)
+  if axis_index_groups is None:
+    return lax.psum(values, names)
+  _check_groups(axis_index_groups, names)
+  groups = [tuple(group) for group in axis_index_groups if group]
+
+  def run(leaves: list[Array]) -> list[Array]:
+    flat, unravel = ravel_pytree(leaves)
+    summed: list[Array] = unravel(_group_sum(flat, names, groups))
+    return summed
+
+  index = lax.axis_index(names)
+  leaves, tree = jax.tree.flatten(values)
+  leaves = [_shards.vary(leaf, index) for leaf in leaves]
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.manual_axes and mesh.explicit_axes:
+    leaves = _symmetric(_shards.by_shards(run, _is_checked(names)))(leaves)
+  else:
+    leaves = run(leaves)
+  return jax.tree.unflatten(tree, leaves)
+
+
+def _is_checked(names: tuple[str, ...]) -> bool:
+  """Whether `shard_map` checks what varies over these devices."""
+  return bool(jax.typeof(lax.axis_index(names)).mat.varying)
+
+
+def _symmetric(total: Callable[[Any], Any]) -> Callable[[Any], Any]:
+  """A sum that is its own transpose, which JAX else does not know.
+
+  It learns it as if from a solver of linear equations.
+  """
+  return lambda values: lax.custom_linear_solve(
+    lambda v: v, values, lambda _, v: total(v), symmetric=True
+  )
+
+
+def _group_sum(values: Array, given: tuple[str, ...], groups: Groups) -> Array:
+  """The sum of a vector over the own group, alike to the bit in all members."""
+  manual = jax.sharding.get_abstract_mesh().manual_axes
+  devices = tuple(name for name in manual if name in given)
+  inner = tuple(name for name in given if name not in devices)
+  # Devices first, in the order of their mesh.
+  order = [given.index(name) for name in (*devices, *inner)]
+  sizes = [_shards.axis_size(name) for name in given]
+  members = np.arange(math.prod(sizes)).reshape(sizes).transpose(order)
+  place = np.argsort(members.reshape(-1)).tolist()
+  groups = [[place[i] for i in group] for group in groups]
+  if inner:
+    return _sum_of_members(values, devices, inner, groups)
+  return _sum_over_devices(values, devices, groups)
+
+
+def _sum_over_devices(
+  values: Array, names: tuple[str, ...], groups: Groups
+) -> Array:
+  """JAX's own, `psum`, where it takes groups.
+
+  It takes none where `shard_map` checks what varies, and on TPUs none of
+  unequal sizes.
+  """
+  if max(map(len, groups)) == 1:
+    return values
+  if len(groups) == 1:
+    return _shards.vary(lax.psum(values, names), values)
   if len(set(map(len, groups))) > 1:
     return _sum_by_trees(values, names, groups)
-  if jax.typeof(index).mat.varying:
+  if _is_checked(names):
     return _sum_by_shares(values, names, groups)
   summed: Array = lax.psum(values, names, axis_index_groups=groups)
   return summed
@@ -173,41 +220,61 @@ def _sum_by_trees(
   return values
 
 
-def _sum_of_all(values: Array, names: tuple[str, ...], groups: Groups) -> Array:
-  """From the values of all: under `vmap`, where they lie in one array.
+def _sum_of_members(
+  values: Array,
+  devices: tuple[str, ...],
+  inner: tuple[str, ...],
+  groups: Groups,
+) -> Array:
+  """Sums over members of a `vmap`, which lie in one array, then over devices.
 
-  Groups of one size are summed together.
+  JAX's `psum` takes no groups under `vmap`.
   """
-  index = lax.axis_index(names)
-  by_size = sorted(groups, key=len)
-  number = {i: n for n, group in enumerate(by_size) for i in group}
-  places = [
-    _shards.vary(jnp.array(list(some)), index)
-    for _, some in itertools.groupby(by_size, len)
-  ]
-  own = jnp.array([number[i] for i in range(len(number))])[index]
+  count, each = (math.prod(map(_shards.axis_size, n)) for n in (devices, inner))
+  own, rounds = _groups.schedule(groups, count, each, values.size)
+  index = lax.axis_index(devices) if devices else 0
+  mine = jnp.array(own)[index, lax.axis_index(inner)]
 
   def run(values: Array) -> Array:
     gathered = values
-    for name in reversed(names):  # `vmap` gathers along one at a time
+    for name in reversed(inner):  # `vmap` gathers along one at a time
       gathered = lax.all_gather(gathered, name)
-    gathered = gathered.reshape(-1, *values.shape)
-    sums = jnp.concatenate([jnp.sum(gathered[p], axis=1) for p in places])
-    mine: Array = lax.dynamic_index_in_dim(sums, own, keepdims=False)
-    return mine
+    gathered = gathered.reshape(each, -1)
 
-  # This sum is its own transpose. JAX learns it as if from a solver of linear
-  # equations; it would transpose the gather, and write under `vmap` an array of
-  # all devices for each.
-  summed: Array = lax.custom_linear_solve(
-    lambda v: v, values, lambda _, v: run(v), symmetric=True
-  )
-  return summed
+    def summed(places: np.ndarray) -> Array:
+      some = _shards.vary(jnp.array(places), values)[index]
+      return jnp.sum(gathered.at[some].get(mode='fill', fill_value=0), axis=1)
+
+    found = []
+    for partition, tables in rounds:
+      sums = jnp.concatenate([summed(places) for places in tables])
+      total = _sum_over_devices(sums.reshape(-1), devices, partition)
+      found.append(total.reshape(sums.shape))
+    sums = jnp.concatenate(found)
+    one: Array = lax.dynamic_index_in_dim(sums, mine, keepdims=False)
+    return one
+
+  # Else the gather would be transposed, and `vmap` write an array of all
+  # members for each.
+  total: Array = _symmetric(run)(values)
+  return total
 
 
-def _check_groups(groups: Groups, axis_name: AxisName) -> None:
+def _check_names(names: tuple[str, ...]) -> None:
+  """Raises where JAX runs no collective over names of a `vmap`."""
+  manual = jax.sharding.get_abstract_mesh().manual_axes
+  inner = tuple(name for name in names if name not in manual)
+  if inner and manual and _is_checked(manual):
+    raise NotImplementedError(
+      f'axis_name holds {inner}, names of a vmap, inside of a jax.shard_map '
+      'that checks what varies over devices, where JAX sums nothing over them. '
+      'Give it check_vma=False.'
+    )
+
+
+def _check_groups(groups: Groups, names: tuple[str, ...]) -> None:
   """Raises unless the groups are a partition of the indices."""
-  size = _shards.axis_size(axis_name)
+  size = _shards.axis_size(names)
   if sorted(i for group in groups for i in group) != list(range(size)):
     raise ValueError(
       f'axis_index_groups={groups!r} is not a partition of the {size} indices '

@@ -75,7 +75,7 @@ LAYERS = (
   ('kernels.configs', 'kernels.record'),
   ('kernels',),
   ('closures',),
-  ('_shards', 'platforms'),
+  ('_shards', '_groups', 'platforms'),
   ('_lazy', '_types', '_words'),
 )
 DEPTH = {name: depth for depth, row in enumerate(LAYERS) for name in row}

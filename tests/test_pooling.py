@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import chex
 import family
+import flax
 from hypothesis import given, strategies as st
 import jax
 from jax import lax, shard_map
@@ -22,6 +23,7 @@ import reference
 from tiers import second_tier, thinned
 
 import normkit as nk
+from normkit import _groups
 from normkit.pooling import pool_sum
 
 DEVICES = 8
@@ -870,3 +872,183 @@ def test_virtual_batches_cost_no_collective_forward():
   assert not collectives(
     lambda x: transform.apply(params, state, x, train=True)[0], x
   )
+
+
+# Of two members on each of eight devices; and for how many groups of several
+# devices numbers are exchanged.
+MIXED = (
+  ([[d, d + 8] for d in range(8)], 0),
+  ([[d, d + 1, d + 8, d + 9] for d in range(0, 8, 2)], 1),
+  ([[d, d + 1] for d in range(0, 16, 2)], 2),
+  ([[0, 1, 8, 9], [2, 10], [*range(3, 8), *range(11, 16)]], 2),
+  ([[5, 0, 9], [], [1], [2, 10, 3, 4], [6, 7, *range(11, 16), 8]], 3),
+)
+
+
+def by_members(function, names, devices, check_vma=False):
+  """Maps members of a `vmap`, i, on each device."""
+  axis = names.index('i')
+  mapped = jax.vmap(
+    lambda v: jax.tree.map(lambda a: a[None], function(v[0])),
+    axis,
+    axis,
+    axis_name='i',
+  )
+  spec = P(*(n if n == 'd' else None for n in names))
+  return shard_map(
+    mapped,
+    mesh=mesh(devices),
+    in_specs=spec,
+    out_specs=spec,
+    check_vma=check_vma,
+  )
+
+
+@pytest.mark.parametrize('names', [('i', 'd'), second_tier(('d', 'i'))])
+def test_sums_of_members_on_devices(names):
+  """Alike to the bit in a group, where a NaN stays; forward and back."""
+  places = np.arange(16)
+  if names == ('d', 'i'):
+    places = places % 8 * 2 + places // 8
+  all_groups = [
+    [[int(places[i]) for i in group] for group in groups] for groups, _ in MIXED
+  ]
+  values = np.random.default_rng(0).standard_normal((16, 5))
+  values[places[11], 0] = np.nan
+
+  def run(v):
+    found = []
+    for groups in all_groups:
+      total = partial(pool_sum, axis_name=names, axis_index_groups=groups)
+      sums, pull = jax.vjp(total, v)
+      found.append((sums, *pull(2 * v)))
+    return found
+
+  shape = (2, 8, 5) if names == ('i', 'd') else (8, 2, 5)
+  given = jnp.asarray(values.reshape(shape), jnp.float32)
+  mapped = by_members(run, names, DEVICES)
+  assert sent(mapped, given) == 4 * 5 * 2 * sum(slots for _, slots in MIXED)
+  for groups, sums in zip(all_groups, jax.jit(mapped)(given), strict=True):
+    for group in filter(None, groups):
+      for times, got in enumerate(sums, 1):
+        of = np.asarray(got).reshape(values.shape)[group]
+        np.testing.assert_array_equal(of, of[:1].repeat(len(group), 0))
+        want = times * values[group].sum(0)
+        np.testing.assert_allclose(of[0], want, rtol=1e-5)
+
+
+def test_bytes_of_members_on_devices_do_not_grow():
+  """Two groups for each pair of devices: as much as for one, twice."""
+  for devices in 4, 8:
+    pairs = [
+      [d + i * devices, d + i * devices + 1]
+      for d in range(0, devices, 2)
+      for i in (0, 1)
+    ]
+    norm = nk.BatchNorm(axis_name=('i', 'd'), axis_index_groups=pairs)
+
+    def run(data, norm=norm):
+      return step(norm, data, data, None)
+
+    x = jnp.zeros((2, devices, 1, 256))
+    mapped = by_members(run, ('i', 'd'), devices)
+    assert sent(mapped, x) == 2 * 4 * (3 * 256 + 1 + 2 * 256)
+  assert collectives(mapped, x) == ['all-reduce'] * 3
+
+
+def test_groups_that_cut_across():
+  """Few numbers of all go to all devices at once; many to their own alone."""
+  ring = [[m, (m + 3) % 16] for m in range(0, 16, 2)]
+  for size, rounds, most in (1, 1, DEVICES), (2**16, 2, 2):
+    slots, found = _groups.schedule(ring, DEVICES, 2, size)
+    assert len(found) == rounds
+    assert slots.max() == most - 1
+    for group in ring:  # of one slot, in which nobody else of the device is
+      assert len({slots[m // 2, m % 2] for m in group}) == 1
+    assert all(len({*row}) == 2 for row in slots)
+
+
+def test_names_in_another_order_than_the_mesh():
+  """The same groups by other numbers, at the same cost."""
+  groups = [[0, 4], [1, 5], [2, 6], [3, 7]]  # over e, and pairs of d
+
+  def run(v):
+    return pool_sum(v, ('e', 'd'), groups)
+
+  v = jnp.arange(8.0 * 5).reshape(8, 5)
+  mapped = over_all(False, ('d', 'e'), run)
+  of_e_and_d = np.asarray(v).reshape(4, 2, 5).sum(1, keepdims=True)
+  np.testing.assert_array_equal(
+    np.asarray(mapped(v)).reshape(4, 2, 5), of_e_and_d.repeat(2, 1)
+  )
+  assert collectives(mapped, v) == ['all-reduce']
+  assert sent(mapped, v) == 4 * 5
+
+
+@pytest.mark.parametrize('groups', [None, [[0, 1], [2, 3]]])
+def test_members_of_a_vmap_where_devices_are_checked(groups):
+  """JAX sums nothing over them there; where it does, this can go."""
+  v = jnp.ones((2, 2, 5))
+
+  def raises(error, match, function):
+    with pytest.raises(error, match=match):
+      jax.eval_shape(by_members(function, ('i', 'd'), 2, True), v)
+
+  raises(AssertionError, None, lambda v: lax.psum(v, 'i'))
+  for names in 'i', ('i', 'd'):
+    total = partial(pool_sum, axis_name=names, axis_index_groups=groups)
+    raises(NotImplementedError, 'check_vma=False', total)
+
+
+def test_flax_takes_no_groups_under_vmap():
+  """As docs/parallel.md says."""
+  norm = flax.linen.BatchNorm(
+    use_running_average=False,
+    axis_name=('i', 'd'),
+    axis_index_groups=[[0, 1], [2, 3]],
+  )
+  v = jnp.ones((2, 2, 3, 5))
+  one = jnp.ones(5)
+  variables = {
+    'params': {'scale': one, 'bias': one},
+    'batch_stats': {'mean': one, 'var': one},
+  }
+
+  def run(v):
+    return norm.apply(variables, v, mutable=['batch_stats'])[0]
+
+  with pytest.raises(NotImplementedError, match='axis_index_groups'):
+    jax.eval_shape(by_members(run, ('i', 'd'), 2), v)
+
+
+@pytest.mark.parametrize(
+  ('check_vma', 'groups'),
+  thinned([True, False], [[[0, 1], [2, 3]], [[0, 1, 2], [3]]], every=3),
+)
+def test_groups_where_other_axes_are_explicit(check_vma, groups):
+  """Channels stay sharded over the axis that `shard_map` leaves to JAX."""
+  grid = mesh(4, 2, kind=AxisType.Explicit)
+  data = inputs(shape=(8, 4, 6))._replace(where=None)
+  norm = pooled('', axis_index_groups=groups)
+
+  def run(x, dy):
+    y, state, dx = step(norm, x, dy, None)
+    return y, jax.tree.map(lambda s: s[None], state), dx
+
+  spec = P('d', None, 'e')
+  with jax.set_mesh(grid):
+    mapped = shard_map(
+      run,
+      axis_names={'d'},
+      in_specs=P('d'),
+      out_specs=P('d'),
+      check_vma=check_vma,
+    )
+    got = jax.jit(mapped)(*(jax.device_put(a, spec) for a in data[:2]))
+  assert got[0].sharding.spec == spec
+  y, state, dx = jax.tree.map(np.asarray, got)
+  for group in groups:
+    rows = np.concatenate([[2 * d, 2 * d + 1] for d in group])
+    first = jax.tree.map(lambda s, d=group[0]: s[d], state)
+    own = data.x[rows], data.dy[rows], None
+    check((y[rows], first, dx[rows]), wanted(*own))
