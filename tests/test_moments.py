@@ -325,3 +325,19 @@ def test_a_mask_of_size_one_over_many_elements():
   sets = Sets((0, 1))
   count = jax.jit(lambda where: counts(x, sets, where, jnp.float32))(where)
   np.testing.assert_array_equal(count, [[[2.0**33, 0]]])
+
+
+def test_nothing_to_reduce():
+  for axis in 0, (0, 1):
+    with pytest.raises(ValueError, match='no elements along'):
+      nk.moments(jnp.ones((0, 3)), axis)
+
+
+def test_groups_of_members():
+  x, groups = normal((4, 5), 2.0), [[0, 3, 1], [2]]
+  options = {'axis_name': 'i', 'axis_index_groups': groups}
+  run = jax.vmap(partial(nk.moments, axis=0, **options), axis_name='i')
+  for group in groups:
+    wanted = [np.squeeze(s) for s in exact(x[np.array(group)], (0, 1))]
+    for got, want in zip(run(x), wanted, strict=True):
+      np.testing.assert_allclose(got[np.array(group)], want, rtol=1e-5)

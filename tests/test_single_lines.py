@@ -64,6 +64,8 @@ def test_both_parts_of_the_mean_count(form, scaled):
     ((5, 4096), (1,), 128),
     ((64, 3), (0,), 16),
     ((8, 3), (0,), 8),
+    ((255, 3), (0,), 32),
+    ((3, 8), (1,), 8),
   ],
 )
 def test_a_sample_is_small(shape, axes, size):
@@ -95,6 +97,22 @@ def test_rows_of_gpus_stay_on_chip_until_a_derivative_needs_them():
     for run in (var, lambda x: jax.jvp(var, (x,), (x,))[1])
   )
   assert ['stablehlo.slice' in text for text in programs] == [False, True]
+
+
+@pytest.mark.parametrize(
+  'run',
+  [
+    lambda x: nk.moments(x, 0),
+    lambda x: nk.batch_norm(x, STATE, train=True)[1],
+  ],
+  ids=['moments', 'batch_norm'],
+)
+def test_bfloat16_takes_no_sample_on_gpus(run):
+  """Nor where it is widened first."""
+  for dtype in jnp.float32, jnp.bfloat16:
+    x = jax.ShapeDtypeStruct((512, 3), dtype)
+    lowered = jax.jit(run).trace(x).lower(lowering_platforms=('cuda',))
+    assert ('stablehlo.slice' in lowered.as_text()) == (dtype == jnp.float32)
 
 
 def test_what_is_not_masked_stays_visible():
