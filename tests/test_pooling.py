@@ -968,6 +968,22 @@ def test_groups_that_cut_across():
     assert all(len({*row}) == 2 for row in slots)
 
 
+def test_sums_in_two_rounds(monkeypatch):
+  """Where collectives cost nothing: a device sends but the two sums it has."""
+  monkeypatch.setattr(_groups, 'START', 0)
+  v = jnp.arange(16.0 * 5).reshape(2, 8, 5)
+  ring = [[d, (d + 1) % 8 + 8] for d in range(8)]
+
+  def run(v):
+    return pool_sum(v, ('i', 'd'), ring)
+
+  mapped = by_members(run, ('i', 'd'), DEVICES)
+  sums = v[0] + jnp.roll(v[1], -1, 0)
+  want = jnp.stack([sums, jnp.roll(sums, 1, 0)])
+  np.testing.assert_array_equal(jax.jit(mapped)(v), want)
+  assert sent(mapped, v) == 4 * 5 * 2
+
+
 def test_names_in_another_order_than_the_mesh():
   """The same groups by other numbers, at the same cost."""
   groups = [[0, 4], [1, 5], [2, 6], [3, 7]]  # over e, and pairs of d
