@@ -253,7 +253,7 @@ def draw(shape, dtype=jnp.float32, seed=0):
   x = 1 + 2 * rng.standard_normal(shape)
   if jnp.issubdtype(dtype, jnp.complexfloating):
     x = x + 1j * rng.standard_normal(shape)
-  return jnp.asarray(x, dtype)
+  return jax.device_put(np.asarray(x, dtype))  # compiles nothing
 
 
 def draw_mask(shape, seed=0):
@@ -261,7 +261,7 @@ def draw_mask(shape, seed=0):
   where = np.random.default_rng(seed).random(shape) < 0.8
   where[0] = False
   where[..., 0] = False
-  return jnp.asarray(where)
+  return jax.device_put(where)
 
 
 def precision(dtype):

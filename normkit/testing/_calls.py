@@ -8,8 +8,9 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from normkit._types import Array
+from normkit._types import Array, ArrayLike
 from normkit.norm import Norm
 
 Apply: TypeAlias = Callable[..., Any]
@@ -46,7 +47,19 @@ class Gated:
 def start(transform: Norm, x: Array) -> tuple[Any, Any]:
   """Parameters, a little off those of `init`, and the state."""
   params, state = transform.init(x)
-  return jax.tree.map(lambda p: p + 0.1 * _waves(p), params), state
+  return _moved(params), state
+
+
+@jax.jit
+def _moved(params: Any) -> Any:
+  return jax.tree.map(lambda p: p + 0.1 * _waves(p), params)
+
+
+def times(factor: ArrayLike, x: Array, plus: float = 0.0) -> Array:
+  """factor * x + plus in x's dtype, by NumPy: JAX compiles nothing for it."""
+  a, b = (np.asarray(v).astype(x.dtype) for v in (factor, plus))
+  moved: Array = jax.device_put(a * np.asarray(x) + b)
+  return moved
 
 
 def call(

@@ -7,10 +7,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from normkit._types import Array, ArrayLike
 from normkit.norm import Norm
-from normkit.testing._calls import Apply, applied, call, doing, start
+from normkit.testing._calls import (
+  Apply,
+  applied,
+  call,
+  doing,
+  start,
+  times,
+)
 from normkit.testing._compare import assert_close
 
 
@@ -40,7 +48,7 @@ def check_transformations(
   """
   x = jnp.asarray(x)
   params, state = start(transform, x)
-  xs = jnp.stack([x, -x])
+  xs = np.stack([x, times(-1, x)])
   static = jax.jit(call, static_argnums=(0, 1))
   for train in (True, False):
     apply = applied(transform, train)
@@ -95,7 +103,8 @@ def check_traces(
     state = first
     for name, same in calls.items():
       with doing(transform, f'{name}, with train={train}'):
-        state = function(same, train, params, state, x, where)['state']
+        out = function.eval_shape(same, train, params, state, x, where)
+        state = out['state']
         if len(traces) > 1:
           raise AssertionError('jax.jit traced it again.')
 
@@ -104,8 +113,8 @@ def _each(apply: Apply) -> Apply:
   """Maps `apply` over the first axis of x, in a Python loop."""
 
   def loop(params: Any, state: Any, xs: Array, where: Any) -> Any:
-    outs = [apply(params, state, x, where) for x in xs]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
+    outs = [apply(params, state, jax.device_put(x), where) for x in xs]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *outs)
 
   return loop
 
