@@ -1,6 +1,7 @@
 """What the wider family promises beyond the conformance suite."""
 
 import dataclasses
+import functools
 import math
 
 from cases import SelfGated, draw
@@ -17,18 +18,26 @@ from tiers import thinned
 import normkit as nk
 from normkit.masks import decay_mask
 
-STATE = nk.BatchNormState(
-  jnp.array([0.5, -2.0, 1.0]), jnp.array([40.0, 0.3, 1.0]), jnp.full(3, 7)
+STATE = jax.device_put(
+  nk.BatchNormState(
+    np.float32([0.5, -2.0, 1.0]),
+    np.float32([40.0, 0.3, 1.0]),
+    np.full(3, 7, np.int32),
+  )
 )
+
+
+def compiled(function, *args, **options):
+  """A call in one program: eagerly, each operation would be one."""
+  return jax.jit(functools.partial(function, **options))(*args)
 
 
 class TestBatchRenorm:
   @pytest.mark.parametrize('limits', [(1.0, 0.0), (1.2, 0.3), (50.0, 50.0)])
   def test_values(self, limits):
     x, scale, bias = draw((6, 2, 3)), draw(3, seed=1), draw(3, seed=2)
-    y, state = nk.batch_renorm(
-      x, STATE, scale, bias, train=True, r_max=limits[0], d_max=limits[1]
-    )
+    options = {'train': True, 'r_max': limits[0], 'd_max': limits[1]}
+    y, state = compiled(nk.batch_renorm, x, STATE, scale, bias, **options)
     params = nk.NormParams(scale, bias)
     of = family.batch_renorm(*limits)
     chex.assert_trees_all_close(
@@ -38,8 +47,8 @@ class TestBatchRenorm:
   def test_without_limits_training_is_evaluation(self):
     x = draw((6, 3))
     options = {'r_max': np.inf, 'd_max': np.inf}
-    y, _ = nk.batch_renorm(x, STATE, train=True, **options)
-    z, _ = nk.batch_renorm(x, STATE, train=False, **options)
+    y, _ = compiled(nk.batch_renorm, x, STATE, train=True, **options)
+    z, _ = compiled(nk.batch_renorm, x, STATE, train=False, **options)
     np.testing.assert_allclose(y, z, atol=1e-5)
 
   def test_gradients_hold_r_and_d(self):
@@ -53,21 +62,23 @@ class TestBatchRenorm:
     def normed(x):
       return nk.batch_norm(x, STATE, train=True)[0]
 
-    y, pull = jax.vjp(jax.jit(renormed), x)
-    n, pull_normed = jax.vjp(jax.jit(normed), x)
-    r = (y[0] - y[1]) / (n[0] - n[1])
+    def pulled(x, dy):
+      y, pull = jax.vjp(renormed, x)
+      n, pull_normed = jax.vjp(normed, x)
+      r = (y[0] - y[1]) / (n[0] - n[1])
+      return r, pull(dy)[0], pull_normed(r[None] * dy)[0]
+
+    r, found, want = compiled(pulled, x, dy)
     assert np.ptp(r) > 0.1  # the features differ
-    np.testing.assert_allclose(
-      pull(dy)[0], pull_normed(r[None] * dy)[0], atol=1e-5
-    )
+    np.testing.assert_allclose(found, want, atol=1e-5)
 
   def test_schedules(self):
     """By the updates so far, which differ between features."""
     r_max = optax.linear_schedule(1.0, 3.0, 10, 5)
     d_max = optax.linear_schedule(0.0, 5.0, 10, 5)
-    state = STATE._replace(count=jnp.array([0, 10, 40]))
+    state = STATE._replace(count=np.int32([0, 10, 40]))
     norm = nk.BatchRenorm(r_max=r_max, d_max=d_max)
-    x = 3 * draw((8, 3))
+    x = 3 * np.asarray(draw((8, 3)))
     params, _ = norm.init(x)
     y, _ = jax.jit(norm.apply, static_argnames='train')(
       params, state, x, train=True
@@ -77,10 +88,11 @@ class TestBatchRenorm:
       np.testing.assert_allclose(y[:, feature], want[:, feature], atol=2e-5)
 
   def test_schedules_of_the_paper(self):
-    x = 100 + draw((8, 3))
-    counts = jnp.array([5_000, 22_500, 40_000])
-    state = nk.BatchNormState(jnp.zeros(3), jnp.ones(3), counts)
-    y, _ = nk.batch_renorm(x, state, train=True)
+    x = 100 + np.asarray(draw((8, 3)))
+    counts = np.array([5_000, 22_500, 40_000], np.int32)
+    state = nk.BatchNormState(np.zeros(3), np.ones(3), counts)
+    y, _ = compiled(nk.batch_renorm, x, state, train=True)
+    y = np.asarray(y)
     np.testing.assert_allclose(y.mean(0), [0, 4.375, 5], atol=1e-4)
     spread = np.minimum(np.std(x, 0), [1, 2, 3])
     np.testing.assert_allclose(y.std(0), spread, rtol=1e-4)
@@ -103,16 +115,15 @@ class TestBatchRenorm:
 
   def test_schedules_stay_in_their_limits(self):
     x = draw((6, 3))
-    low, _ = nk.batch_renorm(
-      x, STATE, train=True, r_max=lambda n: 0.0, d_max=lambda n: -1.0
-    )
-    same, _ = nk.batch_norm(x, STATE, train=True)
+    options = {'r_max': lambda n: 0.0, 'd_max': lambda n: -1.0}
+    low, _ = compiled(nk.batch_renorm, x, STATE, train=True, **options)
+    same, _ = compiled(nk.batch_norm, x, STATE, train=True)
     np.testing.assert_allclose(low, same, atol=1e-6)
 
 
 class TestStreamingNorm:
   def test_batches_of_one_tell_the_variance(self):
-    xs = draw((2000, 1, 3)) * jnp.array([[[1.0, 3.0, 0.1]]])
+    xs = np.asarray(draw((2000, 1, 3))) * np.float32([[[1.0, 3.0, 0.1]]])
     norm = nk.StreamingNorm(momentum=None)
     params, state = norm.init(xs[0])
 
@@ -120,7 +131,7 @@ class TestStreamingNorm:
       y, state = norm.apply(params, state, x, train=True)
       return state, y
 
-    state, ys = jax.lax.scan(step, state, xs)
+    state, ys = jax.device_get(jax.lax.scan(step, state, xs))
     np.testing.assert_allclose(state.mean, xs.mean((0, 1)), rtol=1e-4)
     np.testing.assert_allclose(state.var, xs.var((0, 1)), rtol=1e-3)
     np.testing.assert_allclose(ys[1000:].std((0, 1)), 1, atol=0.1)
@@ -144,17 +155,19 @@ class TestGlobalResponseNorm:
   @pytest.mark.parametrize('shape', [(2, 7, 4), (2, 3, 4, 4), (2, 3, 2, 2, 4)])
   def test_any_number_of_places(self, shape):
     x, scale, bias = draw(shape), draw(4, seed=1), draw(4, seed=2)
-    y = nk.global_response_norm(x, scale, bias)
+    y = compiled(nk.global_response_norm, x, scale, bias)
     params = nk.NormParams(scale, bias)
     want, _ = family.global_response()(params, None, x, True)
     np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
-    alone = nk.global_response_norm(x[0], scale, bias, batch_axis=())
+    x, y = np.asarray(x), np.asarray(y)
+    norm = functools.partial(nk.global_response_norm, batch_axis=())
+    alone = compiled(norm, x[0], scale, bias)
     np.testing.assert_allclose(alone, y[0], rtol=1e-6, atol=1e-6)
 
   def test_starts_as_the_identity(self):
     x = draw((2, 5, 4), jnp.bfloat16)
     for norm in nk.GlobalResponseNorm(), nk.GlobalResponseNorm(scale_offset=2):
-      y, _ = norm.apply(*norm.init(x), x, train=True)
+      y, _ = compiled(norm.apply, *norm.init(x), x, train=True)
       chex.assert_trees_all_equal(y, x)
 
   def test_bfloat16_is_rounded_once(self):
@@ -172,18 +185,19 @@ class TestGlobalResponseNorm:
     def run(x, scale):
       return nk.global_response_norm(x, scale, epsilon=epsilon).sum()
 
-    one = draw((2, 5, 4)).at[..., 0].set(0.0).at[1].set(0.0)
-    grads = jax.grad(run, (0, 1))(one, draw(4, seed=1))
+    one = np.array(draw((2, 5, 4)))
+    one[..., 0] = one[1] = 0
+    grads = compiled(jax.grad(run, (0, 1)), one, draw(4, seed=1))
     chex.assert_tree_all_finite(grads)
     np.testing.assert_array_equal(grads[0][1], 1)
 
   def test_padding_is_as_if_left_out(self):
-    x, scale = draw((2, 9, 4)), draw(4, seed=1)
-    where = jnp.arange(9)[:, None] < 5
-    junk = jnp.where(where, x, jnp.nan)
-    y = nk.global_response_norm(junk, scale, where=where)
-    want = nk.global_response_norm(x[:, :5], scale)
-    np.testing.assert_allclose(y[:, :5], want, rtol=1e-6)
+    x, scale = np.array(draw((2, 9, 4))), draw(4, seed=1)
+    want = compiled(nk.global_response_norm, x[:, :5], scale)
+    x[:, 5:] = np.nan
+    where = np.arange(9)[:, None] < 5
+    y = compiled(nk.global_response_norm, x, scale, where=where)
+    np.testing.assert_allclose(np.asarray(y)[:, :5], want, rtol=1e-6)
 
   @pytest.mark.parametrize(
     ('shape', 'options'),
@@ -233,13 +247,13 @@ class TestDerf:
 class TestIterativeWhitening:
   def correlated(self, count, channels=4):
     mix = np.random.default_rng(3).normal(size=(channels, channels))
-    return draw((count, channels)) @ jnp.asarray(mix, jnp.float32)
+    return np.asarray(draw((count, channels))) @ np.float32(mix)
 
   def test_outputs_are_white(self):
     x = self.correlated(400)
     norm = nk.IterativeWhitening(group_size=None, n_steps=12)
     params, state = norm.init(x)
-    y, _ = norm.apply(params, state, x, train=True)
+    y, _ = compiled(norm.apply, params, state, x, train=True)
     np.testing.assert_allclose(np.cov(y.T, bias=True), np.eye(4), atol=2e-3)
 
   def test_fewer_elements_than_channels(self):
@@ -259,8 +273,8 @@ class TestIterativeWhitening:
     x = self.correlated(400)
     norm = nk.IterativeWhitening(group_size=2, momentum=None)
     params, state = norm.init(x)
-    y, state = norm.apply(params, state, x, train=True)
-    z, after = norm.apply(params, state, x, train=False)
+    y, state = compiled(norm.apply, params, state, x, train=True)
+    z, after = compiled(norm.apply, params, state, x, train=False)
     np.testing.assert_allclose(y, z, atol=1e-4)
     chex.assert_trees_all_equal(state, after)
 
@@ -307,14 +321,18 @@ def test_conditioned(name, shape):
   """Scale and bias per example (FiLM, adaLN), per position (SPADE), or both."""
   x = draw((2, 3, 5, 4))
   scale, bias = draw(shape, seed=1), draw(shape, seed=2)
-  norm = jax.jit(CONDITIONED[name])
-  y, pull = jax.vjp(norm, x, scale, bias)
-  np.testing.assert_allclose(y, norm(x) * scale + bias, atol=2e-5)
-  dx, dscale, dbias = pull(jnp.ones_like(x))
-  axes = tuple(a for a in range(4) if shape[a] == 1)
+
+  def run(x, scale, bias):
+    norm = CONDITIONED[name]
+    y, pull = jax.vjp(norm, x, scale, bias)
+    return norm(x), y, *pull(jnp.ones_like(x))
+
+  n, y, dx, dscale, dbias = map(np.asarray, compiled(run, x, scale, bias))
   np.testing.assert_allclose(
-    dscale, norm(x).sum(axes, keepdims=True), atol=2e-4
+    y, n * np.asarray(scale) + np.asarray(bias), atol=2e-5
   )
+  axes = tuple(a for a in range(4) if shape[a] == 1)
+  np.testing.assert_allclose(dscale, n.sum(axes, keepdims=True), atol=2e-4)
   np.testing.assert_allclose(dbias, np.full(shape, x.size / dbias.size))
   chex.assert_tree_all_finite(dx)
 
@@ -323,12 +341,13 @@ def test_conditioned(name, shape):
 @pytest.mark.parametrize('norm', CONDITIONED.values(), ids=CONDITIONED)
 def test_conditioned_by_a_wrong_shape(norm, shape):
   with pytest.raises(ValueError, match='scale of shape'):
-    norm(jnp.ones((2, 3, 5, 4)), jnp.ones(shape))
+    norm(np.ones((2, 3, 5, 4), np.float32), np.ones(shape, np.float32))
 
 
 def test_adaptive_instance_norm():
-  x, style = draw((2, 5, 6, 3)), 4 + 3 * draw((2, 7, 2, 3), seed=1)
-  y = nk.adaptive_instance_norm(x, style)
+  x, style = draw((2, 5, 6, 3)), draw((2, 7, 2, 3), seed=1)
+  style = 4 + 3 * np.asarray(style)
+  y = np.asarray(compiled(nk.adaptive_instance_norm, x, style))
   np.testing.assert_allclose(y.mean((1, 2)), style.mean((1, 2)), rtol=1e-4)
   np.testing.assert_allclose(y.std((1, 2)), style.std((1, 2)), rtol=1e-4)
   with pytest.raises(ValueError, match='style has 3 axes'):
@@ -347,9 +366,9 @@ def test_scale_offset():
   params, state = norm.init(x)
   chex.assert_trees_all_equal(params.scale, jnp.zeros(6, jnp.bfloat16))
   small = params._replace(scale=jnp.full(6, 1e-3, jnp.bfloat16))
-  y, _ = norm.apply(small, state, x, train=True)
+  y, _ = compiled(norm.apply, small, state, x, train=True)
   scale = 1 + np.asarray(small.scale, np.float32)
-  np.testing.assert_allclose(y, nk.rms_norm(x, scale), rtol=1e-6)
+  np.testing.assert_allclose(y, compiled(nk.rms_norm, x, scale), rtol=1e-6)
   with pytest.raises(TypeError, match='scale_offset'):
     nk.LayerNorm(scale_offset='1')
 
@@ -357,9 +376,10 @@ def test_scale_offset():
 @pytest.mark.parametrize('ndim', [9, 30])
 def test_whitening_of_any_rank(ndim):
   transform = nk.IterativeWhitening(group_size=2)
-  x = jax.random.normal(jax.random.key(0), (8, 3, 4))
+  x = np.asarray(draw((8, 3, 4)))
   params, state = transform.init(x)
 
+  @jax.jit
   def apply(x):
     return transform.apply(params, state, x, train=True)[0]
 
@@ -368,11 +388,11 @@ def test_whitening_of_any_rank(ndim):
 
 
 def test_whitening_far_from_zero():
-  x = 1e5 + draw((512, 4))
+  x = 1e5 + np.asarray(draw((512, 4)))
   norm = nk.IterativeWhitening(group_size=2)
   params, state = norm.init(x)
-  y, _ = norm.apply(params, state, x, train=True)
-  np.testing.assert_allclose(y.mean(0), 0, atol=1e-5)
+  y, _ = compiled(norm.apply, params, state, x, train=True)
+  np.testing.assert_allclose(np.mean(y, 0), 0, atol=1e-5)
 
 
 VARIANTS = {
@@ -392,9 +412,9 @@ VARIANTS = {
 def test_variants(norm, of):
   x = draw((4, 5, 4))
   params, state = norm.init(x)
-  y, _ = norm.apply(params, state, x, train=True)
+  y, _ = compiled(norm.apply, params, state, x, train=True)
   if isinstance(of, nk.BatchNorm):
-    want, _ = of.apply(of.init(x)[0], state, x, train=True)
+    want, _ = compiled(of.apply, of.init(x)[0], state, x, train=True)
   else:
     want, _ = of(params, state, x, True)
   np.testing.assert_allclose(y, want, atol=1e-5)
@@ -402,8 +422,13 @@ def test_variants(norm, of):
 
 def test_l2_norm_of_queries():
   """QK norm: cosines, times one learned number."""
-  q, k = draw((2, 5, 8)), draw((2, 5, 8), seed=1)
-  scores = nk.l2_norm(q, 3.0) @ nk.l2_norm(k).swapaxes(-1, -2)
+  q, k = (np.asarray(draw((2, 5, 8), seed=seed)) for seed in range(2))
+
+  @jax.jit
+  def scores_of(q, k):
+    return nk.l2_norm(q, 3.0) @ nk.l2_norm(k).swapaxes(-1, -2)
+
+  scores = scores_of(q, k)
   length = (
     np.linalg.norm(q, axis=-1)[..., None] * np.linalg.norm(k, axis=-1)[:, None]
   )
