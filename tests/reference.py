@@ -85,7 +85,8 @@ class Reference:
     through = np.conj(n) * self.total(g * n).real
     if self.center:
       through = through + self.total(g)
-    share = (True if where is None else where) / np.maximum(count, 1)
+    where = True if where is None else np.asarray(where)
+    share = where / np.maximum(count, 1)
     dx = np.where(
       count > 0, (g - share * through) / np.sqrt(var + self.epsilon), 0
     )
