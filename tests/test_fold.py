@@ -42,7 +42,7 @@ def drawn(model, x, seed=0):
   def draw(path, leaf):
     name = jax.tree_util.keystr(path)
     if leaf.dtype == jnp.int32:
-      return jnp.zeros(leaf.shape, leaf.dtype)
+      return jax.device_put(np.zeros(leaf.shape, leaf.dtype))
     if 'var' in name:
       values = rng.uniform(0.3, 3, leaf.shape)
     else:
@@ -51,14 +51,15 @@ def drawn(model, x, seed=0):
         values /= np.sqrt(np.prod(leaf.shape[:-1]))
     if 'scale' in name:
       values.flat[:2] = 0, -2
-    return jnp.asarray(values, leaf.dtype)
+    return jax.device_put(values.astype(leaf.dtype))
 
   shapes = jax.eval_shape(model.init, jax.random.key(0), x)
   return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def image(*shape, seed=1, dtype=jnp.float32):
-  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+  values = np.random.default_rng(seed).normal(size=shape)
+  return jax.device_put(values.astype(dtype))
 
 
 def in_float64(call, variables, x):
@@ -207,9 +208,8 @@ def test_scale_alone_goes_through_padding():
   variables, x = {'kernel': kernel, 'gain': gain}, image(2, 4, 5, 5)
   folded = fold(call, variables, x)
   wanted = in_float64(call, variables, x)
-  chex.assert_trees_all_close(
-    folded.apply(folded.params, x), wanted.astype(np.float32), atol=1e-4
-  )
+  y = jax.jit(folded.apply)(folded.params, x)
+  chex.assert_trees_all_close(y, wanted.astype(np.float32), atol=1e-4)
   assert folded.report.rows == (('gain', 'kernel', ''),)
   assert primitives(folded, x) == ['conv_general_dilated']
 
@@ -235,7 +235,7 @@ def test_channels_first_and_kernels_left_of_the_input():
   with jax.numpy_rank_promotion('allow'):
     folded = fold(call, variables, x)
     wanted = in_float64(call, variables, x)
-    given = folded.apply(folded.params, x)
+    given = jax.jit(folded.apply)(folded.params, x)
   chex.assert_trees_all_close(
     given, wanted.astype(np.float32), rtol=1e-4, atol=1e-4
   )
@@ -320,7 +320,7 @@ def test_residual_network(residual):
     assert row.norm in str(folded.report)
   wanted = in_float64(model.apply, variables, x)
   chex.assert_trees_all_close(
-    folded.apply(folded.params, x),
+    jax.jit(folded.apply)(folded.params, x),
     wanted.astype(np.float32),
     rtol=1e-4,
     atol=1e-4,
@@ -348,7 +348,7 @@ def test_transformations(residual):
   given = jax.jit(jax.grad(loss(folded.apply, folded.params)))(x)
   true = jax.jit(jax.grad(loss(model.apply, variables)))(x)
   chex.assert_trees_all_close(given, true, rtol=1e-3, atol=1e-4)
-  stacked = jnp.stack([x, x])
+  stacked = np.stack([x, x])
   apply = jax.jit(jax.vmap(folded.apply, (None, 0)))
   chex.assert_trees_all_close(
     apply(folded.params, stacked)[1], wanted, atol=1e-4
@@ -400,9 +400,10 @@ class Net(nnx.Module):
 
 @pytest.mark.parametrize('kind', [nnx, normkit.nnx], ids=['flax', 'normkit'])
 def test_nnx(kind):
-  model, x = Net(nnx.Rngs(0), kind), image(2, 6, 5, 3)
+  model, x = nnx.jit(lambda: Net(nnx.Rngs(0), kind))(), image(2, 6, 5, 3)
+  call = nnx.jit(lambda model, x: model(x))
   for _ in range(3):
-    model(x * 3 + 1)
+    call(model, np.asarray(x) * 3 + 1)
   model.eval()
   before = jax.tree.map(np.array, nnx.state(model, nnx.Param))
   folded = fold(lambda model, x: model(x), model, x)
@@ -416,9 +417,8 @@ def test_nnx(kind):
     'out/kernel',
     'out/kernel:bias',
   ]
-  chex.assert_trees_all_close(
-    folded.apply(folded.params, x), model(x), rtol=1e-5, atol=1e-5
-  )
+  y = jax.jit(folded.apply)(folded.params, x)
+  chex.assert_trees_all_close(y, call(model, x), rtol=1e-5, atol=1e-5)
   chex.assert_trees_all_equal(nnx.state(model, nnx.Param), before)
 
 
@@ -438,7 +438,7 @@ def test_half_precision(dtypes, out):
   x = image(2, 6, 5, 4, dtype=jnp.bfloat16)
   variables = drawn(model, x)
   folded = fold(model.apply, variables, x)
-  y = folded.apply(folded.params, x)
+  y = jax.jit(folded.apply)(folded.params, x)
   assert y.dtype == out
   wanted = in_float64(model.apply, variables, x)
   size = np.abs(wanted).max()
