@@ -182,15 +182,15 @@ def gates_of(kind):
 def test_layer_norm_values(kind):
   params = draw_params(gates_of(kind))
   desired = run_reference(kind, params, X, 0.1)
+  run = jax.jit(run_function, static_argnums=0, static_argnames=STATIC)
   with jax.enable_x64(True):
-    x = jnp.asarray(X, jnp.float64)
-    y = run_function(kind, jax.tree.map(jnp.asarray, params), x, epsilon=0.1)
+    y = run(kind, params, X.astype(np.float64), epsilon=0.1)
     assert y.dtype == jnp.float64
     np.testing.assert_allclose(y, desired, rtol=1e-12)
-  half = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), params)
-  y = run_function(kind, half, jnp.asarray(X, jnp.bfloat16), epsilon=0.1)
+  half, x = jax.tree.map(lambda a: a.astype(jnp.bfloat16), (params, X))
+  y = run(kind, half, x, epsilon=0.1)
   assert y.dtype == jnp.bfloat16
-  np.testing.assert_allclose(y.astype(jnp.float32), desired, atol=0.05)
+  np.testing.assert_allclose(np.asarray(y, float), desired, atol=0.05)
 
 
 @pytest.mark.parametrize('max_length', [3, second_tier(8)])
@@ -216,8 +216,8 @@ def test_batch_norm_values(max_length):
     for x, lengths, train in batches:
       y, state = run(
         kind,
-        jax.tree.map(jnp.asarray, params),
-        jnp.asarray(x, jnp.float64),
+        params,
+        x.astype(np.float64),
         state,
         lengths,
         train=train,
