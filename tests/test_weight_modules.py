@@ -37,7 +37,8 @@ HALF = jnp.bfloat16
 
 
 def normal(*shape, dtype=jnp.float32, seed=0):
-  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+  values = np.random.default_rng(seed).normal(size=shape)
+  return jax.device_put(np.asarray(values, dtype))
 
 
 X = normal(4, 6, seed=1)
@@ -755,8 +756,10 @@ def both(norm, layer_dtype=jnp.float32, shape=(6, 5), **options):
   yield layer(None), layer.layer_instance.kernel[...], stats
 
 
-@pytest.mark.parametrize('shape', [(6, 5), (3, 2, 4), (2, 2, 3, 4)])
-@pytest.mark.parametrize('dtype', [jnp.float32, HALF])
+@pytest.mark.parametrize(
+  ('shape', 'dtype'),
+  thinned([(6, 5), (3, 2, 4), (2, 2, 3, 4)], [jnp.float32, HALF], every=2),
+)
 def test_references(shape, dtype):
   """NumPy in float64, of half-precision weights too."""
   tolerance = 1e-2 if dtype == HALF else 2e-6
@@ -854,7 +857,7 @@ def layers(kind):
 
 @pytest.mark.parametrize(
   ('kind', 'feature_axes', 'scaled'),
-  thinned(['dense', 'conv'], [-1, (-2, -1), None], [False, True], every=2),
+  thinned(['dense', 'conv'], [-1, (-2, -1), None], [False, True], every=3),
 )
 def test_standardization(kind, feature_axes, scaled):
   """Both families call the layer with the standardized kernel."""
@@ -866,7 +869,7 @@ def test_standardization(kind, feature_axes, scaled):
   gain = normal(*(kernel.shape[a] for a in features), seed=4)
   options = {'feature_axes': feature_axes, 'scaled': scaled}
   desired = weight_standardize_reference(kernel, gain, **options)
-  desired = jnp.asarray(desired, jnp.float32)
+  desired = np.float32(desired)
   y = linen.apply({'params': {'kernel': desired, 'bias': bias}}, x)
   options |= {'use_gain': True, 'gain_init': lambda *_: gain}
   module = kl.WeightStandardization(linen, **options)
