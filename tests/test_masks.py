@@ -20,7 +20,7 @@ DECAY = 0.25
 
 
 def ones(*shape):
-  return jnp.ones(shape)
+  return jax.device_put(np.ones(shape, np.float32))
 
 
 class Linen(nn.Module):

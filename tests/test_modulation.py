@@ -74,13 +74,18 @@ def test_values_and_gradients(norm, of, dtype, shape, masked):
   """In half precision too to one rounding: nothing else is rounded."""
   x, dy = draw(SHAPE, dtype), draw(SHAPE, dtype, seed=1)
   shift, scale = draw(shape, dtype, seed=2), draw(shape, dtype, seed=3)
-  where = draw_mask(SHAPE).at[0].set(True) if masked else None
-  run = jax.jit(partial(norm, where=where))
-  y, pull = jax.vjp(run, x, shift, scale)
-  found = y, *pull(dy)
+  where = np.array(draw_mask(SHAPE)) if masked else None
+  if masked:
+    where[0] = True
+
+  @jax.jit
+  def run(x, shift, scale, dy):
+    y, pull = jax.vjp(partial(norm, where=where), x, shift, scale)
+    return y, *pull(dy)
+
+  found = run(x, shift, scale, dy)
   chex.assert_type(found, dtype)
-  mask = None if where is None else np.asarray(where)
-  assert_close(found, wanted(of, x, shift, scale, dy, mask), DTYPES[dtype])
+  assert_close(found, wanted(of, x, shift, scale, dy, where), DTYPES[dtype])
 
 
 @norms
@@ -88,7 +93,7 @@ def test_one_plus_scale_is_not_rounded(norm, of):
   """In bfloat16 1 + 2^-9 is 1, and the scale of few steps is as small."""
   x = draw(SHAPE)
   scale = jnp.full((3, 8), 2.0**-9, jnp.bfloat16)
-  y = norm(x, None, scale)
+  y = jax.jit(norm)(x, None, scale)
   want, _ = of()(nk.NormParams(), None, np.asarray(x), True)
   np.testing.assert_allclose(y, want * (1 + 2.0**-9), rtol=1e-6, atol=1e-6)
 
@@ -105,15 +110,21 @@ def test_parts_left_out(norm, of):
 def test_other_axes(norm, of):
   """Channels first, images, and an example by itself, as under vmap."""
   x, shift, scale = draw((3, 5, 8)), draw((3, 8), seed=2), draw((3, 8), seed=3)
-  y = norm(x, shift, scale)
-  first = norm(x.swapaxes(1, 2), shift, scale, axis=1)
-  np.testing.assert_allclose(first.swapaxes(1, 2), y, atol=1e-6)
-  images = norm(x.reshape(3, 5, 1, 8), shift, scale)
-  np.testing.assert_allclose(images.reshape(y.shape), y, atol=1e-6)
-  each = jax.vmap(norm)(x, shift, scale)
-  np.testing.assert_allclose(each, y, atol=1e-6)
-  np.testing.assert_allclose(norm(x[0, 0], shift[0], scale[0]), y[0, 0], 1e-5)
-  half = norm(x, shift, scale, dtype=jnp.bfloat16)
+
+  @jax.jit
+  def run(x, shift, scale):
+    first = norm(x.swapaxes(1, 2), shift, scale, axis=1)
+    images = norm(x.reshape(3, 5, 1, 8), shift, scale)
+    ways = first.swapaxes(1, 2), images.reshape(3, 5, 8)
+    ways = *ways, jax.vmap(norm)(x, shift, scale)
+    alone = norm(x[0, 0], shift[0], scale[0])
+    half = norm(x, shift, scale, dtype=jnp.bfloat16)
+    return norm(x, shift, scale), ways, alone, half
+
+  y, ways, alone, half = jax.device_get(run(x, shift, scale))
+  for way in ways:
+    np.testing.assert_allclose(way, y, atol=1e-6)
+  np.testing.assert_allclose(alone, y[0, 0], 1e-5)
   chex.assert_trees_all_equal(half, y.astype(jnp.bfloat16))
   del of
 

@@ -18,7 +18,7 @@ EXAMPLES = 16, 3, 40
 
 
 def given(norm, dtype='float32', seed=0):
-  x = draw(EXAMPLES, dtype, seed) * 3
+  x = np.asarray(draw(EXAMPLES, dtype, seed)) * np.asarray(3, dtype)
   count = 2 if norm is nk.quantized_layer_norm else 1
   return x, *(draw((40,), seed=seed + i + 1) for i in range(count))
 
@@ -72,8 +72,8 @@ def test_a_scale_a_row(norm, dtype, of):
 def test_given_scales(norm, shape):
   """Beyond them the largest number, where a cast would give NaN."""
   args = given(norm)
-  steps = jnp.abs(draw(shape, seed=7)) * 0.004 + 0.001
-  q, s = norm(*args, quantization_scale=steps)
+  steps = np.float32(np.abs(draw(shape, seed=7)) * 0.004 + 0.001)
+  q, s = jax.jit(norm)(*args, quantization_scale=steps)
   np.testing.assert_array_equal(s, steps)
   y = exact(norm, *args) / np.asarray(steps, np.float64)
   assert np.abs(y).max() > 448
@@ -87,11 +87,12 @@ def test_conventions(norm):
   x, scale, *bias = given(norm, 'bfloat16')
   options = {'scale_offset': 1.0}
   y = exact(norm, x, scale, *bias, offset=1.0)
-  q, s = norm(x, scale, *bias, **options)
+  q, s = jax.jit(partial(norm, **options))(x, scale, *bias)
   assert_nearest(q, y / np.asarray(s, np.float64), 'float8_e4m3fn')
   plain = nk.layer_norm if norm is nk.quantized_layer_norm else nk.rms_norm
-  q, s = norm(x, axis=(-2, -1))
-  y = np.asarray(plain(x, axis=(-2, -1), dtype=jnp.float32), np.float64)
+  plain = partial(plain, axis=(-2, -1), dtype=jnp.float32)
+  (q, s), y = jax.jit(lambda x: (norm(x, axis=(-2, -1)), plain(x)))(x)
+  y = np.asarray(y, np.float64)
   assert s.shape == (16, 1, 1)
   assert_nearest(q, y / np.asarray(s, np.float64), 'float8_e4m3fn')
 
@@ -125,7 +126,7 @@ def test_no_gradient(norm):
     q, s = norm(x, *params)
     return jnp.sum(q.astype(jnp.float32) * s)
 
-  assert not np.any(jax.grad(loss)(x))
+  assert not np.any(jax.jit(jax.grad(loss))(x))
 
 
 @norms
