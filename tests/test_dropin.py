@@ -30,14 +30,16 @@ import normkit as nk
 from normkit import linen
 
 KEY = jax.random.key(0)
-# Of each module, some of them equal; `python -m benchmarks dropin` compares
-# more.
-USES = [4, second_tier(8)]
+# Of each norm, some of them equal, then of each module more; `python -m
+# benchmarks dropin` compares yet more.
+MODULES = list(itertools.product(dropin.FAMILIES, NORMS))
+USES = [
+  *((*module, 4) for module in MODULES[::2]),
+  *(second_tier(*module, 8) for module in MODULES),
+]
 
 
-@pytest.mark.parametrize('uses', USES)
-@pytest.mark.parametrize('norm', NORMS)
-@pytest.mark.parametrize('family', dropin.FAMILIES)
+@pytest.mark.parametrize(('family', 'norm', 'uses'), USES)
 def test_random_uses(family, norm, uses):
   count = dropin.measure(family, norm, uses, seed=2)
   assert not count.unexplained, '\n'.join(count.unexplained)
@@ -630,11 +632,12 @@ def module_of(layers, norm, **options):
 def test_another_width(layers, norm):
   """Flax's batch norm alone fails before it comes to its parameters."""
   module = module_of(layers, norm)
-  variables = module.init(KEY, normal(2, 4, 6))
+  variables = jax.eval_shape(module.init, KEY, normal(2, 4, 6))
   accident = (layers, norm) == (nn, 'BatchNorm')
   error = TypeError if accident else errors.ScopeParamShapeError
   with pytest.raises(error):
-    module.apply(variables, normal(2, 4, 8), mutable=['batch_stats'])
+    apply = functools.partial(module.apply, mutable=['batch_stats'])
+    jax.eval_shape(apply, variables, normal(2, 4, 8))
 
 
 @both
@@ -644,9 +647,10 @@ def test_unbound_axis(layers, norm):
   module = module_of(layers, norm, axis_name='devices')
   x = normal(2, 4, 6)
   with pytest.raises(NameError, match='devices'):
-    variables = module.init(KEY, x)
+    variables = jax.eval_shape(module.init, KEY, x)
     assert norm == 'BatchNorm'
-    module.apply(variables, x, mutable=['batch_stats'])
+    apply = functools.partial(module.apply, mutable=['batch_stats'])
+    jax.eval_shape(apply, variables, x)
 
 
 REFUSED = [
@@ -837,18 +841,16 @@ def test_averages(options):
   """Several steps, against the float64 reference; `count` only if needed."""
   norm = linen.BatchNorm(use_running_average=False, **options)
   desired = reference.batch_norm(**options)
-  stats = norm.init(KEY, normal(4, 3))['batch_stats']
+  stats = jax.jit(norm.init)(KEY, normal(4, 3))['batch_stats']
+  apply = jax.jit(functools.partial(norm.apply, mutable=['batch_stats']))
   counts = options['momentum'] is None or 'debias' in options
   assert ('count' in stats) == counts
   state = nk.BatchNormState(np.zeros(3), np.ones(3), np.zeros(3, int))
   params = nk.NormParams(np.ones(3), np.zeros(3))
   for step in range(3):
     x = normal(4, 3, offset=step)
-    y, updates = norm.apply(
-      {'params': params._asdict(), 'batch_stats': stats},
-      x,
-      mutable=['batch_stats'],
-    )
+    variables = {'params': params._asdict(), 'batch_stats': stats}
+    y, updates = apply(variables, x)
     stats = updates['batch_stats']
     desired_y, state = desired(params, state, x, True)
     np.testing.assert_allclose(y, desired_y, rtol=1e-5, atol=1e-5)
@@ -884,7 +886,8 @@ def test_virtual_batches_need_none_to_initialise():
 def test_implementation(norm):
   x = normal(2, 4, 6)
   module = module_of(linen, norm, implementation='xla')
-  assert module.init_with_output(KEY, x)[0].shape == x.shape
+  made = jax.eval_shape(module.init_with_output, KEY, x)
+  assert made[0].shape == x.shape
   module = module_of(linen, norm, implementation='triton')
   with pytest.raises(NotImplementedError, match='triton'):
     module.init(KEY, x)
