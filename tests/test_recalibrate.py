@@ -56,7 +56,8 @@ def stats(variables, *path):
 
 
 def run(module, parts, **kwargs):
-  variables = module.init(jax.random.key(0), parts[0], **kwargs)
+  init = jax.jit(functools.partial(module.init, **kwargs))
+  variables = init(jax.random.key(0), parts[0])
   return recalibrate((apply(module, **kwargs)), variables, parts)
 
 
@@ -122,7 +123,8 @@ def reference(weights, parts, layerwise):
 @pytest.mark.parametrize(('kind', 'layerwise'), KINDS)
 def test_linen(kind, layerwise):
   parts, net = batches(3), Net(kind)
-  variables = net.init(jax.random.key(0), parts[0], True)
+  init = jax.jit(net.init, static_argnums=2)
+  variables = init(jax.random.key(0), parts[0], True)
   before = jax.tree.map(np.array, variables)
   call = apply(net, train=not layerwise)
   call(variables, parts[0])  # a program of before is of no use, and not used
@@ -141,7 +143,7 @@ def test_linen(kind, layerwise):
 
 @pytest.mark.parametrize(('kind', 'layerwise'), KINDS)
 def test_nnx(kind, layerwise):
-  parts, net = batches(3), NnxNet(kind, nnx.Rngs(0))
+  parts, net = batches(3), nnx.jit(lambda: NnxNet(kind, nnx.Rngs(0)))()
   if layerwise:
     net.eval()
   before = jax.tree.map(np.array, nnx.state(net))
@@ -207,7 +209,8 @@ def test_masks(peer):
     'normkit': (normkit.linen.BatchNorm(False), {}),
     'norm': (normkit.linen.Norm(nk.BatchNorm()), {'train': True}),
   }[peer]
-  variables = module.init(jax.random.key(0), parts[0], **kwargs)
+  init = jax.jit(functools.partial(module.init, **kwargs))
+  variables = init(jax.random.key(0), parts[0])
 
   def call(variables, xm):
     x, mask = xm
@@ -298,7 +301,8 @@ def test_the_schedule_of_batch_renorm_goes_on():
   for transform, expected in ((nk.BatchRenorm(), 70), (nk.BatchNorm(), None)):
     layer = normkit.linen.Norm(transform)
     parts = [np.float32(p) for p in batches(3)]
-    variables = layer.init(jax.random.key(0), parts[0], train=False)
+    init = jax.jit(functools.partial(layer.init, train=False))
+    variables = init(jax.random.key(0), parts[0])
     old = variables['batch_stats']
     old = {**old, 'count': jnp.full_like(old['count'], 70)}
     after = tool.recalibrate(
@@ -576,7 +580,8 @@ def save_and_restore(path, state):
 
 def test_resumed_linen(tmp_path):
   parts, net = batches(3), Net()
-  variables = net.init(jax.random.key(0), parts[0], True)
+  init = jax.jit(net.init, static_argnums=2)
+  variables = init(jax.random.key(0), parts[0], True)
   call = apply(net, train=True)
   state = tool.start(variables)
   for x in parts[:2]:
@@ -655,7 +660,8 @@ def digits():
 
 
 def accuracy(net, variables, test):
-  logits = net.apply(variables, test[0], train=False)
+  evaluate = jax.jit(functools.partial(net.apply, train=False))
+  logits = np.asarray(evaluate(variables, test[0]))
   return float((logits.argmax(-1) == test[1]).mean())
 
 
@@ -683,7 +689,7 @@ def test_repairs_averaged_weights(digits):
 # What is refused.
 
 
-@pytest.fixture
+@pytest.fixture(scope='module')
 def model():
   parts, net = batches(3), Net()
   variables = net.init(jax.random.key(0), parts[0], True)
@@ -757,7 +763,7 @@ def test_refuses_a_model_without_statistics(model):
 def test_refuses_a_layer_that_never_runs(model):
   call, variables, parts = model
   stray = {'head': {'norm': {'mean': jnp.zeros(2), 'var': jnp.ones(2)}}}
-  variables['batch_stats'] |= stray
+  variables = {**variables, 'batch_stats': variables['batch_stats'] | stray}
   with pytest.raises(ValueError, match="'head/norm' saw nothing"):
     recalibrate(call, variables, parts)
 
