@@ -182,7 +182,7 @@ def fill(
   origin: dict[Leaf, str] = {}
   faults = []
   for source in sources:
-    for leaf, value in _placed(source, rename(source), template, layout):
+    for leaf, value in placed(source, rename(source), template, layout):
       if leaf in origin:
         raise ValueError(
           f'{origin[leaf]!r} and {source.key!r} both go to {"/".join(leaf)!r}. '
@@ -233,7 +233,7 @@ def targets(place: tuple[str, str], template: Template) -> list[Leaf]:
   return [(here, leaf_of(leaf, here, template)) for here in layers]
 
 
-def _placed(
+def placed(
   source: Source, place: tuple[str, str], template: Template, layout: Layout
 ) -> list[tuple[Leaf, np.ndarray]]:
   """The leaves that a source goes to, each with its value as Flax has it."""

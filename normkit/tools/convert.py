@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from normkit.tools import _frameworks, _layouts, _torch
+from normkit.tools._compare import compare
+from normkit.tools._comparison import Cause, Compared, Comparison
 from normkit.tools._frameworks import Source
 from normkit.tools._layouts import Shapes
 from normkit.tools._names import Names, in_order, renamer, without_prefix
@@ -30,9 +32,13 @@ from normkit.tools.files import load_arrays, save_arrays
 from normkit.tools.matching import Matches, match
 
 __all__ = [
+  'Cause',
+  'Compared',
+  'Comparison',
   'Matches',
   'as_tensors',
   'batch_norm_options',
+  'compare',
   'from_equinox',
   'from_haiku',
   'from_keras',
