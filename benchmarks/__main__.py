@@ -18,6 +18,7 @@ def modules() -> list[ModuleType]:
     accuracy,
     bytes as moved,
     compiling,
+    conversions,
     dropin,
     family,
     folding,
@@ -27,8 +28,8 @@ def modules() -> list[ModuleType]:
     speed,
   )
 
-  found = [accuracy, moved, compiling, dropin, family, folding, gpu, kernels]
-  return [*found, pictures, registers, speed]
+  found = [accuracy, moved, compiling, conversions, dropin, family, folding]
+  return [*found, gpu, kernels, pictures, registers, speed]
 
 
 def main() -> int:

@@ -195,7 +195,7 @@ FAULTS = {
     [nn.Conv(4, (3, 3), 2)],
     'layers_0',
     'padding',
-    r'\(\(0, 1\), \(0, 1\)\) to a size of \(6, 6\).* padding=1$',
+    r'\(\(0, 1\), \(0, 1\)\) of zeros to a size of \(6, 6\).* padding=1$',
   ),
   'VALID': Fault(
     one(t.Conv2d(3, 4, 3, padding=1)),
@@ -545,6 +545,36 @@ def test_scanned_layers():
   assert found.agrees and found.causes == ()
   layers = [row.name for row in found.layers]
   assert layers == [f'blocks/{i}/fc' for i in range(3)] + ['']
+
+
+class Own(t.Module):
+  """With an array of its own, and two outputs."""
+
+  def __init__(self):
+    super().__init__()
+    self.token = t.Parameter(torch.arange(8.0))
+    self.fc, self.pool = t.Linear(8, 8), t.Linear(8, 3)
+
+  def forward(self, x):
+    x = self.fc(x + self.token)
+    return x, self.pool(x)
+
+
+class OwnTwin(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    token = self.param('token', nn.initializers.zeros, (8,))
+    x = nn.Dense(8, name='fc')(x + token[None])
+    return x, nn.Dense(3, name='pool')(x)
+
+
+def test_an_array_of_its_own_and_two_outputs():
+  there, here = Own(), OwnTwin()
+  empty = jax.eval_shape(here.init, jax.random.key(0), ROWS)
+  variables = convert.from_torch(there.state_dict(), empty)
+  found = convert.compare(there, here, variables, ROWS)
+  assert found.agrees and found.causes == () and found.unseen == ()
+  assert [row.name for row in found.layers] == ['fc', 'pool', '']
 
 
 class NormAct(t.BatchNorm2d):

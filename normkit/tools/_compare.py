@@ -195,7 +195,7 @@ def _places(
     layer[:end]
     for layer in template.layers
     for end, letter in enumerate(layer)
-    if letter == '/'
+    if letter == '/' or not end
   }
   for source in sources:
     name, _, leaf = source.key.rpartition('.')

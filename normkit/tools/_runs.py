@@ -128,7 +128,8 @@ class Recorder:
     Returns:
       The output, which passes through: `nn.scan` refuses what has an effect.
     """
-    place, given = next(self._traced), first((args, kwargs))
+    place, inputs = next(self._traced), _arrays((args, kwargs))
+    given = inputs[0] if inputs else None
     options = {'positional': args[1:], **kwargs}
     leaves, tree = jax.tree.flatten(y)
     index = next((i for i, a in enumerate(leaves) if _is_array(a)), None)
@@ -148,9 +149,9 @@ class Recorder:
     return jax.tree.unflatten(tree, leaves)
 
 
-def first(tree: Any) -> Any:
-  """The first array of numbers in a tree, or None."""
-  return next((a for a in jax.tree.leaves(tree) if _is_array(a)), None)
+def _arrays(tree: Any) -> list[Any]:
+  """The arrays of numbers in a tree."""
+  return [a for a in jax.tree.leaves(tree) if _is_array(a)]
 
 
 def _is_array(leaf: Any) -> bool:
@@ -177,9 +178,9 @@ def of_flax(call: Run, variables: Any, x: Any) -> tuple[Any, Recorder]:
   recorder = Recorder()
   if isinstance(variables, nnx.Module):
     graph, variables = nnx.split(_telling(variables))
-    run = lambda v, x: first(call(nnx.merge(graph, v), x))  # noqa: E731
+    run = lambda v, x: call(nnx.merge(graph, v), x)  # noqa: E731
   else:
-    run = lambda v, x: first(call(v, x))  # noqa: E731
+    run = call
   _recorders.append(recorder)
   try:
     with (
@@ -187,10 +188,12 @@ def of_flax(call: Run, variables: Any, x: Any) -> tuple[Any, Recorder]:
       _RUN(next(_numbers)),
       jax.default_matmul_precision('highest'),
     ):
-      y = jax.block_until_ready(jax.jit(run)(variables, x))
+      # All that it gives, so that no layer is left out of the program.
+      arrays = jax.jit(lambda v, x: _arrays(run(v, x)))(variables, x)
+      jax.block_until_ready(arrays)
   finally:
     _recorders.remove(recorder)
-  return None if y is None else np.asarray(y), recorder
+  return np.asarray(arrays[0]) if arrays else None, recorder
 
 
 def _intercept(recorder: Recorder) -> Callable[..., Any]:
