@@ -373,13 +373,14 @@ def cells(found: Converted) -> list[str]:
   """A row without its name."""
   compared, rows = found.compared, found.folded.rows if found.folded else ()
   layers = compared.layers[:-1] if compared else ()
+  folds = [row for row in rows if row.layer]
   return [
     f'{found.error:.0e}',
     {None: '-', True: 'yes', False: 'no'}[found.back],
     str(len(layers)) if compared else '-',
     f'{max(row.error for row in layers):.0e}' if compared else '-',
-    f'{sum(bool(r.layer) for r in rows)} of {len(rows)}' if rows else '-',
-    f'{found.folded.error:.0e}' if rows and found.folded.compared else '-',
+    f'{len(folds)} of {len(rows)}' if rows else '-',
+    f'{found.folded.error:.0e}' if folds and found.folded.compared else '-',
   ]
 
 

@@ -38,7 +38,7 @@ def compare(
   tolerance: float | None = None,
   names: Names = None,
   flatten: _layouts.Shapes | None = None,
-  transposed: Sequence[str] = ('*ConvTranspose*',),
+  transposed: Sequence[str] = _layouts.TRANSPOSED,
   inputs_first: Sequence[str] = (),
   scanned: Any = (),
   ignore: Sequence[str] = (),

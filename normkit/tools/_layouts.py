@@ -11,6 +11,8 @@ from normkit.tools._template import Layout, Template, matched, matches
 
 Shapes: TypeAlias = Mapping[str, Sequence[int]]
 
+TRANSPOSED = ('*ConvTranspose*',)
+
 
 def channels_first(
   shapes: Mapping[str, tuple[int, ...]],

@@ -15,7 +15,7 @@ from normkit.tools import _frameworks, _layouts, _torch
 from normkit.tools._compare import compare
 from normkit.tools._comparison import Cause, Compared, Comparison
 from normkit.tools._frameworks import Source
-from normkit.tools._layouts import Shapes
+from normkit.tools._layouts import TRANSPOSED, Shapes
 from normkit.tools._names import Names, in_order, renamer, without_prefix
 from normkit.tools._options import batch_norm_options
 from normkit.tools._stacked import Scanned, unstacked
@@ -50,8 +50,6 @@ __all__ = [
 ]
 
 Model: TypeAlias = Any
-
-TRANSPOSED = ('*ConvTranspose*',)
 
 
 def from_torch(
