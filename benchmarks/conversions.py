@@ -126,7 +126,8 @@ def of_haiku(
   import haiku as hk
 
   model = hk.without_apply_rng(hk.transform_with_state(net))
-  params, state = model.init(jax.random.key(0), x, True)
+  init = jax.jit(lambda key, x: model.init(key, x, True))
+  params, state = init(jax.random.key(0), x)
   params = drawn(params)
   train = jax.jit(lambda s, x: model.apply(params, s, x, True)[1])
   for seed in range(8):
