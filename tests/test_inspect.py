@@ -626,6 +626,37 @@ def test_scanned_layers():
   chex.assert_trees_all_close(row.batch_var, wanted, rtol=1e-4)
 
 
+@pytest.mark.parametrize('mapped', [False, True])
+def test_scanned_layers_without_statistics(mapped):
+  """Under `nn.scan`, which refuses what has an effect; each layer counts."""
+
+  class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+      return x * nn.RMSNorm(epsilon=0.0)(x), None
+
+  x = np.float32(np.random.default_rng(0).normal(5, 3, (32, 4)))
+  axes = {'params': 0}
+  net = nn.scan(Block, axes, split_rngs={'params': True}, length=3)()
+  variables = net.init(jax.random.key(0), x, None)
+
+  def call(variables, x):
+    def run(x):
+      return net.apply(variables, x, None)[0]
+
+    return jax.vmap(run)(x) if mapped else run(x)
+
+  found = inspect(call, variables, [x])
+  (norm,) = found.norms
+  outputs = []
+  for _ in range(3):
+    outputs.append(x / np.sqrt((x**2).mean(-1, keepdims=True)))
+    x = x * outputs[-1]
+  low, high = np.min(outputs, (0, 1)), np.max(outputs, (0, 1))
+  assert norm.examples == 3 * 32
+  chex.assert_trees_all_close((norm.low, norm.high), (low, high), rtol=1e-5)
+
+
 def test_output(healthy, data, tmp_path):
   net, variables = healthy
   found = inspect(

@@ -102,7 +102,7 @@ def watching() -> Iterator[dict[str, Norm]]:
     method = inspect.unwrap(context.orig_method.func)
     name = '/'.join(module.path)
     if method in _CALLS and not module.is_initializing():
-      _tell(module, name, _input(*args, **kwargs), y)
+      y = _tell(module, name, _input(*args, **kwargs), y)
     elif _classes.options(module, method) is not None:
       _outputs.append((y, name))
     return y
@@ -142,7 +142,7 @@ def _telling(kind: Any) -> Any:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
       y = base.__call__(self, *args, **kwargs)
       if _COMPILED.value:
-        _tell(self, self._normkit_path, _input(*args, **kwargs), y)
+        y = _tell(self, self._normkit_path, _input(*args, **kwargs), y)
       return y
 
     return __call__
@@ -154,12 +154,11 @@ def _input(x: Any, *_: Any, **__: Any) -> Any:
   return x
 
 
-def _tell(module: Any, name: str, x: Any, y: Any) -> None:
+def _tell(module: Any, name: str, x: Any, y: Any) -> Any:
   """Takes what the trace tells, and has the program tell the rest."""
   kind = next(n for n in _NAMES if isinstance(module, _of(n)))
   features, reduced, elements = _sets(module, kind, np.shape(x))
   after = next((n for before, n in _outputs if before is x), None)
-  _outputs.append((y, name))
   epsilon = module.epsilon
   facts = Facts(
     name,
@@ -175,11 +174,28 @@ def _tell(module: Any, name: str, x: Any, y: Any) -> None:
   real = jnp.real(y).astype(jnp.float32)
   examples = math.prod(y.shape[axis] for axis in others)
   if y.size:
-    jax.debug.callback(
-      functools.partial(_record, facts, examples),
-      real.min(others),
-      real.max(others),
-    )
+    record = functools.partial(_record, facts, examples)
+    bounds = jax.lax.stop_gradient((real.min(others), real.max(others)))
+    if _is_scanned():
+      zero = jax.ShapeDtypeStruct((), jnp.float32)
+      told = jax.pure_callback(record, zero, *bounds, vmap_method='sequential')
+      y = y + told.astype(y.dtype)
+    else:
+      jax.debug.callback(record, *bounds)
+  _outputs.append((y, name))
+  return y
+
+
+def _is_scanned() -> bool:
+  """Whether `nn.scan` traces this: what has an effect is refused there.
+
+  Nothing but the stack says so. An output that waits for what is told, and is
+  the same for it, does as well.
+  """
+  frame = inspect.currentframe()
+  while frame and frame.f_globals.get('__name__') != 'flax.core.axes_scan':
+    frame = frame.f_back
+  return frame is not None
 
 
 def _of(name: str) -> Any:
@@ -206,7 +222,8 @@ def _sets(
   return features, reduced, elements
 
 
-def _record(facts: Facts, examples: int, low: Any, high: Any) -> None:
+def _record(facts: Facts, examples: int, low: Any, high: Any) -> Any:
+  """Returns -0, which any number may be added to."""
   low, high = np.float64(low), np.float64(high)
   for seen in _watches:
     row = seen.get(facts.name)
@@ -217,6 +234,7 @@ def _record(facts: Facts, examples: int, low: Any, high: Any) -> None:
       continue
     row.low, row.high = np.minimum(row.low, low), np.maximum(row.high, high)
     row.examples += examples
+  return np.full((), -0.0, np.float32)
 
 
 def problems(norm: Norm) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 from flax import errors, nnx
+import jax
 import numpy as np
 
 from normkit import _types
@@ -177,6 +178,8 @@ def _run(
       empty = False
       try:
         state = _after(call, state, batch, has_stats)
+        if not isinstance(state, nnx.Module):
+          jax.block_until_ready(state)  # all norms have told
       except (_NotMutableError, errors.ModifyScopeVariableError):
         mutable = False
         break
@@ -196,7 +199,8 @@ def _after(call: Run, state: Model, batch: Any, has_stats: bool) -> Model:
   if has_stats:
     return _layers.update(_mutable(call), state, batch, WATCH)
   try:
-    call(nnx.clone(state) if isinstance(state, nnx.Module) else state, batch)
+    given = nnx.clone(state) if isinstance(state, nnx.Module) else state
+    jax.block_until_ready(call(given, batch))
   except errors.FlaxError as error:
     raise ValueError(
       'variables hold no layer with running statistics, and call does not run '
