@@ -5,8 +5,11 @@ NVIDIA's assembler says nothing.
 """
 
 import argparse
+from collections.abc import Iterable
 from concurrent import futures
+import dataclasses
 import functools
+import math
 import multiprocessing
 import os
 import re
@@ -25,6 +28,17 @@ NAME = 'mosaic_gpu'
 CHIPS = {'h200': 9, 'b200': 10}  # compute capability
 KINDS = 'forward', 'training forward', 'backward'
 SIZES = 64, 100, 768, 1000, 4096, 5120, 8192, 12_288, 16_384, 65_536
+# Height, width and channels of a group of images, of which there are 32.
+GROUPS = (
+  (8, 8, 4),
+  (8, 8, 40),
+  (14, 14, 16),
+  (28, 28, 16),
+  (32, 32, 20),
+  (56, 56, 8),
+  (56, 56, 16),
+)
+COUNT = 32
 DTYPES = 'bfloat16', 'float16', 'float32'
 
 
@@ -50,15 +64,27 @@ class Report(NamedTuple):
   config: configs.Config
 
 
-def is_taken(kind: str, size: int, dtype: str) -> bool:
-  case = NAME, (2, size), jnp.dtype(dtype)
+Size = int | tuple[int, ...]  # of rows, or of groups
+
+
+def shape_of(size: Size, elements: int = 2**27) -> tuple[int, ...]:
+  """Of so many elements or so: enough to fill the chip again and again."""
+  if isinstance(size, int):
+    return elements // max(size, 1024), size
+  example = *size[:-1], COUNT * size[-1]
+  return max(elements // math.prod(example), 1), *example
+
+
+def is_taken(kind: str, size: Size, dtype: str) -> bool:
+  groups = None if isinstance(size, int) else COUNT
+  case = NAME, shape_of(size), jnp.dtype(dtype), groups
   if kind == 'backward':
     return cases.has_backward(*case)
   return cases.refusal(*case) is None
 
 
-def report(target: str, kind: str, size: int, dtype: str) -> Report:
-  """Of layer norm with scale and bias in float32."""
+def report(target: str, kind: str, size: Size, dtype: str) -> Report:
+  """Of layer norm or group norm with scale and bias in float32."""
   run = compiler(target).submit(_report, target, kind, size, dtype)
   return run.result()
 
@@ -80,23 +106,29 @@ def _prepare(capability: int) -> None:
   dispatch.oldest_gpu = lambda: capability
 
 
-def _report(target: str, kind: str, size: int, dtype: str) -> Report:
-  """Of 2^27 elements or so: enough to fill the chip again and again."""
-  rows = 2**27 // max(size, 1024)
-  x = jax.ShapeDtypeStruct((rows, size), dtype)
-  scale = jax.ShapeDtypeStruct((size,), jnp.float32)
+def _report(target: str, kind: str, size: Size, dtype: str) -> Report:
+  x = jax.ShapeDtypeStruct(shape_of(size), dtype)
+  scale = jax.ShapeDtypeStruct(x.shape[-1:], jnp.float32)
+  is_backward = kind == 'backward'
   spec = Spec(1e-6, True, x.dtype)
-  one, wide = (x.dtype,), (scale.dtype,)
-  if kind == 'backward':
+  inputs, outputs = (x.dtype,) * (1 + is_backward), (x.dtype,)
+  if isinstance(size, int):
+    parameters = (scale.dtype,) * (2 - is_backward)
+    sums = 2 if is_backward else 0
+    case = configs.Case(size, inputs, outputs, parameters, sums)
+    config = configs.config(case, CHIPS[target])
+  else:
+    spec = dataclasses.replace(spec, groups=COUNT)
+    case = configs.groups_of(x.shape, COUNT, inputs, outputs)
+    config = configs.groups(case, CHIPS[target])
+  if is_backward:
     given = {'x': x, 'dy': x, 'scale': scale}
     wanted = 'dx', 'dscale', 'dbias'
     run = functools.partial(mosaic_gpu.backward, spec=spec, wanted=wanted)
-    case = configs.Case(size, one * 2, one, wide, 2)
   else:
     given = {'x': x, 'scale': scale, 'bias': scale}
     options = {'with_statistics': kind == 'training forward'}
     run = functools.partial(mosaic_gpu.forward, spec=spec, **options)
-    case = configs.Case(size, one, one, wide * 2)
   compiled, said = _said_by(lambda: targets.compile_for(target, run, given))
   (found,) = re.findall(
     r'(\d+) bytes spill stores, (\d+) bytes spill loads.*\n.*Used (\d+) reg',
@@ -104,7 +136,6 @@ def _report(target: str, kind: str, size: int, dtype: str) -> Report:
   )
   stores, loads, registers = map(int, found)
   moved = traffic.measure(compiled.as_text()).bytes
-  config = configs.config(case, CHIPS[target])
   assert config is not None
   threads = config.warpgroups * configs.THREADS
   fit = 65_536 // (-(-registers // 8) * 8 * threads)
@@ -143,25 +174,44 @@ def described(found: Report) -> str:
   return f'{passes}, {found.under_way // 1024} KiB'
 
 
-def run(args: argparse.Namespace) -> int:
+def table(
+  sizes: Iterable[Size], dtypes: list[str], target: str
+) -> list[list[str]]:
   rows = []
-  for size in track(args.size, 'widths'):
-    for dtype in args.dtype:
-      row = [f'{size:,} {dtype}']
+  for size in track(list(sizes), 'sizes'):
+    name = f'{size:,}' if isinstance(size, int) else ' x '.join(map(str, size))
+    for dtype in dtypes:
+      row = [f'{name} {dtype}']
       for kind in KINDS:
         taken = is_taken(kind, size, dtype)
-        found = report(args.target, kind, size, dtype) if taken else None
+        found = report(target, kind, size, dtype) if taken else None
         row.append(described(found) if found else 'XLA')
       rows.append(row)
-  header = ['width', *KINDS]
-  tables.publish('registers', args.target, header, rows, args.update)
+  return rows
+
+
+def run(args: argparse.Namespace) -> int:
+  groups = GROUPS if args.groups is None else map(_group, args.groups)
+  tables_of = {'width': args.size, 'group': groups}
+  marks = {'width': 'registers', 'group': 'registers of groups'}
+  for first, sizes in tables_of.items():
+    if rows := table(sizes, args.dtype, args.target):
+      header = [first, *KINDS]
+      tables.publish(marks[first], args.target, header, rows, args.update)
   return 0
+
+
+def _group(text: str) -> tuple[int, ...]:
+  return tuple(map(int, text.split('x')))
 
 
 def add_command(commands: Any) -> None:
   parser = commands.add_parser('registers', help=__doc__.splitlines()[0])
   parser.add_argument('--target', choices=list(CHIPS), default='h200')
   parser.add_argument('--size', nargs='*', type=int, default=SIZES)
+  parser.add_argument(
+    '--groups', nargs='*', help='height, width and channels, as 28x28x16'
+  )
   parser.add_argument(
     '--dtype', nargs='*', choices=DTYPES, default=['bfloat16', 'float32']
   )

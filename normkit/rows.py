@@ -263,7 +263,7 @@ def _names(
 
 
 def _with_backward(names: Kernels, x: Array, spec: Spec) -> Kernels:
-  case = x.shape, x.dtype, spec.groups
+  case = x.shape, x.dtype, spec.groups, spec.dtype
   return {n: c for n, c in names.items() if cases.has_backward(n, *case)}
 
 

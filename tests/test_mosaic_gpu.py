@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import importlib
 import itertools
+import math
 import re
 
 from cases import CASES, draw
@@ -25,13 +26,28 @@ from test_conformance import (
   inputs,
   train_and_eval,
 )
-from test_kernels import DTYPES, Rows, assert_norm, assert_right, norm_of
-from tiers import thinned
+from test_kernels import (
+  DTYPES,
+  Rows,
+  assert_norm,
+  assert_right,
+  group_norm_of,
+  norm_of,
+)
+from tiers import second_tier, thinned
 
 from benchmarks import layers, models, targets, traffic
-from benchmarks.registers import CHIPS, KINDS, SIZES, is_taken, report
+from benchmarks.registers import (
+  CHIPS,
+  COUNT,
+  GROUPS,
+  KINDS,
+  SIZES,
+  is_taken,
+  report,
+)
 import normkit as nk
-from normkit.kernels import cases, configs, dispatch, mosaic_gpu
+from normkit.kernels import cases, configs, dispatch, launch, mosaic_gpu
 from normkit.kernels.rows import Spec
 
 NAME = 'mosaic_gpu'
@@ -67,6 +83,44 @@ def test_values_and_gradients(interpreted, shape, center, dtype):
   assert_norm(norm_of(center, NAME), reference, shape, dtype)
 
 
+@pytest.mark.parametrize(
+  ('case', 'dtype'),
+  [
+    (((3, 7, 5, 12), 2), 'float32'),
+    second_tier(((2, 6), 3), 'float16'),
+    second_tier(((1, 40, 13, 10), 2), 'bfloat16'),
+    second_tier(((2, 33, 7), 7), 'bfloat16'),
+    second_tier(((2, 200, 16), 1), 'float32'),
+  ],
+  ids=str,
+)
+def test_groups(interpreted, case, dtype):
+  """Several groups in a tile and one; channels and places of odd numbers."""
+  del interpreted
+  shape, groups = case
+  reference = functools.partial(Rows, center=True, groups=groups)
+  assert_norm(group_norm_of(groups, NAME), reference, shape, dtype)
+
+
+@pytest.mark.second_tier
+@pytest.mark.parametrize('center', [True, False])
+def test_statistics_of_groups(interpreted, center):
+  """Far from zero too; without scale and bias."""
+  del interpreted
+  x = 1e3 * center + draw((3, 5, 5, 24))
+  spec = Spec(1e-6, center, x.dtype, groups=4)
+  found = mosaic_gpu.forward({'x': x}, spec, True, interpret=True)
+  split = np.asarray(x, np.float64).reshape(3, 25, 4, 6)
+  mean = split.mean((1, 3), keepdims=True) * center
+  sets = 3, 1, 1, 4
+  if center:
+    actual = np.asarray(found['pivot'], np.float64) + found['offset']
+    assert_right(actual, mean.reshape(sets), 1e-7)
+  var = ((split - mean) ** 2).mean((1, 3))
+  assert_right(found['var'], var.reshape(sets), 1e-6)
+  assert_right(found['y'], Rows(x, 1.0, 0.0, center, 4).y, 1e-6)
+
+
 def test_statistics_and_sums(interpreted):
   """A residual, and two warpgroups on a row; far from zero too."""
   del interpreted
@@ -97,7 +151,9 @@ def test_gradients_of_sums(interpreted):
 
 
 @pytest.mark.second_tier
-@pytest.mark.parametrize('name', ['layer_norm', 'rms_norm'])
+@pytest.mark.parametrize(
+  'name', ['layer_norm', 'rms_norm', 'group_norm', 'instance_norm']
+)
 @pytest.mark.parametrize('dtype', DTYPES)
 def test_conformance(interpreted, name, dtype):
   """The suite of all norms, values and gradients."""
@@ -156,8 +212,8 @@ def races(monkeypatch):
     'jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks'
   )
   options = {'detect_races': True}
-  made = mosaic_gpu.interpreter(**options)
-  monkeypatch.setattr(mosaic_gpu, 'interpreter', lambda: made)
+  made = launch.interpreter(**options)
+  monkeypatch.setattr(launch, 'interpreter', lambda: made)
   jax.clear_caches()
   yield lambda: callbacks.get_races().races_found
   jax.clear_caches()
@@ -167,6 +223,31 @@ def races(monkeypatch):
 @pytest.mark.parametrize('shape', SHAPES, ids=str)
 def test_no_races(races, shape):
   run_all(shape)
+  assert not races()
+
+
+@pytest.mark.second_tier
+@pytest.mark.parametrize('programs', [8, 5])
+def test_no_races_of_groups(races, monkeypatch, programs):
+  """Two warpgroups, a ring that is used again, and more tasks than programs.
+
+  Of eight programs each has the same channels of all its examples.
+  """
+  x, scale = draw((3, 200, 32)), draw(32, seed=1)
+  config = configs.Config(64, 8, 2, 2, True, 3, 1, False)
+  monkeypatch.setattr(configs, 'groups', lambda *_: config)
+  chip = configs.CHIPS[9]._replace(processors=programs)
+  monkeypatch.setitem(configs.CHIPS, 9, chip)
+  spec = Spec(1e-6, True, x.dtype, groups=8)
+  given = {'x': x, 'scale': scale, 'bias': scale}
+  found = mosaic_gpu.forward(given, spec, with_statistics=True, interpret=True)
+  given = {'x': x, 'scale': scale, 'dy': x}
+  wanted = 'dx', 'dscale', 'dbias'
+  found |= mosaic_gpu.backward(given, spec, wanted, interpret=True)
+  exact = Rows(x, scale, scale, True, 8)
+  assert_right(found['y'], exact.y, 1e-5)
+  for name, value in zip(wanted, exact.gradients(x), strict=True):
+    assert_right(found[name], value, 1e-5)
   assert not races()
 
 
@@ -217,6 +298,48 @@ def test_compiled(target, kind, size, dtype):
     assert found.moved <= LIMITS[kind]
   assert_wide(found.code)
   assert found.under_way >= configs.CHIPS[CHIPS[target]].under_way
+
+
+LIMITS_OF_GROUPS = {
+  'forward': 2.01,
+  'training forward': 2.03,
+  'backward': 3.03,
+}
+GROUPS_CHOSEN = [
+  pytest.param(*row, marks=marks)
+  for row in itertools.product(KINDS, GROUPS, DTYPES)
+  for marks in (
+    ()
+    if row == ('backward', (28, 28, 16), 'bfloat16')
+    else (pytest.mark.second_tier,),
+  )
+  if is_taken(*row)
+]
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize('target', COMPILERS)
+@pytest.mark.parametrize(('kind', 'size', 'dtype'), GROUPS_CHOSEN)
+def test_compiled_groups(target, kind, size, dtype):
+  """As rows, and sums for scale and bias do not count."""
+  found = report(target, kind, size, dtype)
+  assert found.spilled == 0
+  assert found.moved <= LIMITS_OF_GROUPS[kind]
+  chip, config = configs.CHIPS[CHIPS[target]], found.config
+  case = configs.groups_of((1, *size), 1, [dtype], [dtype])
+  vectors = config.width // math.prod(case.lanes(config.width))
+  assert_copied(found.code, vectors * (1 if kind == 'backward' else 2))
+  held = config.resident * config.row_width * jnp.dtype(dtype).itemsize
+  held *= 2 if kind == 'backward' else 1
+  # Where two tasks do not fit, one comes while the last one's results go.
+  if 2 * held < chip.shared:
+    assert found.under_way >= chip.under_way
+
+
+def assert_copied(code, most):
+  """Of global memory nothing is loaded but scale and bias, in so many loads."""
+  assert 'cp.async.bulk.tensor' in code
+  assert len(re.findall(r'\bld\.(?!param|shared)\S+', code)) <= most
 
 
 def assert_wide(code):
@@ -281,10 +404,39 @@ def test_lowered(size, given, wanted):
     y, pull = jax.vjp(norm, x, jnp.ones(size))
     return pull(y)
 
-  made = jax.jit(step).trace(x).lower(lowering_platforms=('cuda',))
-  calls = made.as_text().count('mosaic_gpu_v2')
+  calls = lowered(step, x).count('mosaic_gpu_v2')
   has_backward = cases.has_backward(NAME, x.shape, x.dtype)
   assert calls == (2 if has_backward else 1)
+
+
+def lowered(step, *given):
+  made = jax.jit(step).trace(*given).lower(lowering_platforms=('cuda',))
+  return made.as_text()
+
+
+@pytest.mark.parametrize(
+  ('channels', 'groups', 'given', 'wanted'),
+  [
+    (12, 12, 'bfloat16', 'float32'),
+    second_tier(320, 32, 'float16', 'float16'),
+    second_tier(64, 4, 'float32', 'bfloat16'),
+  ],
+)
+def test_lowered_groups(channels, groups, given, wanted):
+  x = jax.ShapeDtypeStruct((3, 7, 7, channels), given)
+
+  def step(x):
+    parameter = jnp.ones(channels)
+    norm = functools.partial(
+      nk.group_norm,
+      num_groups=groups,
+      dtype=jnp.dtype(wanted),
+      implementation=NAME,
+    )
+    y, pull = jax.vjp(norm, x, parameter, parameter)
+    return pull(y)
+
+  assert lowered(step, x).count('mosaic_gpu_v2') == 2
 
 
 REFUSED = {
@@ -307,10 +459,55 @@ def test_refused(given, match):
   assert 'mosaic_gpu' not in text
 
 
-def test_refused_groups():
-  x = jnp.ones((2, 4, 6))
-  with pytest.raises(NotImplementedError, match='groups of channels'):
-    nk.group_norm(x, num_groups=2, implementation=NAME)
+REFUSED_GROUPS = {
+  'fit': ((1, 2**15, 8), 'shared memory'),
+  'line': ((1, 4, 520), 'multiples of 16 bytes in more than 256 channels'),
+}
+
+
+@pytest.mark.parametrize(
+  ('shape', 'match'), REFUSED_GROUPS.values(), ids=REFUSED_GROUPS
+)
+def test_refused_groups(shape, match):
+  with pytest.raises(NotImplementedError, match=match):
+    nk.group_norm(jnp.ones(shape), num_groups=1, implementation=NAME)
+
+
+@pytest.mark.parametrize('capability', [9, 10])
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_groups_that_are_taken_fit(dtype, capability):
+  """Whatever the dtype of the result, and as copies and threads ask."""
+  x, shared = jnp.dtype(dtype), configs.CHIPS[capability].shared
+  found = []
+  for places, size in itertools.product(
+    [1, 49, 64, 1000, 56 * 56, 2**13], [1, 3, 4, 10, 16, 30, 61, 128]
+  ):
+    shape = 2, places, COUNT * size
+    is_taken = cases.refusal(NAME, shape, x, COUNT) is None
+    for out in x, jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16):
+      given = [((x,), (out,), is_taken)]
+      has_backward = cases.has_backward(NAME, shape, x, COUNT, out)
+      given += [((x, out), (x,), has_backward)]
+      for read, written, taken in given:
+        case = configs.groups_of(shape, COUNT, read, written)
+        config = configs.groups(case, capability)
+        assert not taken or config
+        if config is not None:
+          found.append(config)
+          tiles = config.warpgroups * config.rows * config.width
+          buffers = [tiles * config.stages * d.itemsize for d in read]
+          buffers += [tiles * 2 * d.itemsize for d in written]
+          buffers.append(64 * config.warpgroups * config.width)
+          barriers = 8 * (config.warpgroups * config.stages + 1)
+          held = sum(-(-b // 1024) * 1024 for b in buffers) + barriers
+          assert held * config.resident <= shared
+          assert config.row_width >= places * config.width
+          assert config.width * min(case.itemsizes) % 16 == 0
+          assert config.width % size == 0
+          assert config.rows * case.lanes(config.width)[0] % 128 == 0
+  assert len(found) > 50
+  least = (2, 56, 56, 32 * (16 if x.itemsize == 2 else 8))
+  assert cases.has_backward(NAME, least, x, 32)
 
 
 @pytest.mark.parametrize('capability', [9, 10])

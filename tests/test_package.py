@@ -73,6 +73,8 @@ LAYERS = (
   ('pooling', 'lean'),
   ('centred',),
   ('kernels.triton', 'kernels.mosaic_gpu', 'kernels.mosaic_tpu'),
+  ('kernels.mosaic_groups',),
+  ('kernels.launch',),
   ('kernels.dispatch', 'kernels.warpgroups'),
   ('kernels.cases', 'kernels.rows'),
   ('kernels.configs', 'kernels.record'),

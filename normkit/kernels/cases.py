@@ -75,7 +75,9 @@ def _refusal_of_groups(
   groups: int,
 ) -> str | None:
   if implementation == 'mosaic_gpu':
-    return 'groups of channels'
+    results = dtype, jnp.bfloat16, jnp.float32
+    why = (_why_not(shape, groups, (dtype,), (d,)) for d in results)
+    return next(filter(None, why), None)
   if implementation == 'triton':
     fits = group_width(shape, dtype, groups) is not None
     return None if fits else 'groups that do not fit in registers'
@@ -83,6 +85,23 @@ def _refusal_of_groups(
   inner, lanes = -(-inner // 16) * 16, -(-shape[-1] // LANES) * LANES
   fits = math.prod(outer) * inner * lanes <= MOSAIC_GROUP
   return None if fits else 'examples that do not fit on chip'
+
+
+def _why_not(
+  shape: tuple[int, ...],
+  groups: int,
+  inputs: tuple[DType, ...],
+  outputs: tuple[DType, ...],
+) -> str | None:
+  """Why Mosaic GPU's kernel of groups does not hold these."""
+  case = configs.groups_of(shape, groups, inputs, outputs)
+  if not configs.widths(case):
+    return (
+      f'groups that come to multiples of 16 bytes in more than {configs.PIECE} '
+      'channels'
+    )
+  fits = configs.groups(case) is not None
+  return None if fits else 'groups that do not fit in shared memory'
 
 
 def group_width(
@@ -115,10 +134,17 @@ def has_backward(
   shape: tuple[int, ...],
   dtype: DType,
   groups: int | None = None,
+  result: DType | None = None,
 ) -> bool:
-  """Whether there is a backward: XLA's moves no more for the rows left out."""
+  """Whether there is a backward: XLA's moves no more for the rows left out.
+
+  `result` is the norm's dtype, where it is not that of x.
+  """
   if refusal(implementation, shape, dtype, groups) is not None:
     return False
+  if implementation == 'mosaic_gpu' and groups is not None:
+    inputs = dtype, dtype if result is None else result
+    return _why_not(shape, groups, inputs, (dtype,)) is None
   if implementation == 'mosaic_gpu':
     return _config(shape, dtype, 3, sums=2) is not None
   is_row_of_triton = implementation == 'triton' and groups is None

@@ -8,8 +8,6 @@ or in several. Pallas, lowered to Mosaic GPU.
 
 from collections.abc import Callable
 import functools
-import math
-import threading
 from typing import Any, NamedTuple
 
 import jax
@@ -17,11 +15,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as gpu
 import jax.numpy as jnp
-import numpy as np
 
 from normkit._types import Array
-from normkit.kernels import configs, dispatch, rows
+from normkit.kernels import configs, mosaic_groups, rows
 from normkit.kernels.configs import OUTPUT_TILES, PIECE, Case, Config
+from normkit.kernels.launch import capability, launch, padded
 from normkit.kernels.rows import Spec
 from normkit.kernels.warpgroups import (
   INPUTS,
@@ -44,7 +42,9 @@ def forward(
   with_statistics: bool = False,
   interpret: bool = False,
 ) -> Arrays:
-  """The norm of each row; see `normkit.kernels.triton.forward`."""
+  """The norm of each row or group; see `normkit.kernels.triton.forward`."""
+  if spec.groups is not None:
+    return mosaic_groups.forward(given, spec, with_statistics, interpret)
   x = given['x']
   results = {'y': spec.dtype}
   if 'residual' in given:
@@ -62,6 +62,8 @@ def backward(
   given: Arrays, spec: Spec, wanted: tuple[str, ...], interpret: bool = False
 ) -> Arrays:
   """Gradients of the norm; see `normkit.kernels.triton.backward`."""
+  if spec.groups is not None:
+    return mosaic_groups.backward(given, spec, wanted, interpret)
   x = given['x']
   sums = tuple(name for name in wanted if name != 'dx')
   found = _call(_backward, given, {'dx': x.dtype}, sums, (), spec, interpret)
@@ -91,13 +93,13 @@ def _call(
     tuple(a.dtype for a in parameters.values()),
     len(sums),
   )
-  chip = 10 if 10 <= dispatch.oldest_gpu() < math.inf else 9
+  chip = capability()
   config = configs.config(case, chip)
   assert config is not None
   plan = _plan(case, config, chip, count, interpret)
   arguments = {n: _rows_of(a, plan) for n, a in inputs.items()}
   arguments |= {
-    n: _padded(a, (config.row_width,)).reshape(plan.tiles)
+    n: padded(a, (config.row_width,)).reshape(plan.tiles)
     for n, a in parameters.items()
   }
   each = (count,) if config.is_shared else (plan.tasks, config.rows)
@@ -107,26 +109,13 @@ def _call(
   outs |= dict.fromkeys(sums, rows.result(x, partial, jnp.float32))
   scratch = _scratch(case, config, arguments, outs, sums)
 
-  def kernel(*refs: Any) -> None:
-    names = (*arguments, *outs, *scratch)
-    named = dict(zip(names, refs, strict=True))
+  def run(refs: Arrays) -> None:
     turns = plan.shape, plan.tasks, plan.programs
-    body(Work(named, config, case, *turns, spec, interpret))
+    body(Work(refs, config, case, *turns, spec, interpret))
 
-  kernel.__name__ = f'normkit{body.__name__}'
-  run = gpu.kernel(
-    kernel,
-    out_type=tuple(outs.values()),
-    grid=(plan.programs,),
-    grid_names=('program',),
-    num_threads=config.warpgroups,
-    thread_name='warpgroup',
-    scratch_types=tuple(scratch.values()),
-    **_options(interpret),
-  )
-  if interpret:
-    run = functools.partial(_interpreted, run, tuple(outs.values()))
-  named = dict(zip(outs, run(*arguments.values()), strict=True))
+  name = f'normkit{body.__name__}'
+  size_of_grid = plan.programs, config.warpgroups
+  named = launch(run, name, arguments, outs, scratch, *size_of_grid, interpret)
   for name in results:
     named[name] = named[name].reshape(plan.filled)[:count, :size]
   for name in stats:
@@ -191,50 +180,7 @@ def _plan(
 def _rows_of(array: Array, plan: Plan) -> Array:
   """An array like x as rows, filled up."""
   whole = array.reshape(plan.height, plan.size)
-  return _padded(whole, plan.filled).reshape(plan.shape)
-
-
-def _options(interpret: bool) -> dict[str, Any]:
-  if interpret:
-    return {'interpret': interpreter()}
-  semantics = gpu.LoweringSemantics.Lane
-  # No sum over a tile needs scratch: warps meet in `parts`.
-  return {
-    'compiler_params': gpu.CompilerParams(
-      lowering_semantics=semantics, reduction_scratch_bytes=0
-    )
-  }
-
-
-def interpreter(**options: Any) -> Any:
-  """What runs shared memory, barriers and copies on any device."""
-  from jax._src.pallas.mosaic_gpu.interpret import params  # noqa: PLC0415
-
-  return params.InterpretGPUParams(**options)
-
-
-INTERPRETING = threading.Lock()
-
-
-def _interpreted(
-  run: Callable[..., Any], results: tuple[Any, ...], *arguments: Array
-) -> Any:
-  """One kernel at a time, on a device of its own.
-
-  The interpreter calls Python in a certain order, which is not allowed where a
-  norm may stand, and has one shared memory.
-  """
-
-  def call(*arguments: Any) -> Any:
-    with INTERPRETING, jax.default_device(jax.local_devices()[-1]):
-      return jax.tree.map(np.asarray, jax.jit(run)(*arguments))
-
-  return jax.pure_callback(
-    call,
-    [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in results],
-    *arguments,
-    vmap_method='sequential',
-  )
+  return padded(whole, plan.filled).reshape(plan.shape)
 
 
 def _viewed(
@@ -244,13 +190,6 @@ def _viewed(
   if config.is_shared and size % PIECE == 0:
     return (shape[0], shape[1] // PIECE, PIECE)
   return shape
-
-
-def _padded(array: Array, shape: tuple[int, ...]) -> Array:
-  if array.shape == shape:
-    return array
-  pairs = zip(array.shape, shape, strict=True)
-  return jnp.pad(array, [(0, to - of) for of, to in pairs])
 
 
 def _scratch(

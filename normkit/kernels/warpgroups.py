@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from normkit._types import Array
 from normkit.kernels import rows
-from normkit.kernels.configs import OUTPUT_TILES, Case, Config
+from normkit.kernels.configs import OUTPUT_TILES, Case, Config, Groups
 from normkit.kernels.rows import Spec
 
 # `load` wants an index in JAX 0.10, and a part of the array later.
@@ -47,17 +47,17 @@ class Work:
     self,
     refs: Arrays,
     config: Config,
-    case: Case,
+    case: Case | Groups,
     shape: tuple[int, ...],
     tasks: int,
     programs: int,
     spec: Spec,
     interpret: bool,
   ) -> None:
-    self.refs, self.config, self.case, self.spec = refs, config, case, spec
+    self.refs, self.config, self.spec = refs, config, spec
+    self.case: Any = case
     self.shape, self.interpret = shape, interpret
-    self.tile = config.rows, config.width
-    self.layout = _layout(config.width, case.vector)
+    self.tile, self.layout = self.tiled()
     self.program = lax.axis_index('program')
     self.group = lax.axis_index('warpgroup')
     # Tasks, one row or some, go round among all that take them.
@@ -70,6 +70,11 @@ class Work:
     self.inputs = [n for n in INPUTS if n in refs]
     self.parameters = [n for n in PARAMETERS if n in refs]
     self.sums_so_far = 0
+
+  def tiled(self) -> tuple[tuple[int, ...], Any]:
+    """The shape of a tile, and where the threads have it."""
+    config = self.config
+    return (config.rows, config.width), _layout(config.width, self.case.vector)
 
   def cast(self, value: Tile, layout: Any = None) -> Tile:
     """The interpreter knows no layouts."""
@@ -157,7 +162,11 @@ class Work:
     """A tile of an input, which has arrived, in float32."""
     slot = lax.rem(turn * self.config.tiles + block, self.config.stages)
     ring, at = self.refs[f'{name} ring'], (self.group, slot)
-    return self.part(ring, at, self.layout).astype(jnp.float32)
+    return self.get(ring, at).astype(jnp.float32)
+
+  def get(self, ref: Any, index: Any) -> Tile:
+    """A tile that lies in shared memory."""
+    return self.part(ref, index, self.layout)
 
   def wait(self, turn: Any) -> None:
     """Until the tiles of a task are there."""
@@ -265,7 +274,7 @@ class Work:
     gpu.wait_smem_to_gmem(OUTPUT_TILES - 1, wait_read_only=True)
     for name, value in values.items():
       ring = self.refs[f'{name} out']
-      ring[self.group, slot] = value.astype(ring.dtype)
+      self.put(ring.at[self.group, slot], value.astype(ring.dtype))
     gpu.commit_smem()
     for name in values:
       tile = self.refs[f'{name} out'].at[self.group, slot]
@@ -273,6 +282,10 @@ class Work:
         gpu.copy_smem_to_gmem(of, to, commit_group=False)
     gpu.commit_smem_to_gmem_group()
     self.fetch(index + self.config.stages)
+
+  def put(self, ref: Any, value: Tile) -> None:
+    """Stores a tile in shared memory."""
+    ref[...] = value
 
   def write_statistics(self, turn: Any, values: Any) -> None:
     """Those of a task, where they are wanted."""
