@@ -36,7 +36,7 @@ PUBLIC = [
   ('LayerNorm', (1024, 12_288)),
 ]
 UNET = [(8, 64, 64, 128), (8, 32, 32, 256), (8, 16, 16, 512), (8, 8, 8, 1280)]
-IMAGES = (64, 28, 28, 512)
+IMAGES, LARGE = (64, 28, 28, 512), (16, 56, 56, 512)
 BLOCK_WIDTHS = 4096, 2048, 1024, 8192, 768
 BLOCK_ELEMENTS = 2**24
 
@@ -114,6 +114,7 @@ def norms_of(is_dry: bool) -> list[Case]:
     *(Case(norm, shape, 'bfloat16') for norm, shape in PUBLIC),
     *(Case('GroupNorm', shape, 'bfloat16', 32) for shape in UNET),
     *(Case('GroupNorm', IMAGES, dtype, 32) for dtype in DTYPES),
+    Case('GroupNorm', LARGE, 'bfloat16', 32),
   ]
 
 
