@@ -26,6 +26,8 @@ CHIPS = {'h200': 9, 'b200': 10}  # compute capability
 KINDS = 'forward', 'training forward', 'backward'
 SIZES = 64, 100, 768, 1000, 4096, 5120, 8192, 12_288, 16_384, 65_536
 DTYPES = 'bfloat16', 'float16', 'float32'
+OF = 'feature', 'example', 'head'  # what has a number of scale and bias
+TOKENS, HEADS = 1000, 12  # of an example; of a token
 
 
 class Report(NamedTuple):
@@ -57,9 +59,11 @@ def is_taken(kind: str, size: int, dtype: str) -> bool:
   return cases.refusal(*case) is None
 
 
-def report(target: str, kind: str, size: int, dtype: str) -> Report:
+def report(
+  target: str, kind: str, size: int, dtype: str, of: str = 'feature'
+) -> Report:
   """Of layer norm with scale and bias in float32."""
-  run = compiler(target).submit(_report, target, kind, size, dtype)
+  run = compiler(target).submit(_report, target, kind, size, dtype, of)
   return run.result()
 
 
@@ -80,11 +84,20 @@ def _prepare(capability: int) -> None:
   dispatch.oldest_gpu = lambda: capability
 
 
-def _report(target: str, kind: str, size: int, dtype: str) -> Report:
-  """Of 2^27 elements or so: enough to fill the chip again and again."""
-  rows = 2**27 // max(size, 1024)
-  x = jax.ShapeDtypeStruct((rows, size), dtype)
-  scale = jax.ShapeDtypeStruct((size,), jnp.float32)
+def shapes(size: int, of: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """Of x, of 2^27 elements or so, and of scale and bias."""
+  rows = 2**27 // max(size, 1024)  # enough to fill the chip again and again
+  if of == 'example':
+    return (rows // TOKENS, TOKENS, size), (rows // TOKENS, 1, size)
+  if of == 'head':
+    return (rows // HEADS, HEADS, size), (1, HEADS, size)
+  return (rows, size), (size,)
+
+
+def _report(target: str, kind: str, size: int, dtype: str, of: str) -> Report:
+  shape, of_scale = shapes(size, of)
+  x = jax.ShapeDtypeStruct(shape, dtype)
+  scale = jax.ShapeDtypeStruct(of_scale, jnp.float32)
   spec = Spec(1e-6, True, x.dtype)
   one, wide = (x.dtype,), (scale.dtype,)
   if kind == 'backward':
@@ -150,11 +163,12 @@ def run(args: argparse.Namespace) -> int:
       row = [f'{size:,} {dtype}']
       for kind in KINDS:
         taken = is_taken(kind, size, dtype)
-        found = report(args.target, kind, size, dtype) if taken else None
-        row.append(described(found) if found else 'XLA')
+        case = args.target, kind, size, dtype, args.of
+        row.append(described(report(*case)) if taken else 'XLA')
       rows.append(row)
   header = ['width', *KINDS]
-  tables.publish('registers', args.target, header, rows, args.update)
+  name = 'registers' if args.of == 'feature' else f'registers-{args.of}'
+  tables.publish(name, args.target, header, rows, args.update)
   return 0
 
 
@@ -164,6 +178,9 @@ def add_command(commands: Any) -> None:
   parser.add_argument('--size', nargs='*', type=int, default=SIZES)
   parser.add_argument(
     '--dtype', nargs='*', choices=DTYPES, default=['bfloat16', 'float32']
+  )
+  parser.add_argument(
+    '--of', choices=OF, default=OF[0], help='what has its own scale and bias'
   )
   tables.add_update(parser)
   parser.set_defaults(run=run)

@@ -92,7 +92,13 @@ def normalize_rows(
   if is_plain and not _names(given, spec, None):
     return None
   if why is None:
-    found = _partitioned(given | _parameters(args), spec, implementation)
+    whole = given | _parameters(args)
+    if implementation is None and _others(whole):
+      why = None if _names(whole, spec, None) else 'it is not chosen'
+      if why and residual is None:
+        return None
+  if why is None:
+    found = _partitioned(whole, spec, implementation)
   else:
     parameters = {'scale': args.scale, 'bias': args.bias}
     given |= {n: a for n, a in parameters.items() if a is not None}
@@ -136,6 +142,10 @@ def _refusal(
   """Why there is no kernel where a set of x lies along `axes`, or None."""
   parameters = [p for p in (args.scale, args.bias) if p is not None]
   last = (1,) * (x.ndim - 1) + x.shape[-1:]
+  if axes == (x.ndim - 1,):  # or of an example, or a head
+    is_other = any(p.shape[-1] != x.shape[-1] for p in parameters)
+  else:
+    is_other = any(p.shape != last for p in parameters)
   is_sharded = set(axes) & set(_shards.sharded_axes(x))
   reasons = {
     'statistics are pooled over devices': is_pooled,
@@ -144,16 +154,33 @@ def _refusal(
     'it rounds before the scale': args.rounding is not None,
     f'dtype {x.dtype} to {args.dtype}': not {x.dtype, args.dtype} <= FLOATS,
     'scale or bias is not a float of 32 bits for each element of the last '
-    'axis': any(p.shape != last or p.dtype not in FLOATS for p in parameters),
+    'axis': is_other or any(p.dtype not in FLOATS for p in parameters),
     'the normalized axes or the parameters are sharded': is_sharded
-    or any(map(_shards.sharded_axes, parameters)),
+    or not all(_lies_with(p, x) for p in parameters),
   }
   return next((why for why, holds in reasons.items() if holds), None)
 
 
 def _parameters(args: Arguments) -> Arrays:
+  """Of one axis; of x's rank those of an example, or of a head."""
   given = {'scale': args.scale, 'bias': args.bias}
-  return {n: a.reshape(-1) for n, a in given.items() if a is not None}
+  return {
+    n: a.reshape(-1) if a.size == a.shape[-1] else a
+    for n, a in given.items()
+    if a is not None
+  }
+
+
+def _lies_with(p: Array, x: Array) -> bool:
+  """Whether a parameter is whole, or sharded as the examples of x are."""
+  own, of_x = (jax.typeof(a).sharding.spec for a in (p, x))
+  return all(own[a] in (None, of_x[a]) for a in range(x.ndim))
+
+
+def _others(given: Any) -> tuple[tuple[int, ...], ...]:
+  """The shapes of parameters of more than one number a feature."""
+  found = [given[n].shape for n in ('scale', 'bias') if n in given]
+  return tuple(shape for shape in found if len(shape) > 1)
 
 
 def _partitioned(
@@ -168,11 +195,22 @@ def _partitioned(
   kind = jax.typeof(x).sharding
   if kind.mesh.empty or not kind.mesh.are_all_axes_explicit:
     return dict(run(given))
-  specs = {n: kind.spec if a.ndim > 1 else P() for n, a in given.items()}
+  specs = {n: _spec_like(a, kind.spec) for n, a in given.items()}
+  given = {
+    n: jax.sharding.reshard(a, kind.update(spec=specs[n]))
+    for n, a in given.items()
+  }
   sharded: Arrays = jax.shard_map(
     run, mesh=kind.mesh, in_specs=(specs,), out_specs=kind.spec
   )(given)
   return sharded
+
+
+def _spec_like(a: Array, spec: P) -> P:
+  """How x, a residual or a parameter is sharded where x is by `spec`."""
+  if a.ndim == 1:
+    return P()
+  return P(*(s if n > 1 else None for s, n in zip(spec, a.shape, strict=True)))
 
 
 def check(
@@ -188,9 +226,10 @@ def check(
     _types.refuse_kernel(implementation, f'it does not take {of}')
 
 
-def _extra(given: Any, spec: Spec) -> tuple[bool, bool]:
-  """Whether there is a residual, and an activation."""
-  return 'residual' in given or 'total' in given, spec.activation is not None
+def _extra(given: Any, spec: Spec) -> tuple[bool, bool, Any]:
+  """Whether there is a residual, and an activation; shapes of `_others`."""
+  is_sum = 'residual' in given or 'total' in given
+  return is_sum, spec.activation is not None, _others(given)
 
 
 @functools.partial(

@@ -27,7 +27,7 @@ import math
 import jax.numpy as jnp
 
 from normkit._types import DType, Implementation, is_known
-from normkit.kernels import configs, record
+from normkit.kernels import configs, plans, record
 
 LONGEST = 65_536
 TRITON_WIDTH = 8192  # of which a row is held in registers
@@ -46,8 +46,13 @@ def refusal(  # noqa: PLR0911
   groups: int | None = None,
   residual: bool = False,
   activation: bool = False,
+  parameters: tuple[tuple[int, ...], ...] = (),
 ) -> str | None:
-  """Why the kernel does not take an input, or None."""
+  """Why the kernel does not take an input, or None.
+
+  `parameters` are the shapes of a scale and bias that are of x's rank: of an
+  example, as in adaLN, or of a head.
+  """
   if not all(map(is_known, shape)):
     return 'sizes that are symbols'
   if 0 in shape:
@@ -56,6 +61,8 @@ def refusal(  # noqa: PLR0911
     return 'arrays of 2^31 elements or more'
   if implementation == 'mosaic_tpu' and dtype == jnp.float16:
     return 'float16'
+  if parameters and implementation != 'mosaic_gpu':
+    return 'scale or bias of more than one number a feature'
   if groups is not None:
     return _refusal_of_groups(implementation, shape, dtype, groups)
   if shape[-1] > LONGEST:
@@ -64,6 +71,9 @@ def refusal(  # noqa: PLR0911
     return None
   if activation:
     return 'an activation'
+  sets = plans.sets_of(shape, *parameters)
+  if sets is None or (sets.rows == 1 < sets.count):
+    return 'scale or bias neither of an example nor of a head'
   fits = _config(shape, dtype, 2 if residual else 1) is not None
   return None if fits else 'rows that do not fit in shared memory'
 
@@ -142,18 +152,20 @@ def chosen(
   preferred: Implementation | None = None,
   residual: bool = False,
   activation: bool = False,
+  parameters: tuple[tuple[int, ...], ...] = (),
   center: bool = True,
 ) -> dict[Implementation, tuple[str, ...] | None]:
   """The kernels that take XLA's place in training, each on its platform.
 
   With each the chips on which it won, all else being XLA's; None for any, where
-  it is preferred. Neither a residual nor an activation has been recorded.
+  it is preferred. No residual and no activation has been recorded, nor a scale
+  of an example or of a head.
   """
   if preferred is not None:
-    extra = residual, activation
+    extra = residual, activation, parameters
     is_taken = refusal(preferred, shape, dtype, groups, *extra) is None
     return {preferred: None} if is_taken else {}
-  if residual or activation or not record.entries():
+  if residual or activation or parameters or not record.entries():
     return {}
   if not all(map(is_known, shape)):
     return {}

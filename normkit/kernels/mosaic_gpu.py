@@ -10,17 +10,16 @@ from collections.abc import Callable
 import functools
 import math
 import threading
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as gpu
 import jax.numpy as jnp
 import numpy as np
 
 from normkit._types import Array
-from normkit.kernels import configs, dispatch, rows
+from normkit.kernels import configs, dispatch, plans, rows
 from normkit.kernels.configs import OUTPUT_TILES, PIECE, Case, Config
 from normkit.kernels.rows import Spec
 from normkit.kernels.warpgroups import (
@@ -50,11 +49,7 @@ def forward(
   if 'residual' in given:
     results['total'] = x.dtype
   stats = rows.statistics(spec) if with_statistics else ()
-  found = _call(_forward, given, results, (), stats, spec, interpret)
-  sets = (*x.shape[:-1], 1)
-  return {
-    n: a.reshape(sets if n in stats else x.shape) for n, a in found.items()
-  }
+  return _call(_forward, given, results, (), stats, spec, interpret)
 
 
 @functools.partial(jax.jit, static_argnames=('spec', 'wanted', 'interpret'))
@@ -64,8 +59,7 @@ def backward(
   """Gradients of the norm; see `normkit.kernels.triton.backward`."""
   x = given['x']
   sums = tuple(name for name in wanted if name != 'dx')
-  found = _call(_backward, given, {'dx': x.dtype}, sums, (), spec, interpret)
-  return {n: a.reshape(x.shape) if n == 'dx' else a for n, a in found.items()}
+  return _call(_backward, given, {'dx': x.dtype}, sums, (), spec, interpret)
 
 
 def _call(
@@ -77,15 +71,16 @@ def _call(
   spec: Spec,
   interpret: bool,
 ) -> Arrays:
-  """Runs a kernel on x as rows; sums over these come as one row."""
+  """Runs a kernel on x as rows."""
   x = given['x']
-  size = x.shape[-1]
-  count = x.size // size
+  shapes = {n: given[n].shape for n in PARAMETERS if n in given}
+  sets = plans.sets_of(x.shape, *shapes.values())
+  assert sets is not None
   inputs = {n: given[n] for n in INPUTS if n in given}
   used = PARAMETERS if body is _forward or spec.activation else PARAMETERS[:1]
   parameters = {n: given[n] for n in used if n in given}
   case = Case(
-    size,
+    x.shape[-1],
     tuple(a.dtype for a in inputs.values()),
     tuple(results.values()),
     tuple(a.dtype for a in parameters.values()),
@@ -94,14 +89,13 @@ def _call(
   chip = 10 if 10 <= dispatch.oldest_gpu() < math.inf else 9
   config = configs.config(case, chip)
   assert config is not None
-  plan = _plan(case, config, chip, count, interpret)
-  arguments = {n: _rows_of(a, plan) for n, a in inputs.items()}
+  plan = plans.plan(case, config, chip, sets, interpret)
+  arguments = {n: plan.rows_of(a) for n, a in inputs.items()}
   arguments |= {
-    n: _padded(a, (config.row_width,)).reshape(plan.tiles)
-    for n, a in parameters.items()
+    n: plan.parameter(a, config.row_width) for n, a in parameters.items()
   }
-  each = (count,) if config.is_shared else (plan.tasks, config.rows)
-  partial = (plan.programs, *plan.tiles)
+  each = (plan.tasks,) if config.is_shared else (plan.tasks, config.rows)
+  partial = (sets.count, plan.parts, *plan.tiles)
   outs = {n: rows.result(x, plan.shape, d) for n, d in results.items()}
   outs |= dict.fromkeys(stats, rows.result(x, each, jnp.float32))
   outs |= dict.fromkeys(sums, rows.result(x, partial, jnp.float32))
@@ -110,8 +104,7 @@ def _call(
   def kernel(*refs: Any) -> None:
     names = (*arguments, *outs, *scratch)
     named = dict(zip(names, refs, strict=True))
-    turns = plan.shape, plan.tasks, plan.programs
-    body(Work(named, config, case, *turns, spec, interpret))
+    body(Work(named, config, case, plan, spec, interpret))
 
   kernel.__name__ = f'normkit{body.__name__}'
   run = gpu.kernel(
@@ -127,71 +120,10 @@ def _call(
   if interpret:
     run = functools.partial(_interpreted, run, tuple(outs.values()))
   named = dict(zip(outs, run(*arguments.values()), strict=True))
-  for name in results:
-    named[name] = named[name].reshape(plan.filled)[:count, :size]
-  for name in stats:
-    named[name] = named[name].reshape(-1)[:count]
-  for name in sums:
-    parts = named[name].reshape(plan.programs, -1)
-    named[name] = parts[:, :size].sum(0)
-  return named
-
-
-class Plan(NamedTuple):
-  """How rows lie in arrays, and who takes them.
-
-  Attributes:
-    height: how many rows.
-    size: of a row.
-    filled: rows and their width, with what an asynchronous copy asks for.
-    shape: of the arrays of rows.
-    tiles: of the arrays of scale and bias, and of sums over rows.
-    tasks: rows, one or some, that a warpgroup or a program takes together.
-    programs: that take them in turn.
-  """
-
-  height: int
-  size: int
-  filled: tuple[int, int]
-  shape: tuple[int, ...]
-  tiles: tuple[int, ...]
-  tasks: int
-  programs: int
-
-
-def _plan(
-  case: Case, config: Config, chip: int, count: int, interpret: bool
-) -> Plan:
-  """For so many rows.
-
-  An asynchronous copy fills up with zeros, and leaves out, what lies beyond an
-  array; rows of a multiple of 16 bytes are all that it asks. The interpreter
-  asks for whole tiles.
-  """
-  tasks = pl.cdiv(count, config.rows_at_once)
-  programs = config.resident * configs.CHIPS[chip].processors
-  vector = 16 // min(jnp.dtype(d).itemsize for d in case.inputs + case.outputs)
-  filled = count, pl.cdiv(case.size, vector) * vector
-  if interpret:
-    filled = tasks * config.rows_at_once, config.row_width
-  tiles: tuple[int, ...] = (config.row_width // config.width, config.width)
-  if config.is_shared:
-    tiles = (tiles[0] // config.rows, config.rows, config.width)
-  return Plan(
-    count,
-    case.size,
-    filled,
-    _viewed(filled, case.size, config),
-    tiles,
-    tasks,
-    min(programs, pl.cdiv(tasks, config.workers)),
-  )
-
-
-def _rows_of(array: Array, plan: Plan) -> Array:
-  """An array like x as rows, filled up."""
-  whole = array.reshape(plan.height, plan.size)
-  return _padded(whole, plan.filled).reshape(plan.shape)
+  found = {n: plan.like_x(named[n], x.shape) for n in results}
+  found |= {n: plan.statistics(named[n], x.shape) for n in stats}
+  like = {n: shapes.get(n[1:], x.shape[-1:]) for n in sums}
+  return found | {n: plan.total(named[n], like[n]) for n in sums}
 
 
 def _options(interpret: bool) -> dict[str, Any]:
@@ -237,22 +169,6 @@ def _interpreted(
   )
 
 
-def _viewed(
-  shape: tuple[int, int], size: int, config: Config
-) -> tuple[int, ...]:
-  """Rows, in pieces where each is a multiple of these."""
-  if config.is_shared and size % PIECE == 0:
-    return (shape[0], shape[1] // PIECE, PIECE)
-  return shape
-
-
-def _padded(array: Array, shape: tuple[int, ...]) -> Array:
-  if array.shape == shape:
-    return array
-  pairs = zip(array.shape, shape, strict=True)
-  return jnp.pad(array, [(0, to - of) for of, to in pairs])
-
-
 def _scratch(
   case: Case,
   config: Config,
@@ -268,7 +184,7 @@ def _scratch(
       ring = (groups, config.stages, *tile)
       found[f'{name} ring'] = gpu.SMEM(ring, a.dtype)
     elif config.holds_parameters:
-      found[f'{name} held'] = gpu.SMEM(a.shape, a.dtype)
+      found[f'{name} held'] = gpu.SMEM(a.shape[1:], a.dtype)
   for name, a in outs.items():
     if name in OUTPUTS:
       found[f'{name} out'] = gpu.SMEM((groups, OUTPUT_TILES, *tile), a.dtype)
@@ -313,7 +229,8 @@ def _forward(work: Work) -> None:
     work.each(write, None)
     work.write_statistics(turn, stats.values)
 
-  work.run(task, None, 2 if spec.center else 1)
+  meetings = 2 if spec.center else 1
+  work.run(task, lambda: None, lambda _: None, meetings)
 
 
 def _backward(work: Work) -> None:
@@ -362,8 +279,12 @@ def _backward(work: Work) -> None:
       work.write(turn, block, {'dx': dx})
     return tuple(now)
 
-  zeros = tuple(tuple(work.full(0) for _ in sums) for _ in range(config.tiles))
-  totals = work.run(task, zeros, 3 if spec.center else 2)
-  for index in range(config.tiles):
-    for name, total in zip(sums, totals[index], strict=True):
-      store_sum(work, work.refs[name], index, total)
+  def zeros() -> Any:
+    return tuple(tuple(work.full(0) for _ in sums) for _ in range(config.tiles))
+
+  def store(totals: Any) -> None:
+    for index in range(config.tiles):
+      for name, total in zip(sums, totals[index], strict=True):
+        store_sum(work, work.refs[name], index, total)
+
+  work.run(task, zeros, store, 3 if spec.center else 2)
