@@ -25,6 +25,7 @@ NAME = 'mosaic_gpu'
 CHIPS = {'h200': 9, 'b200': 10}  # compute capability
 KINDS = 'forward', 'training forward', 'backward'
 SIZES = 64, 100, 768, 1000, 4096, 5120, 8192, 12_288, 16_384, 65_536
+HEAD_SIZES = 64, 100, 128, 256
 DTYPES = 'bfloat16', 'float16', 'float32'
 OF = 'feature', 'example', 'head'  # what has a number of scale and bias
 TOKENS, HEADS = 1000, 12  # of an example; of a token

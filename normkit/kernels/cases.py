@@ -72,7 +72,7 @@ def refusal(  # noqa: PLR0911
   if activation:
     return 'an activation'
   sets = plans.sets_of(shape, *parameters)
-  if sets is None or (sets.rows == 1 < sets.count):
+  if sets is None or (sets.rows == 1 < sets.number):
     return 'scale or bias neither of an example nor of a head'
   fits = _config(shape, dtype, 2 if residual else 1) is not None
   return None if fits else 'rows that do not fit in shared memory'

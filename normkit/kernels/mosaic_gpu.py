@@ -95,7 +95,7 @@ def _call(
     n: plan.parameter(a, config.row_width) for n, a in parameters.items()
   }
   each = (plan.tasks,) if config.is_shared else (plan.tasks, config.rows)
-  partial = (sets.count, plan.parts, *plan.tiles)
+  partial = (sets.number, plan.parts, *plan.tiles)
   outs = {n: rows.result(x, plan.shape, d) for n, d in results.items()}
   outs |= dict.fromkeys(stats, rows.result(x, each, jnp.float32))
   outs |= dict.fromkeys(sums, rows.result(x, partial, jnp.float32))

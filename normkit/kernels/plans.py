@@ -20,12 +20,12 @@ class Sets(NamedTuple):
   """Rows that share a row of scale and of bias.
 
   Attributes:
-    count: of the sets.
+    number: of the sets.
     rows: of each.
-    is_apart: whether the rows of a set lie `count` apart, or side by side.
+    is_apart: whether the rows of a set lie `number` apart, or side by side.
   """
 
-  count: int
+  number: int
   rows: int
   is_apart: bool = False
 
@@ -89,7 +89,7 @@ class Plan(NamedTuple):
   @property
   def of_set(self) -> int:
     """The tasks of a set."""
-    return self.tasks // self.sets.count
+    return self.tasks // self.sets.number
 
   def rows_of(self, array: Array) -> Array:
     """An array like x as rows, filled up."""
@@ -102,7 +102,7 @@ class Plan(NamedTuple):
 
   def parameter(self, array: Array, width: int) -> Array:
     """Scale or bias: a row for each set, filled up, in tiles."""
-    size, count = self.given[-1], self.sets.count
+    size, count = self.given[-1], self.sets.number
     each = jnp.broadcast_to(array.reshape(-1, size), (count, size))
     return padded(each, (count, width)).reshape(count, *self.tiles)
 
@@ -116,7 +116,7 @@ class Plan(NamedTuple):
 
   def total(self, array: Array, shape: tuple[int, ...]) -> Array:
     """The sum of what the programs have, in the shape of scale or bias."""
-    count, size = self.sets.count, self.given[-1]
+    count, size = self.sets.number, self.given[-1]
     array = array.reshape(count, self.parts, -1)[..., :size]
     if count > 1:
       tasks = np.arange(count) * self.of_set
@@ -145,10 +145,10 @@ def plan(
   width = config.row_width if interpret else -(-size // vector) * vector
   of_set = -(-sets.rows // high)
   rows = of_set * high if interpret else sets.rows
-  given: tuple[int, ...] = (sets.count * sets.rows,)
-  filled: tuple[int, ...] = (sets.count * rows,)
-  if sets.count > 1 and high > 1:
-    given, filled = (sets.count, sets.rows), (sets.count, rows)
+  given: tuple[int, ...] = (sets.number * sets.rows,)
+  filled: tuple[int, ...] = (sets.number * rows,)
+  if sets.number > 1 and high > 1:
+    given, filled = (sets.number, sets.rows), (sets.number, rows)
     if sets.is_apart:
       given, filled = given[::-1], filled[::-1]
   shape: tuple[int, ...] = (*filled, width)
@@ -157,11 +157,11 @@ def plan(
   tiles: tuple[int, ...] = (config.row_width // config.width, config.width)
   if config.is_shared:
     tiles = (tiles[0] // config.rows, config.rows, config.width)
-  tasks = sets.count * of_set
+  tasks = sets.number * of_set
   turns, programs = _shares(config, chip, tasks, sets)
   parts = programs
-  if sets.count > 1:
-    first = np.arange(sets.count) * of_set
+  if sets.number > 1:
+    first = np.arange(sets.number) * of_set
     parts = int(np.max((first + of_set - 1) // turns - first // turns)) + 1
   given, filled = (*given, size), (*filled, width)
   return Plan(sets, given, filled, shape, tiles, tasks, turns, programs, parts)
@@ -174,10 +174,10 @@ def _shares(
   workers = config.workers
   programs = config.resident * configs.CHIPS[chip].processors
   programs = min(programs, -(-tasks // workers))
-  if sets.count == 1:
+  if sets.number == 1:
     return 0, programs
-  if programs % sets.count <= programs // 8:
-    programs -= programs % sets.count
+  if programs % sets.number <= programs // 8:
+    programs -= programs % sets.number
   turns = -(-tasks // (programs * workers)) * workers
   return turns, -(-tasks // turns)
 

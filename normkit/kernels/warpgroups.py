@@ -61,7 +61,7 @@ class Work:
     self.group = lax.axis_index('warpgroup')
     place = 0 if config.is_shared else self.group
     self.set = jnp.int32(0)
-    if plan.sets.count == 1:
+    if plan.sets.number == 1:
       # Tasks, one row or some, go round among all that take them.
       self.first = self.program * config.workers + place
       self.step = plan.programs * config.workers
@@ -154,7 +154,7 @@ class Work:
     sets, task = self.plan.sets, self.task(turn)
     if not self.config.is_shared:
       columns = pl.ds(number * width, width)
-      if sets.count == 1:
+      if sets.number == 1:
         return [(array.at[pl.ds(task * height, height), columns], tile)]
       of_set = lax.div(task, self.plan.of_set)
       some = pl.ds((task - of_set * self.plan.of_set) * height, height)
@@ -181,7 +181,7 @@ class Work:
     if not sets.is_apart:
       return task
     of_set = lax.div(task, sets.rows)
-    return (task - of_set * sets.rows) * sets.count + of_set
+    return (task - of_set * sets.rows) * sets.number + of_set
 
   def load(self, name: str, turn: Any, block: Any) -> Tile:
     """A tile of an input, which has arrived, in float32."""
@@ -350,10 +350,10 @@ class Work:
       turns = first, self.turns_before(end)
       finish(lax.fori_loop(*turns, one, carry()))
 
-    if sets.count == 1:
+    if sets.number == 1:
       self.hold()
     self.start()
-    if sets.count == 1:
+    if sets.number == 1:
       if config.holds_parameters:
         gpu.barrier_wait(self.refs['loaded'])
       finish(lax.fori_loop(0, self.turns, one, carry()))
@@ -412,7 +412,7 @@ def store_sum(work: Work, ref: Any, block: int, total: Tile) -> None:
   """A program's share of a sum over rows."""
   config, plan = work.config, work.plan
   slot = work.program
-  if plan.sets.count > 1:
+  if plan.sets.number > 1:
     slot = slot - lax.div(work.set * plan.of_set, plan.turns)
   if config.is_shared:
     ref[work.set, slot, work.number(block)] = total
