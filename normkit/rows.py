@@ -93,7 +93,8 @@ def normalize_rows(
     return None
   if why is None:
     whole = given | _parameters(args)
-    if implementation is None and _others(whole):
+    is_other = args.rounding is not None or bool(_others(whole))
+    if implementation is None and is_other:
       why = None if _names(whole, spec, None) else 'it is not chosen'
       if why and residual is None:
         return None
@@ -146,12 +147,13 @@ def _refusal(
     is_other = any(p.shape[-1] != x.shape[-1] for p in parameters)
   else:
     is_other = any(p.shape != last for p in parameters)
+  is_rounded = args.rounding is not None and axes != (x.ndim - 1,)
   is_sharded = set(axes) & set(_shards.sharded_axes(x))
   reasons = {
     'statistics are pooled over devices': is_pooled,
     'there is a mask': args.where is not None,
+    'it rounds before the scale': is_rounded,
     'epsilon is an array': isinstance(args.epsilon, Array),
-    'it rounds before the scale': args.rounding is not None,
     f'dtype {x.dtype} to {args.dtype}': not {x.dtype, args.dtype} <= FLOATS,
     'scale or bias is not a float of 32 bits for each element of the last '
     'axis': is_other or any(p.dtype not in FLOATS for p in parameters),
@@ -221,15 +223,19 @@ def check(
     return
   x = given['x']
   case = x.shape, x.dtype, spec.groups
-  if why := cases.refusal(implementation, *case, *_extra(given, spec)):
+  if why := cases.refusal(implementation, *case, **_extra(given, spec)):
     of = f'{why}, and x is {x.dtype}{list(x.shape)}'
     _types.refuse_kernel(implementation, f'it does not take {of}')
 
 
-def _extra(given: Any, spec: Spec) -> tuple[bool, bool, Any]:
-  """Whether there is a residual, and an activation; shapes of `_others`."""
-  is_sum = 'residual' in given or 'total' in given
-  return is_sum, spec.activation is not None, _others(given)
+def _extra(given: Any, spec: Spec) -> dict[str, Any]:
+  """What a case has beside its input, as `cases` names it."""
+  return {
+    'residual': 'residual' in given or 'total' in given,
+    'activation': spec.activation is not None,
+    'parameters': _others(given),
+    'rounds': spec.rounding is not None,
+  }
 
 
 @functools.partial(
@@ -298,7 +304,7 @@ def _names(
   preferred = platforms.preferred()
   x = given['x']
   case = x.shape, x.dtype, spec.groups, preferred
-  return cases.chosen(*case, *_extra(given, spec), spec.center)
+  return cases.chosen(*case, **_extra(given, spec), center=spec.center)
 
 
 def _with_backward(names: Kernels, x: Array, spec: Spec) -> Kernels:

@@ -47,6 +47,7 @@ def refusal(  # noqa: PLR0911
   residual: bool = False,
   activation: bool = False,
   parameters: tuple[tuple[int, ...], ...] = (),
+  rounds: bool = False,
 ) -> str | None:
   """Why the kernel does not take an input, or None.
 
@@ -61,8 +62,11 @@ def refusal(  # noqa: PLR0911
     return 'arrays of 2^31 elements or more'
   if implementation == 'mosaic_tpu' and dtype == jnp.float16:
     return 'float16'
-  if parameters and implementation != 'mosaic_gpu':
-    return 'scale or bias of more than one number a feature'
+  if implementation != 'mosaic_gpu':
+    if parameters:
+      return 'scale or bias of more than one number a feature'
+    if rounds:
+      return 'rounding before the scale'
   if groups is not None:
     return _refusal_of_groups(implementation, shape, dtype, groups)
   if shape[-1] > LONGEST:
@@ -153,21 +157,21 @@ def chosen(
   residual: bool = False,
   activation: bool = False,
   parameters: tuple[tuple[int, ...], ...] = (),
+  rounds: bool = False,
   center: bool = True,
 ) -> dict[Implementation, tuple[str, ...] | None]:
   """The kernels that take XLA's place in training, each on its platform.
 
   With each the chips on which it won, all else being XLA's; None for any, where
-  it is preferred. No residual and no activation has been recorded, nor a scale
-  of an example or of a head.
+  it is preferred. No residual, activation or rounding has been recorded, nor a
+  scale of an example or of a head.
   """
   if preferred is not None:
-    extra = residual, activation, parameters
+    extra = residual, activation, parameters, rounds
     is_taken = refusal(preferred, shape, dtype, groups, *extra) is None
     return {preferred: None} if is_taken else {}
-  if residual or activation or parameters or not record.entries():
-    return {}
-  if not all(map(is_known, shape)):
+  is_other = residual or activation or parameters or rounds
+  if is_other or not record.entries() or not all(map(is_known, shape)):
     return {}
   # Of few places the sums for scale and bias, one an example, would be much; in
   # float32 XLA fuses a ReLU and moves 2 n less.

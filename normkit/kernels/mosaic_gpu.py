@@ -215,13 +215,16 @@ def _forward(work: Work) -> None:
       value = work.load('x', turn, block)
       if 'residual' in work.refs:
         value = value + work.load('residual', turn, block)
+        if spec.rounding is not None:
+          value = work.narrow(value, work.case.inputs[0])
       return value
 
     stats = Statistics(work, turn, x)
 
     def write(block: Any, _: Any) -> None:
       xhat = stats.standardized(block)
-      values = {'y': rows.outputs(xhat, work.affine(block), spec)}
+      y = rows.outputs(xhat, work.affine(block), spec, work.narrow)
+      values = {'y': y}
       if 'total' in work.refs:
         values['total'] = x(block)
       work.write(turn, block, values)
@@ -245,7 +248,11 @@ def _backward(work: Work) -> None:
     def slopes(block: Any) -> tuple[Tile, Tile, Tile]:
       xhat = stats.standardized(block)
       g = rows.slope_of(
-        work.load('dy', turn, block), xhat, work.affine(block), spec
+        work.load('dy', turn, block),
+        xhat,
+        work.affine(block),
+        spec,
+        work.narrow,
       )
       scale = work.parameter('scale', block)
       h = g if scale is None else g * scale
@@ -267,7 +274,7 @@ def _backward(work: Work) -> None:
       block = jnp.int32(index)
       xhat, g, h = slopes(block)
       # Added now: later, xhat and g would take registers until then.
-      terms = {'dscale': g * xhat, 'dbias': g}
+      terms = {'dscale': g * work.normalized(xhat), 'dbias': g}
       pairs = zip(sums, totals[index], strict=True)
       now.append(
         lax.optimization_barrier(tuple(t + terms[n] for n, t in pairs))

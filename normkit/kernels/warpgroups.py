@@ -82,6 +82,20 @@ class Work:
       return value
     return gpu.layout_cast(value, self.layout if layout is None else layout)
 
+  def narrow(self, value: Tile, dtype: Any) -> Tile:
+    """Rounded to a dtype; XLA, which interprets, would leave out the casts."""
+    info = jnp.finfo(dtype)
+    if info.bits >= jnp.finfo(value.dtype).bits:
+      return value
+    if self.interpret:
+      return lax.reduce_precision(value, info.nexp, info.nmant)
+    return value.astype(dtype).astype(value.dtype)
+
+  def normalized(self, xhat: Tile) -> Tile:
+    """What the scale multiplies."""
+    rounding = self.spec.rounding
+    return xhat if rounding is None else self.narrow(xhat, rounding.normalized)
+
   def full(self, value: Any) -> Tile:
     """A tile of one number."""
     return self.cast(jnp.full(self.tile, value, jnp.float32))
