@@ -53,19 +53,26 @@ class Report(NamedTuple):
   config: configs.Config
 
 
-def is_taken(kind: str, size: int, dtype: str) -> bool:
+def is_taken(
+  kind: str, size: int, dtype: str, activation: str | None = None
+) -> bool:
   case = NAME, (2, size), jnp.dtype(dtype)
   if kind == 'backward':
-    return cases.has_backward(*case)
+    return cases.has_backward(*case, activation=activation is not None)
   return cases.refusal(*case) is None
 
 
 def report(
-  target: str, kind: str, size: int, dtype: str, of: str = 'feature'
+  target: str,
+  kind: str,
+  size: int,
+  dtype: str,
+  of: str = 'feature',
+  activation: str | None = None,
 ) -> Report:
-  """Of layer norm with scale and bias in float32."""
-  run = compiler(target).submit(_report, target, kind, size, dtype, of)
-  return run.result()
+  """Of layer norm with scale and bias in float32, and one of `jax.nn`."""
+  given = target, kind, size, dtype, of, activation
+  return compiler(target).submit(_report, *given).result()
 
 
 @functools.cache
@@ -95,22 +102,32 @@ def shapes(size: int, of: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
   return (rows, size), (size,)
 
 
-def _report(target: str, kind: str, size: int, dtype: str, of: str) -> Report:
+def _report(
+  target: str,
+  kind: str,
+  size: int,
+  dtype: str,
+  of: str,
+  activation: str | None,
+) -> Report:
   shape, of_scale = shapes(size, of)
   x = jax.ShapeDtypeStruct(shape, dtype)
   scale = jax.ShapeDtypeStruct(of_scale, jnp.float32)
-  spec = Spec(1e-6, True, x.dtype)
+  run_after = getattr(jax.nn, activation) if activation else None
+  spec = Spec(1e-6, True, x.dtype, run_after)
   one, wide = (x.dtype,), (scale.dtype,)
+  given = {'x': x, 'scale': scale, 'bias': scale}
   if kind == 'backward':
-    given = {'x': x, 'dy': x, 'scale': scale}
+    given['dy'] = x
     wanted = 'dx', 'dscale', 'dbias'
     run = functools.partial(mosaic_gpu.backward, spec=spec, wanted=wanted)
-    case = configs.Case(size, one * 2, one, wide, 2)
+    parameters, inputs, sums = (2 if activation else 1), 2, 2
   else:
-    given = {'x': x, 'scale': scale, 'bias': scale}
     options = {'with_statistics': kind == 'training forward'}
     run = functools.partial(mosaic_gpu.forward, spec=spec, **options)
-    case = configs.Case(size, one, one, wide * 2)
+    parameters, inputs, sums = 2, 1, 0
+  more = of != 'feature', activation is not None
+  case = configs.Case(size, one * inputs, one, wide * parameters, sums, *more)
   compiled, said = _said_by(lambda: targets.compile_for(target, run, given))
   (found,) = re.findall(
     r'(\d+) bytes spill stores, (\d+) bytes spill loads.*\n.*Used (\d+) reg',

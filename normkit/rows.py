@@ -232,7 +232,7 @@ def _extra(given: Any, spec: Spec) -> dict[str, Any]:
   """What a case has beside its input, as `cases` names it."""
   return {
     'residual': 'residual' in given or 'total' in given,
-    'activation': spec.activation is not None,
+    'activation': spec.activation,
     'parameters': _others(given),
     'rounds': spec.rounding is not None,
   }
@@ -308,7 +308,7 @@ def _names(
 
 
 def _with_backward(names: Kernels, x: Array, spec: Spec) -> Kernels:
-  case = x.shape, x.dtype, spec.groups
+  case = x.shape, x.dtype, spec.groups, spec.activation is not None
   return {n: c for n, c in names.items() if cases.has_backward(n, *case)}
 
 

@@ -22,12 +22,13 @@ all axes of x (batch, ..., channels) but the first: `groups` counts them, and is
 None for rows.
 """
 
+from collections.abc import Callable
 import math
 
 import jax.numpy as jnp
 
-from normkit._types import DType, Implementation, is_known
-from normkit.kernels import configs, plans, record
+from normkit._types import Array, DType, Implementation, is_known
+from normkit.kernels import activations, configs, plans, record
 
 LONGEST = 65_536
 TRITON_WIDTH = 8192  # of which a row is held in registers
@@ -45,7 +46,7 @@ def refusal(  # noqa: PLR0911
   dtype: DType,
   groups: int | None = None,
   residual: bool = False,
-  activation: bool = False,
+  activation: Callable[[Array], Array] | None = None,
   parameters: tuple[tuple[int, ...], ...] = (),
   rounds: bool = False,
 ) -> str | None:
@@ -73,8 +74,8 @@ def refusal(  # noqa: PLR0911
     return f'rows of more than {LONGEST:,} elements'
   if implementation != 'mosaic_gpu':
     return None
-  if activation:
-    return 'an activation'
+  if activation and not activations.is_lowered(activation):
+    return 'an activation that Mosaic GPU cannot lower'
   sets = plans.sets_of(shape, *parameters)
   if sets is None or (sets.rows == 1 < sets.number):
     return 'scale or bias neither of an example nor of a head'
@@ -129,23 +130,29 @@ def has_backward(
   shape: tuple[int, ...],
   dtype: DType,
   groups: int | None = None,
+  activation: bool = False,
 ) -> bool:
   """Whether there is a backward: XLA's moves no more for the rows left out."""
   if refusal(implementation, shape, dtype, groups) is not None:
     return False
   if implementation == 'mosaic_gpu':
-    return _config(shape, dtype, 3, sums=2) is not None
+    return _config(shape, dtype, 3, 2, activation) is not None
   is_row_of_triton = implementation == 'triton' and groups is None
   return not is_row_of_triton or shape[-1] <= TRITON_WIDTH
 
 
 def _config(
-  shape: tuple[int, ...], dtype: DType, inputs: int, sums: int = 0
+  shape: tuple[int, ...],
+  dtype: DType,
+  inputs: int,
+  sums: int = 0,
+  activation: bool = False,
 ) -> configs.Config | None:
   """Mosaic GPU's for rows of as large an output as there may be."""
   dtype, wide = jnp.dtype(dtype), jnp.dtype(jnp.float32)
   outputs = (dtype,) if sums else (wide, *(dtype,) * (inputs - 1))
-  case = configs.Case(shape[-1], (dtype,) * inputs, outputs, (wide, wide), sums)
+  given = (dtype,) * inputs, outputs, (wide, wide), sums
+  case = configs.Case(shape[-1], *given, is_activated=activation)
   return configs.config(case)
 
 
@@ -155,7 +162,7 @@ def chosen(
   groups: int | None = None,
   preferred: Implementation | None = None,
   residual: bool = False,
-  activation: bool = False,
+  activation: Callable[[Array], Array] | None = None,
   parameters: tuple[tuple[int, ...], ...] = (),
   rounds: bool = False,
   center: bool = True,

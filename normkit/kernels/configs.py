@@ -19,6 +19,7 @@ THREADS = 128  # of a warpgroup
 # Sums for scale and bias that a thread may keep in registers, by the bytes of
 # an element: with more the assembler spills, for H200 or B200.
 SUMS = {2: 64, 4: 48}
+SUMS_OF_ACTIVATED = 32  # and for the smallest tiles
 
 
 class Chip(NamedTuple):
@@ -103,6 +104,8 @@ class Case:
     outputs: of what is as large as x and written.
     parameters: dtypes of scale and bias, where there are any.
     sums: how many sums over rows are kept.
+    has_sets: whether they are of some rows, as scale and bias are.
+    is_activated: whether there is an activation.
   """
 
   size: int
@@ -110,6 +113,8 @@ class Case:
   outputs: tuple[DType, ...]
   parameters: tuple[DType, ...] = ()
   sums: int = 0
+  has_sets: bool = False
+  is_activated: bool = False
 
   @property
   def vector(self) -> int:
@@ -169,20 +174,25 @@ def _tiles(case: Case) -> list[Config]:
     tiles = -(-case.size // width)
     while tiles == 1 and rows * width * itemsize < 4096:
       rows *= 2
+    # Sets take some registers, and fewer warpgroups have more of them.
+    is_more = case.has_sets or case.is_activated
+    most = 3 if is_more and case.sums and tiles > 1 else 4
     return [
       Config(rows, width, tiles, groups, False, 0, 0, False)
-      for groups in (4, 3, 2)
+      for groups in range(most, 1, -1)
     ]
   if not case.sums:
     rows, groups = 16 // itemsize, min(-(-case.size // 4096), 4)
     return [_shared(case.size, groups, rows)]
   # Each program writes out its sums over rows, so programs are few and large.
+  high = 4 if case.is_activated else 16 // itemsize
   choices = [
     _shared(case.size, groups, rows)
     for groups in (4, 3, 2, 1)
-    for rows in range(16 // itemsize, 3, -4)
+    for rows in range(high, 3, -4)
   ]
-  most = SUMS[itemsize] * THREADS // (case.sums * PIECE)
+  most = SUMS_OF_ACTIVATED if case.is_activated else SUMS[itemsize]
+  most = most * THREADS // (case.sums * PIECE)
   choices = [c for c in choices if c.tiles * c.rows <= most]
   return sorted(choices, key=lambda c: c.row_width)[:1]
 

@@ -7,6 +7,7 @@ or in several. Pallas, lowered to Mosaic GPU.
 """
 
 from collections.abc import Callable
+import dataclasses
 import functools
 import math
 import threading
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from normkit._types import Array
-from normkit.kernels import configs, dispatch, plans, rows
+from normkit.kernels import activations, configs, dispatch, plans, rows
 from normkit.kernels.configs import OUTPUT_TILES, PIECE, Case, Config
 from normkit.kernels.rows import Spec
 from normkit.kernels.warpgroups import (
@@ -85,6 +86,8 @@ def _call(
     tuple(results.values()),
     tuple(a.dtype for a in parameters.values()),
     len(sums),
+    sets.number > 1,
+    spec.activation is not None,
   )
   chip = 10 if 10 <= dispatch.oldest_gpu() < math.inf else 9
   config = configs.config(case, chip)
@@ -209,6 +212,9 @@ def _scratch(
 
 def _forward(work: Work) -> None:
   spec = work.spec
+  if spec.activation is not None:
+    run = functools.partial(activations.value, spec.activation)
+    spec = dataclasses.replace(spec, activation=run)
 
   def task(turn: Any, _: Any) -> None:
     def x(block: Any) -> Tile:
@@ -247,13 +253,10 @@ def _backward(work: Work) -> None:
 
     def slopes(block: Any) -> tuple[Tile, Tile, Tile]:
       xhat = stats.standardized(block)
-      g = rows.slope_of(
-        work.load('dy', turn, block),
-        xhat,
-        work.affine(block),
-        spec,
-        work.narrow,
-      )
+      g = work.load('dy', turn, block)
+      if spec.activation is not None:
+        y = rows.affine(xhat, work.affine(block), spec, work.narrow)
+        g = g * activations.slope(spec.activation, y)
       scale = work.parameter('scale', block)
       h = g if scale is None else g * scale
       return xhat, g, work.masked(h, block)

@@ -176,7 +176,7 @@ def outputs(
   xhat: Array, parameters: Parameters, spec: Spec, narrow: Narrow | None = None
 ) -> Array:
   """From standardized values to the result."""
-  y = _affine(xhat, parameters, spec, narrow)
+  y = affine(xhat, parameters, spec, narrow)
   y = y if spec.activation is None else spec.activation(y)
   return y.astype(spec.dtype)
 
@@ -204,16 +204,12 @@ def gradients(
 
 
 def slope_of(
-  dy: Array,
-  xhat: Array,
-  parameters: Parameters,
-  spec: Spec,
-  narrow: Narrow | None = None,
+  dy: Array, xhat: Array, parameters: Parameters, spec: Spec
 ) -> Array:
   """The gradient of scale * xhat + bias from that of the result."""
   if spec.activation is None:
     return dy
-  y = _affine(xhat, parameters, spec, narrow)
+  y = affine(xhat, parameters, spec)
   g: Array = jax.vjp(spec.activation, y)[1](dy)[0]
   return g
 
@@ -222,10 +218,10 @@ def _times(values: Array, scale: Array | None) -> Array:
   return values if scale is None else values * scale
 
 
-def _affine(
-  xhat: Array, parameters: Parameters, spec: Spec, narrow: Narrow | None
+def affine(
+  xhat: Array, parameters: Parameters, spec: Spec, narrow: Narrow | None = None
 ) -> Array:
-  """In steps, where a kernel can `narrow` them as `spec.rounding` says."""
+  """scale * xhat + bias; `narrow` rounds it on the way, for kernels that do."""
   if spec.rounding is None:
     y = _times(xhat, parameters.scale)
   else:
