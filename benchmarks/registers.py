@@ -175,17 +175,20 @@ def described(found: Report) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
+  more = args.of, args.activation
+  # Statistics are for XLA's backward, and the rest has one of its own.
+  kinds = KINDS if more == (OF[0], None) else KINDS[::2]
   rows = []
   for size in track(args.size, 'widths'):
     for dtype in args.dtype:
       row = [f'{size:,} {dtype}']
-      for kind in KINDS:
-        taken = is_taken(kind, size, dtype)
-        case = args.target, kind, size, dtype, args.of
+      for kind in kinds:
+        taken = is_taken(kind, size, dtype, args.activation)
+        case = args.target, kind, size, dtype, *more
         row.append(described(report(*case)) if taken else 'XLA')
       rows.append(row)
-  header = ['width', *KINDS]
-  name = 'registers' if args.of == 'feature' else f'registers-{args.of}'
+  header = ['width', *kinds]
+  name = '-'.join(['registers', *(n for n in more if n not in (OF[0], None))])
   tables.publish(name, args.target, header, rows, args.update)
   return 0
 
@@ -200,5 +203,6 @@ def add_command(commands: Any) -> None:
   parser.add_argument(
     '--of', choices=OF, default=OF[0], help='what has its own scale and bias'
   )
+  parser.add_argument('--activation', help='one of jax.nn, after the norm')
   tables.add_update(parser)
   parser.set_defaults(run=run)
