@@ -88,17 +88,12 @@ def normalize_rows(
   )
   given = {'x': x} if residual is None else {'x': x, 'residual': residual}
   given = {n: a[None] if x.ndim == 1 else a for n, a in given.items()}
-  is_plain = residual is None and implementation is None
-  if is_plain and not _names(given, spec, None):
+  whole = given | _parameters(args)
+  is_chosen = implementation is not None or bool(_names(whole, spec, None))
+  if not is_chosen and residual is None:
     return None
-  if why is None:
-    whole = given | _parameters(args)
-    is_other = args.rounding is not None or bool(_others(whole))
-    if implementation is None and is_other:
-      why = None if _names(whole, spec, None) else 'it is not chosen'
-      if why and residual is None:
-        return None
-  if why is None:
+  is_plain = spec.rounding is None and not _others(whole)
+  if why is None and (is_chosen or is_plain):
     found = _partitioned(whole, spec, implementation)
   else:
     parameters = {'scale': args.scale, 'bias': args.bias}
@@ -167,7 +162,7 @@ def _parameters(args: Arguments) -> Arrays:
   """Of one axis; of x's rank those of an example, or of a head."""
   given = {'scale': args.scale, 'bias': args.bias}
   return {
-    n: a.reshape(-1) if a.size == a.shape[-1] else a
+    n: a.reshape(-1) if a.shape[:-1] == (1,) * (a.ndim - 1) else a
     for n, a in given.items()
     if a is not None
   }
