@@ -69,9 +69,10 @@ def report(
   dtype: str,
   of: str = 'feature',
   activation: str | None = None,
+  center: bool = True,
 ) -> Report:
-  """Of layer norm with scale and bias in float32, and one of `jax.nn`."""
-  given = target, kind, size, dtype, of, activation
+  """Of layer norm, or RMS norm without a bias; parameters in float32."""
+  given = target, kind, size, dtype, of, activation, center
   return compiler(target).submit(_report, *given).result()
 
 
@@ -109,23 +110,24 @@ def _report(
   dtype: str,
   of: str,
   activation: str | None,
+  center: bool,
 ) -> Report:
   shape, of_scale = shapes(size, of)
   x = jax.ShapeDtypeStruct(shape, dtype)
   scale = jax.ShapeDtypeStruct(of_scale, jnp.float32)
   run_after = getattr(jax.nn, activation) if activation else None
-  spec = Spec(1e-6, True, x.dtype, run_after)
+  spec = Spec(1e-6, center, x.dtype, run_after)
   one, wide = (x.dtype,), (scale.dtype,)
-  given = {'x': x, 'scale': scale, 'bias': scale}
+  given = {'x': x, 'scale': scale} | ({'bias': scale} if center else {})
+  inputs, sums, parameters = 1, 0, len(given) - 1
   if kind == 'backward':
+    inputs, sums, parameters = 2, parameters, parameters if activation else 1
     given['dy'] = x
-    wanted = 'dx', 'dscale', 'dbias'
+    wanted = ('dx', 'dscale', 'dbias')[: 1 + sums]
     run = functools.partial(mosaic_gpu.backward, spec=spec, wanted=wanted)
-    parameters, inputs, sums = (2 if activation else 1), 2, 2
   else:
     options = {'with_statistics': kind == 'training forward'}
     run = functools.partial(mosaic_gpu.forward, spec=spec, **options)
-    parameters, inputs, sums = 2, 1, 0
   more = of != 'feature', activation is not None
   case = configs.Case(size, one * inputs, one, wide * parameters, sums, *more)
   compiled, said = _said_by(lambda: targets.compile_for(target, run, given))

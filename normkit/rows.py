@@ -302,9 +302,11 @@ def _names(
   return cases.chosen(*case, **_extra(given, spec), center=spec.center)
 
 
-def _with_backward(names: Kernels, x: Array, spec: Spec) -> Kernels:
+def _with_backward(names: Kernels, given: Arrays, spec: Spec) -> Kernels:
+  x, sums = given['x'], len({'scale', 'bias'} & given.keys())
   case = x.shape, x.dtype, spec.groups, spec.activation is not None
-  return {n: c for n, c in names.items() if cases.has_backward(n, *case)}
+  more = max(sums, 1), 'residual' in given or 'total' in given
+  return {n: c for n, c in names.items() if cases.has_backward(n, *case, *more)}
 
 
 def _training_forward(
@@ -320,7 +322,7 @@ def _training_forward(
     by_xla = named(plain.statistics_of_rows(spec, given))
     return {**plain.norm(spec, given, by_xla), **by_xla}
   name = implementation or platforms.preferred()
-  if name in _with_backward(names, given['x'], spec):
+  if name in _with_backward(names, given, spec):
     return _forward(given, spec, implementation)
 
   def chosen(form: Any, wanted: tuple[str, ...], *given: Arrays) -> Any:
@@ -362,8 +364,9 @@ def _tangents(
     functools.partial(plain.tangents, spec=spec, results=tuple(results)),
     prevent_cse=False,
   )
-  names = _names({**saved, **results}, spec, implementation)
-  names = _with_backward(names, saved['x'], spec)
+  given = {**saved, **results}
+  names = _names(given, spec, implementation)
+  names = _with_backward(names, given, spec)
   if not names:
     return by_xla(saved, moved)
   wanted = 'dx', *(f'd{n}' for n in moved if n not in SUMMANDS)

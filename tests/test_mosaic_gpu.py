@@ -410,6 +410,20 @@ def test_compiled(target, kind, size, dtype, of, activation):
   assert found.under_way >= configs.CHIPS[CHIPS[target]].under_way
 
 
+@pytest.mark.second_tier
+@pytest.mark.optimized
+@pytest.mark.parametrize('target', COMPILERS)
+@pytest.mark.parametrize(
+  ('size', 'dtype'), [(20_480, 'bfloat16'), (16_384, 'float32')]
+)
+def test_longest_compiled(target, size, dtype):
+  """RMS norm, which has one sum."""
+  found = report(target, 'backward', size, dtype, center=False)
+  assert found.spilled == 0
+  assert found.moved <= LIMITS['backward']
+  assert found.under_way >= configs.CHIPS[CHIPS[target]].under_way
+
+
 def assert_wide(code):
   """What is as large as x comes and goes by asynchronous copies alone."""
   assert 'cp.async.bulk.tensor' in code
@@ -472,6 +486,29 @@ def test_lowered(size, given, wanted):
 def test_lowered_sets(size, of):
   x = jax.ShapeDtypeStruct((3, 5, 4, size), 'bfloat16')
   assert_lowered(x, (*of, size), 'bfloat16')
+
+
+@pytest.mark.parametrize(
+  ('size', 'norm', 'activation', 'calls'),
+  [
+    (20_480, nk.add_rms_norm, None, 2),
+    (20_480, nk.add_layer_norm, None, 1),
+    (8192, nk.add_layer_norm, jax.nn.gelu, 2),
+    (16_384, nk.add_layer_norm, jax.nn.gelu, 1),
+  ],
+)
+def test_longest_backward(size, norm, activation, calls):
+  """Longer without a bias, shorter with an activation; beyond it is XLA's."""
+  x = jax.ShapeDtypeStruct((3, size), jnp.bfloat16)
+  parameters = [jnp.ones(size)] * (2 if norm is nk.add_layer_norm else 1)
+
+  def step(x):
+    add = functools.partial(norm, activation=activation, implementation=NAME)
+    y, pull = jax.vjp(add, x, x, *parameters)
+    return pull(y)
+
+  made = jax.jit(step).trace(x).lower(lowering_platforms=('cuda',))
+  assert made.as_text().count('mosaic_gpu_v2') == calls
 
 
 def assert_lowered(x, of, wanted):
@@ -556,7 +593,11 @@ def test_what_is_taken_fits(dtype, capability):
         assert fits(size, x * 2, (out, dtype), (wide, wide))
       if cases.has_backward(*case):
         assert fits(size, (*x, out, dtype), x, (wide,), 2)
+        assert fits(size, (*x, out, dtype), x, (wide,), 2, True)
         assert fits(size, (*x, out), x)
+      for residual in (), x:
+        if cases.has_backward(*case, sums=1, residual=bool(residual)):
+          assert fits(size, (*x, out, *residual), x, (wide,), 1)
 
 
 @pytest.mark.parametrize(

@@ -131,12 +131,19 @@ def has_backward(
   dtype: DType,
   groups: int | None = None,
   activation: bool = False,
+  sums: int = 2,
+  residual: bool = True,
 ) -> bool:
-  """Whether there is a backward: XLA's moves no more for the rows left out."""
+  """Whether there is a backward: XLA's moves no more for the rows left out.
+
+  Where there is no bias, `sums` is one, and so is room for longer rows.
+  """
   if refusal(implementation, shape, dtype, groups) is not None:
     return False
   if implementation == 'mosaic_gpu':
-    return _config(shape, dtype, 3, 2, activation) is not None
+    inputs = 3 if residual else 2
+    found = _config(shape, dtype, inputs, sums, activation)
+    return found is not None and found.stages > found.tiles
   is_row_of_triton = implementation == 'triton' and groups is None
   return not is_row_of_triton or shape[-1] <= TRITON_WIDTH
 

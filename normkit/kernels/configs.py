@@ -19,6 +19,7 @@ THREADS = 128  # of a warpgroup
 # Sums for scale and bias that a thread may keep in registers, by the bytes of
 # an element: with more the assembler spills, for H200 or B200.
 SUMS = {2: 64, 4: 48}
+SUMS_OF_ONE = {2: 40, 4: 32}  # of rows that are longer, then
 SUMS_OF_ACTIVATED = 32  # and for the smallest tiles
 
 
@@ -191,7 +192,8 @@ def _tiles(case: Case) -> list[Config]:
     for groups in (4, 3, 2, 1)
     for rows in range(high, 3, -4)
   ]
-  most = SUMS_OF_ACTIVATED if case.is_activated else SUMS[itemsize]
+  most = (SUMS_OF_ONE if case.sums == 1 else SUMS)[itemsize]
+  most = SUMS_OF_ACTIVATED if case.is_activated else most
   most = most * THREADS // (case.sums * PIECE)
   choices = [c for c in choices if c.tiles * c.rows <= most]
   return sorted(choices, key=lambda c: c.row_width)[:1]
