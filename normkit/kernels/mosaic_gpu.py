@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as gpu
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +32,6 @@ from normkit.kernels.warpgroups import (
   Statistics,
   Tile,
   Work,
-  store_sum,
 )
 
 
@@ -295,6 +295,42 @@ def _backward(work: Work) -> None:
   def store(totals: Any) -> None:
     for index in range(config.tiles):
       for name, total in zip(sums, totals[index], strict=True):
-        store_sum(work, work.refs[name], index, total)
+        _store_sum(work, work.refs[name], index, total)
 
   work.run(task, zeros, store, 3 if spec.center else 2)
+
+
+def _store_sum(work: Work, ref: Any, block: int, total: Tile) -> None:
+  """A program's share of a sum over rows."""
+  config, plan = work.config, work.plan
+  slot = work.program
+  if plan.sets.number > 1:
+    slot = slot - lax.div(work.set * plan.of_set, plan.turns)
+  if config.is_shared:
+    ref[work.set, slot, work.number(block)] = total
+    return
+  fold = work.refs['fold']
+  fold[work.group] = total
+  work.meet()
+  lanes = min(32, config.width)
+  vector = min(4, config.width // lanes)
+  layout = gpu.Layout.TILED(
+    gpu.Tiling(((lanes * vector,), (vector,))),
+    (gpu.Replicated(4),),
+    (-2,) if lanes == 32 else (gpu.Replicated(32 // lanes), -2),
+    -1,
+  )
+
+  @pl.when(work.group == 0)
+  def _() -> None:
+    def add(row: Any, total: Any) -> Any:
+      parts = [
+        work.part(fold, (group, row), layout)
+        for group in range(config.warpgroups)
+      ]
+      return total + rows.added(parts)
+
+    zero = work.cast(jnp.zeros(config.width, jnp.float32), layout)
+    ref[work.set, slot, block] = lax.fori_loop(0, config.rows, add, zero)
+
+  work.meet()

@@ -420,39 +420,3 @@ class Statistics:
     if self.center:
       x = (x - self.pivots) - self.offsets
     return x * self.root
-
-
-def store_sum(work: Work, ref: Any, block: int, total: Tile) -> None:
-  """A program's share of a sum over rows."""
-  config, plan = work.config, work.plan
-  slot = work.program
-  if plan.sets.number > 1:
-    slot = slot - lax.div(work.set * plan.of_set, plan.turns)
-  if config.is_shared:
-    ref[work.set, slot, work.number(block)] = total
-    return
-  fold = work.refs['fold']
-  fold[work.group] = total
-  work.meet()
-  lanes = min(32, config.width)
-  vector = min(4, config.width // lanes)
-  layout = gpu.Layout.TILED(
-    gpu.Tiling(((lanes * vector,), (vector,))),
-    (gpu.Replicated(4),),
-    (-2,) if lanes == 32 else (gpu.Replicated(32 // lanes), -2),
-    -1,
-  )
-
-  @pl.when(work.group == 0)
-  def _() -> None:
-    def add(row: Any, total: Any) -> Any:
-      parts = [
-        work.part(fold, (group, row), layout)
-        for group in range(config.warpgroups)
-      ]
-      return total + rows.added(parts)
-
-    zero = work.cast(jnp.zeros(config.width, jnp.float32), layout)
-    ref[work.set, slot, block] = lax.fori_loop(0, config.rows, add, zero)
-
-  work.meet()
