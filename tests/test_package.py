@@ -72,6 +72,7 @@ LAYERS = (
   ('kernels.triton', 'kernels.mosaic_gpu', 'kernels.mosaic_tpu'),
   ('kernels.dispatch', 'kernels.warpgroups'),
   ('kernels.cases', 'kernels.rows'),
+  ('kernels.plans', 'kernels.activations'),
   ('kernels.configs', 'kernels.record'),
   ('kernels',),
   ('closures',),

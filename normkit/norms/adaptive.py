@@ -62,8 +62,8 @@ def adaptive_layer_norm(
     axis_name: names of mapped axes over which statistics are pooled.
     axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
     dtype: dtype of the result; None keeps x's.
-    implementation: 'mosaic_gpu', a kernel for one shift and scale a feature or
-      an example, 'xla', or None to choose.
+    implementation: 'triton', 'mosaic_gpu', 'mosaic_tpu', 'xla', or None to
+      choose.
 
   Returns:
     An array of the shape of x.
