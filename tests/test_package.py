@@ -77,6 +77,7 @@ LAYERS = (
   ('kernels.launch',),
   ('kernels.dispatch', 'kernels.warpgroups'),
   ('kernels.cases', 'kernels.rows'),
+  ('kernels.plans', 'kernels.activations'),
   ('kernels.configs', 'kernels.record'),
   ('kernels',),
   ('closures',),

@@ -29,6 +29,8 @@ LINES = 64, 32, 128, 16  # bytes of memory next to each other, the best first
 # on a multiprocessor with the warpgroups of each.
 MOST_OF_PLACE, MOST_OF_TILE = 16, 32
 TEAMS = (4, 1), (2, 2), (1, 4), (1, 3), (1, 2)
+SUMS_OF_ONE = {2: 40, 4: 32}  # of rows that are longer, then
+SUMS_OF_ACTIVATED = 32  # and for the smallest tiles
 
 
 class Chip(NamedTuple):
@@ -113,6 +115,8 @@ class Case:
     outputs: of what is as large as x and written.
     parameters: dtypes of scale and bias, where there are any.
     sums: how many sums over rows are kept.
+    has_sets: whether they are of some rows, as scale and bias are.
+    is_activated: whether there is an activation.
   """
 
   size: int
@@ -120,6 +124,8 @@ class Case:
   outputs: tuple[DType, ...]
   parameters: tuple[DType, ...] = ()
   sums: int = 0
+  has_sets: bool = False
+  is_activated: bool = False
 
   @property
   def vector(self) -> int:
@@ -247,20 +253,26 @@ def _tiles(case: Case) -> list[Config]:
     tiles = -(-case.size // width)
     while tiles == 1 and rows * width * itemsize < 4096:
       rows *= 2
+    # Sets take some registers, and fewer warpgroups have more of them.
+    is_more = case.has_sets or case.is_activated
+    most = 3 if is_more and case.sums and tiles > 1 else 4
     return [
       Config(rows, width, tiles, groups, False, 0, 0, False)
-      for groups in (4, 3, 2)
+      for groups in range(most, 1, -1)
     ]
   if not case.sums:
     rows, groups = 16 // itemsize, min(-(-case.size // 4096), 4)
     return [_shared(case.size, groups, rows)]
   # Each program writes out its sums over rows, so programs are few and large.
+  high = 4 if case.is_activated else 16 // itemsize
   choices = [
     _shared(case.size, groups, rows)
     for groups in (4, 3, 2, 1)
-    for rows in range(16 // itemsize, 3, -4)
+    for rows in range(high, 3, -4)
   ]
-  most = SUMS[itemsize] * THREADS // (case.sums * PIECE)
+  most = (SUMS_OF_ONE if case.sums == 1 else SUMS)[itemsize]
+  most = SUMS_OF_ACTIVATED if case.is_activated else most
+  most = most * THREADS // (case.sums * PIECE)
   choices = [c for c in choices if c.tiles * c.rows <= most]
   return sorted(choices, key=lambda c: c.row_width)[:1]
 

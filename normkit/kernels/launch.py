@@ -8,13 +8,12 @@ from typing import Any
 
 import jax
 from jax.experimental.pallas import mosaic_gpu as gpu
-import jax.numpy as jnp
 import numpy as np
 
 from normkit._types import Array
 from normkit.kernels import dispatch
-
-Arrays = dict[str, Any]
+from normkit.kernels.configs import OUTPUT_TILES, Config
+from normkit.kernels.warpgroups import INPUTS, OUTPUTS, Arrays
 
 
 def launch(
@@ -54,12 +53,25 @@ def capability() -> int:
   return 10 if 10 <= dispatch.oldest_gpu() < math.inf else 9
 
 
-def padded(array: Array, shape: tuple[int, ...]) -> Array:
-  """Filled up with zeros."""
-  if array.shape == shape:
-    return array
-  pairs = zip(array.shape, shape, strict=True)
-  return jnp.pad(array, [(0, to - of) for of, to in pairs])
+def rings(
+  config: Config, arguments: Arrays, outs: Arrays, copies: int
+) -> Arrays:
+  """Shared memory for tiles on their way, and barriers, of so many copies."""
+  groups, tile = config.warpgroups, (config.rows, config.width)
+  depths = {n: ('ring', config.stages) for n in arguments if n in INPUTS}
+  depths |= {n: ('out', OUTPUT_TILES) for n in outs if n in OUTPUTS}
+  found: Arrays = {
+    f'{name} {kind}': gpu.SMEM(
+      (groups, depth, *tile), (arguments | outs)[name].dtype
+    )
+    for name, (kind, depth) in depths.items()
+  }
+  barriers = min(groups, config.groups_an_array) * config.stages
+  for index in range(config.barrier_arrays):
+    found[f'arrived {index}'] = gpu.Barrier(
+      num_arrivals=copies, num_barriers=barriers
+    )
+  return found | {'met': gpu.Barrier(num_arrivals=groups)}
 
 
 def _options(interpret: bool) -> dict[str, Any]:

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 
 from normkit._types import Array
 from normkit.kernels import configs, rows
-from normkit.kernels.configs import BUFFERS, OUTPUT_TILES, WARPS, Config, Groups
-from normkit.kernels.launch import capability, launch, padded
+from normkit.kernels.configs import BUFFERS, WARPS, Config, Groups
+from normkit.kernels.launch import capability, launch, rings
+from normkit.kernels.plans import Sets, padded
 from normkit.kernels.rows import Spec
 from normkit.kernels.warpgroups import (
   INPUTS,
-  OUTPUTS,
   PARAMETERS,
   Arrays,
   Tile,
@@ -75,6 +75,16 @@ class Plan(NamedTuple):
   programs: int
   is_steady: bool
 
+  @property
+  def sets(self) -> Sets:
+    """One, that all tasks are of."""
+    return Sets(1, self.tasks)
+
+  @property
+  def of_set(self) -> int:
+    """The tasks of that."""
+    return self.tasks
+
 
 def _plan(
   case: Groups, config: Config, batch: int, has_sums: bool, interpret: bool
@@ -126,6 +136,9 @@ def _call(
   outs = {n: rows.result(x, plan.shape, d) for n, d in results.items()}
   each = plan.tasks, config.width // case.size
   outs |= dict.fromkeys(stats, rows.result(x, each, jnp.float32))
+  scratch = rings(config, arguments, outs, len(inputs))
+  parts = BUFFERS, BUFFERS, config.warpgroups, WARPS, config.width
+  scratch['parts'] = gpu.SMEM(parts, jnp.float32)
   each = plan.programs if plan.is_steady else plan.tasks, config.width
   outs |= dict.fromkeys(sums, rows.result(x, each, jnp.float32))
 
@@ -137,7 +150,7 @@ def _call(
     f'normkit{body.__name__}_of_groups',
     arguments,
     outs,
-    _scratch(config, arguments, outs),
+    scratch,
     plan.programs,
     config.warpgroups,
     interpret,
@@ -148,29 +161,6 @@ def _call(
     found[name] = found[name].reshape(len(x), -1)[:, : case.count]
   for name in sums:
     found[name] = found[name].reshape(-1, wide).sum(0)[: whole[2]]
-  return found
-
-
-def _scratch(config: Config, arguments: Arrays, outs: Arrays) -> Arrays:
-  """Shared memory: rings, outputs on their way, sums; and barriers."""
-  groups, tile = config.warpgroups, (config.rows, config.width)
-  found: Arrays = {}
-  for name, a in arguments.items():
-    if name in INPUTS:
-      ring = (groups, config.stages, *tile)
-      found[f'{name} ring'] = gpu.SMEM(ring, a.dtype)
-  for name, a in outs.items():
-    if name in OUTPUTS:
-      found[f'{name} out'] = gpu.SMEM((groups, OUTPUT_TILES, *tile), a.dtype)
-  parts = BUFFERS, BUFFERS, groups, WARPS, config.width
-  found['parts'] = gpu.SMEM(parts, jnp.float32)
-  copies = sum(n in INPUTS for n in arguments)
-  barriers = min(groups, config.groups_an_array) * config.stages
-  for index in range(config.barrier_arrays):
-    found[f'arrived {index}'] = gpu.Barrier(
-      num_arrivals=copies, num_barriers=barriers
-    )
-  found['met'] = gpu.Barrier(num_arrivals=groups)
   return found
 
 
@@ -186,9 +176,8 @@ class GroupWork(Work):
     spec: Spec,
     interpret: bool,
   ) -> None:
-    self.of, self.plan = case, plan
-    turns = plan.shape, plan.tasks, plan.programs
-    super().__init__(refs, config, case, *turns, spec, interpret)
+    self.of = case
+    super().__init__(refs, config, case, plan, spec, interpret)
     self.of_channels = self.layout.reduce((0, 1))
 
   def tiled(self) -> tuple[tuple[int, ...], Any]:
@@ -229,7 +218,7 @@ class GroupWork(Work):
   ) -> list[tuple[Any, Any]]:
     """A part of an array, and a tile."""
     height, width = self.config.rows, self.config.width
-    task = self.first + turn * self.step
+    task = self.task(turn)
     example = lax.div(task, self.plan.bundles)
     bundle = lax.rem(task, self.plan.bundles)
     at = (
@@ -243,7 +232,7 @@ class GroupWork(Work):
     """Scale or bias of a task's channels."""
     if name not in self.refs:
       return None
-    bundle = lax.rem(self.first + turn * self.step, self.plan.bundles)
+    bundle = lax.rem(self.task(turn), self.plan.bundles)
     part: Array = self.part(self.refs[name], bundle, self.of_channels)
     return part.astype(jnp.float32)
 
@@ -330,7 +319,7 @@ class GroupWork(Work):
     names = rows.statistics(self.spec)
     if names[0] not in self.refs:
       return
-    task, size = self.first + turn * self.step, self.of.size
+    task, size = self.task(turn), self.of.size
 
     @pl.when(self.group == 0)
     def _() -> None:
@@ -400,7 +389,8 @@ def _forward(work: GroupWork) -> None:
 
     work.each(write, None)
 
-  work.run(task, None, 2 if spec.center else 1)
+  meetings = 2 if spec.center else 1
+  work.run(task, lambda: None, lambda _: None, meetings)
 
 
 def _backward(work: GroupWork) -> None:
@@ -416,15 +406,15 @@ def _backward(work: GroupWork) -> None:
       dy = work.load('dy', turn, block)
       return sums[0] + dy, sums[1] + dy * stats.distance(block)
 
-    zeros = work.full(0), work.full(0)
-    dbias, dscale = work.added(turn, *work.each(add, zeros))
+    none = work.full(0), work.full(0)
+    dbias, dscale = work.added(turn, *work.each(add, none))
     dscale = (dscale - stats.offset * dbias if center else dscale) * root
     found = {'dscale': dscale, 'dbias': dbias}
     found = {n: found[n] for n in names}
     if work.plan.is_steady:
       totals = {n: totals[n] + found[n] for n in names}
     else:
-      work.write_sums(work.first + turn * work.step, found)
+      work.write_sums(work.task(turn), found)
     slope, shift = (
       work.mean(d if scale is None else d * scale) for d in (dscale, dbias)
     )
@@ -442,8 +432,12 @@ def _backward(work: GroupWork) -> None:
     work.each(write, None)
     return totals
 
-  zero = jnp.zeros(work.config.width, jnp.float32)
-  totals = {n: work.cast(zero, work.of_channels) for n in names}
-  totals = work.run(task, totals, 3 if center else 2)
-  if work.plan.is_steady:
-    work.write_sums(work.program, totals)
+  def zeros() -> Arrays:
+    zero = jnp.zeros(work.config.width, jnp.float32)
+    return {n: work.cast(zero, work.of_channels) for n in names}
+
+  def store(totals: Arrays) -> None:
+    if work.plan.is_steady:
+      work.write_sums(work.program, totals)
+
+  work.run(task, zeros, store, 3 if center else 2)
