@@ -32,17 +32,29 @@ Calls = dict[str, Callable[[], Any]]
 
 
 class Case(NamedTuple):
-  """A norm of some input."""
+  """A norm of some input; `of` has its own scale and bias, if no feature."""
 
   norm: str
   shape: tuple[int, ...]
   dtype: str
   groups: int | None = None
+  of: str | None = None
 
   def __str__(self) -> str:
     groups = f' in {self.groups} groups' if self.groups else ''
+    of = f' by {self.of}' if self.of else ''
     shape = 'x'.join(map(str, self.shape))
-    return f'{self.norm} {shape} {self.dtype}{groups}'
+    return f'{self.norm} {shape} {self.dtype}{groups}{of}'
+
+  @property
+  def parameters(self) -> tuple[int, ...]:
+    """The shape of scale and bias."""
+    first, *some, size = self.shape
+    if self.of == 'example':
+      return (first, *[1] * len(some), size)
+    if self.of == 'head':
+      return (*[1] * len(some), *self.shape[-2:])
+    return (size,)
 
   @property
   def center(self) -> bool:
@@ -59,7 +71,21 @@ def names() -> list[str]:
 
 
 def refusal(name: str, case: Case) -> str | None:
-  return cases.refusal(name, case.shape, jnp.dtype(case.dtype), case.groups)
+  given = case.shape, jnp.dtype(case.dtype), case.groups
+  others = (case.parameters,) if case.of else ()
+  return cases.refusal(name, *given, parameters=others)
+
+
+def draw(case: Case) -> speed.Arrays:
+  """x, scale, bias and the gradient of the result."""
+  arrays = speed.draw(case.shape, case.dtype)
+  if case.of is None:
+    return arrays
+  rng = np.random.default_rng(1)
+  scale, bias = (
+    rng.standard_normal(case.parameters, np.float32) for _ in range(2)
+  )
+  return arrays._replace(scale=scale, bias=bias)
 
 
 def function(case: Case, name: str) -> Callable[..., Any]:
@@ -89,7 +115,7 @@ def running(name: str) -> Iterator[None]:
 
 def check(name: str, case: Case) -> dict[str, float]:
   """How far y, dx, dscale and dbias are from float64; raises if too far."""
-  arrays = speed.draw(case.shape, case.dtype)
+  arrays = draw(case)
   norm = function(case, name)
 
   def gradients_of(x, scale, bias, dy):
@@ -130,7 +156,8 @@ def exact(case: Case, arrays: speed.Arrays) -> list[np.ndarray]:
   """y and the gradients of sum(y * dy), in float64."""
   x, scale, bias, dy = (np.asarray(a, np.float64) for a in arrays)
   groups = case.groups or 1
-  split = len(x), -1, groups, x.shape[-1] // groups
+  sets = len(x) if case.groups else x.size // x.shape[-1]
+  split = sets, -1, groups, x.shape[-1] // groups
 
   def mean(values):
     parts = values.reshape(split).mean((1, 3), keepdims=True)
@@ -141,11 +168,15 @@ def exact(case: Case, arrays: speed.Arrays) -> list[np.ndarray]:
   normalized, h = x * root, dy * scale
   dx = h - normalized * mean(h * normalized)
   dx = (dx - mean(h) if case.center else dx) * root
-  rows = tuple(range(x.ndim - 1))
+  whole = (1,) * (x.ndim - scale.ndim) + scale.shape
+  rows = tuple(a for a, n in enumerate(whole[:-1]) if n == 1)
   y = normalized * scale
-  dbias = dy.sum(rows) if case.center else 0 * bias
+  dscale, dbias = (
+    a.sum(rows).reshape(scale.shape) for a in (dy * normalized, dy)
+  )
+  dbias = dbias if case.center else 0 * bias
   y = y + bias if case.center else y
-  return [y, dx, (dy * normalized).sum(rows), dbias]
+  return [y, dx, dscale, dbias]
 
 
 # Times.
@@ -205,11 +236,11 @@ def norm_times(
   case: Case, kernels: list[str], seconds: float
 ) -> dict[str, dict[str, float]]:
   """Seconds of forward, training forward and backward, by each library."""
-  arrays = jax.tree.map(jax.device_put, speed.draw(case.shape, case.dtype))
+  arrays = jax.tree.map(jax.device_put, draw(case))
   count = -(-LONG_ENOUGH // arrays.x.nbytes)
   count = 1 if jax.default_backend() == 'cpu' else min(count, MOST_CALLS)
   norms = {n: function(case, n) for n in ('xla', *kernels)}
-  if case.groups in (None, speed.GROUPS):
+  if case.groups in (None, speed.GROUPS) and case.of is None:
     norms['flax'] = speed.of_flax(case.norm)
   programs = {}
   for name, norm in norms.items():
@@ -286,7 +317,7 @@ def _torch_calls(
   import torch
 
   on_cpu = jax.default_backend() == 'cpu'
-  if case.groups not in (None, speed.GROUPS):
+  if case.groups not in (None, speed.GROUPS) or case.of:
     return {}
   if not on_cpu and not torch.cuda.is_available():
     return {}

@@ -36,7 +36,13 @@ PUBLIC = [
   ('LayerNorm', (1024, 12_288)),
 ]
 UNET = [(8, 64, 64, 128), (8, 32, 32, 256), (8, 16, 16, 512), (8, 8, 8, 1280)]
-IMAGES = (64, 28, 28, 512)
+IMAGES, LARGE = (64, 28, 28, 512), (16, 56, 56, 512)
+# DiT-XL/2 and Flux, and queries with a scale a head.
+OWN = [
+  ('LayerNorm', (256, 256, 1152), 'example'),
+  ('LayerNorm', (8, 4096, 3072), 'example'),
+  ('RMSNorm', (32_768, 32, 128), 'head'),
+]
 BLOCK_WIDTHS = 4096, 2048, 1024, 8192, 768
 BLOCK_ELEMENTS = 2**24
 
@@ -103,7 +109,8 @@ def norms_of(is_dry: bool) -> list[Case]:
   """What is checked and timed alone, most important first."""
   if is_dry:
     rows = Case('LayerNorm', (6, 64), 'float32')
-    return [rows, Case('GroupNorm', (2, 4, 4, 64), 'float32', 32)]
+    own = Case('LayerNorm', (2, 3, 64), 'float32', of='example')
+    return [rows, own, Case('GroupNorm', (2, 4, 4, 64), 'float32', 32)]
   return [
     *(
       Case(norm, (2**27 // width, width), dtype)
@@ -112,8 +119,10 @@ def norms_of(is_dry: bool) -> list[Case]:
       for norm in ROWS
     ),
     *(Case(norm, shape, 'bfloat16') for norm, shape in PUBLIC),
+    *(Case(norm, shape, 'bfloat16', of=of) for norm, shape, of in OWN),
     *(Case('GroupNorm', shape, 'bfloat16', 32) for shape in UNET),
     *(Case('GroupNorm', IMAGES, dtype, 32) for dtype in DTYPES),
+    Case('GroupNorm', LARGE, 'bfloat16', 32),
   ]
 
 
@@ -143,6 +152,11 @@ def checked(case: Case) -> Case:
   if case.groups:
     return case._replace(shape=(2, *case.shape[1:]))
   count = max(2**20 // case.shape[-1], 9) + 1
+  if case.of == 'example':
+    return case._replace(shape=(3, min(count, case.shape[1]), case.shape[-1]))
+  if case.of == 'head':
+    some = min(count // case.shape[-2] + 1, case.shape[0])
+    return case._replace(shape=(some, *case.shape[1:]))
   return case._replace(shape=(min(count, case.shape[0]), case.shape[-1]))
 
 

@@ -7,6 +7,7 @@ NVIDIA's assembler says nothing.
 import argparse
 from concurrent import futures
 import functools
+import math
 import multiprocessing
 import os
 import re
@@ -25,7 +26,22 @@ NAME = 'mosaic_gpu'
 CHIPS = {'h200': 9, 'b200': 10}  # compute capability
 KINDS = 'forward', 'training forward', 'backward'
 SIZES = 64, 100, 768, 1000, 4096, 5120, 8192, 12_288, 16_384, 65_536
+HEAD_SIZES = 64, 100, 128, 256
+# Height, width and channels of a group.
+GROUPS = (
+  (8, 8, 4),
+  (8, 8, 40),
+  (14, 14, 16),
+  (28, 28, 16),
+  (32, 32, 20),
+  (56, 56, 8),
+  (56, 56, 16),
+)
 DTYPES = 'bfloat16', 'float16', 'float32'
+# What has a number of scale and bias; or, of images, what is a set.
+OF = 'feature', 'example', 'head', 'group'
+TOKENS, HEADS, COUNT = 1000, 12, 32  # of an example; of a token; of an image
+Size = int | tuple[int, ...]  # of a row, or of a group
 
 
 class Report(NamedTuple):
@@ -50,17 +66,29 @@ class Report(NamedTuple):
   config: configs.Config
 
 
-def is_taken(kind: str, size: int, dtype: str) -> bool:
-  case = NAME, (2, size), jnp.dtype(dtype)
+def is_taken(
+  kind: str, size: Size, dtype: str, activation: str | None = None
+) -> bool:
+  case: tuple[Any, ...] = NAME, (2, size), jnp.dtype(dtype)
+  if isinstance(size, tuple):
+    case = NAME, shapes(size, 'group')[0], jnp.dtype(dtype), COUNT
   if kind == 'backward':
-    return cases.has_backward(*case)
+    return cases.has_backward(*case, activation=activation is not None)
   return cases.refusal(*case) is None
 
 
-def report(target: str, kind: str, size: int, dtype: str) -> Report:
-  """Of layer norm with scale and bias in float32."""
-  run = compiler(target).submit(_report, target, kind, size, dtype)
-  return run.result()
+def report(
+  target: str,
+  kind: str,
+  size: Size,
+  dtype: str,
+  of: str = 'feature',
+  activation: str | None = None,
+  center: bool = True,
+) -> Report:
+  """Of layer, group or (without a bias) RMS norm; parameters in float32."""
+  given = target, kind, size, dtype, of, activation, center
+  return compiler(target).submit(_report, *given).result()
 
 
 @functools.cache
@@ -80,23 +108,45 @@ def _prepare(capability: int) -> None:
   dispatch.oldest_gpu = lambda: capability
 
 
-def _report(target: str, kind: str, size: int, dtype: str) -> Report:
-  """Of 2^27 elements or so: enough to fill the chip again and again."""
-  rows = 2**27 // max(size, 1024)
-  x = jax.ShapeDtypeStruct((rows, size), dtype)
-  scale = jax.ShapeDtypeStruct((size,), jnp.float32)
-  spec = Spec(1e-6, True, x.dtype)
+def shapes(size: Size, of: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """Of x, of 2^27 elements or so, and of scale and bias."""
+  if isinstance(size, tuple):
+    image = *size[:-1], COUNT * size[-1]
+    return (2**27 // math.prod(image), *image), image[-1:]
+  rows = 2**27 // max(size, 1024)  # enough to fill the chip again and again
+  if of == 'example':
+    return (rows // TOKENS, TOKENS, size), (rows // TOKENS, 1, size)
+  if of == 'head':
+    return (rows // HEADS, HEADS, size), (1, HEADS, size)
+  return (rows, size), (size,)
+
+
+def _report(
+  target: str,
+  kind: str,
+  size: Size,
+  dtype: str,
+  of: str,
+  activation: str | None,
+  center: bool,
+) -> Report:
+  shape, of_scale = shapes(size, of)
+  x = jax.ShapeDtypeStruct(shape, dtype)
+  scale = jax.ShapeDtypeStruct(of_scale, jnp.float32)
+  run_after = getattr(jax.nn, activation) if activation else None
+  groups = COUNT if isinstance(size, tuple) else None
+  spec = Spec(1e-6, center, x.dtype, run_after, groups)
   one, wide = (x.dtype,), (scale.dtype,)
+  given = {'x': x, 'scale': scale} | ({'bias': scale} if center else {})
+  inputs, sums, parameters = 1, 0, len(given) - 1
   if kind == 'backward':
-    given = {'x': x, 'dy': x, 'scale': scale}
-    wanted = 'dx', 'dscale', 'dbias'
+    inputs, sums, parameters = 2, parameters, parameters if activation else 1
+    given['dy'] = x
+    wanted = ('dx', 'dscale', 'dbias')[: 1 + sums]
     run = functools.partial(mosaic_gpu.backward, spec=spec, wanted=wanted)
-    case = configs.Case(size, one * 2, one, wide, 2)
   else:
-    given = {'x': x, 'scale': scale, 'bias': scale}
     options = {'with_statistics': kind == 'training forward'}
     run = functools.partial(mosaic_gpu.forward, spec=spec, **options)
-    case = configs.Case(size, one, one, wide * 2)
   compiled, said = _said_by(lambda: targets.compile_for(target, run, given))
   (found,) = re.findall(
     r'(\d+) bytes spill stores, (\d+) bytes spill loads.*\n.*Used (\d+) reg',
@@ -104,7 +154,14 @@ def _report(target: str, kind: str, size: int, dtype: str) -> Report:
   )
   stores, loads, registers = map(int, found)
   moved = traffic.measure(compiled.as_text()).bytes
-  config = configs.config(case, CHIPS[target])
+  case: configs.Case | configs.Groups
+  if isinstance(size, tuple):
+    case = configs.groups_of(shape, COUNT, one * inputs, one)
+    config = configs.groups(case, CHIPS[target])
+  else:
+    more = of != 'feature', activation is not None
+    case = configs.Case(size, one * inputs, one, wide * parameters, sums, *more)
+    config = configs.config(case, CHIPS[target])
   assert config is not None
   threads = config.warpgroups * configs.THREADS
   fit = 65_536 // (-(-registers // 8) * 8 * threads)
@@ -144,26 +201,45 @@ def described(found: Report) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
+  is_group, more = args.of == 'group', (args.of, args.activation)
+  # Statistics are for XLA's backward, and the rest has one of its own.
+  kinds = KINDS if is_group or more == (OF[0], None) else KINDS[::2]
   rows = []
-  for size in track(args.size, 'widths'):
+  for size in track(args.size or (GROUPS if is_group else SIZES), 'sizes'):
+    text = ' x '.join(map(str, size)) if is_group else f'{size:,}'
     for dtype in args.dtype:
-      row = [f'{size:,} {dtype}']
-      for kind in KINDS:
-        taken = is_taken(kind, size, dtype)
-        found = report(args.target, kind, size, dtype) if taken else None
-        row.append(described(found) if found else 'XLA')
+      row = [f'{text} {dtype}']
+      for kind in kinds:
+        taken = is_taken(kind, size, dtype, args.activation)
+        case = args.target, kind, size, dtype, *more
+        row.append(described(report(*case)) if taken else 'XLA')
       rows.append(row)
-  header = ['width', *KINDS]
-  tables.publish('registers', args.target, header, rows, args.update)
+  header = ['group' if is_group else 'width', *kinds]
+  name = '-'.join(['registers', *(n for n in more if n not in (OF[0], None))])
+  tables.publish(name, args.target, header, rows, args.update)
   return 0
+
+
+def _size(text: str) -> Size:
+  found = tuple(map(int, text.split('x')))
+  return found if len(found) > 1 else found[0]
 
 
 def add_command(commands: Any) -> None:
   parser = commands.add_parser('registers', help=__doc__.splitlines()[0])
   parser.add_argument('--target', choices=list(CHIPS), default='h200')
-  parser.add_argument('--size', nargs='*', type=int, default=SIZES)
+  parser.add_argument(
+    '--size', nargs='*', type=_size, help='widths; of groups as 28x28x16'
+  )
   parser.add_argument(
     '--dtype', nargs='*', choices=DTYPES, default=['bfloat16', 'float32']
   )
+  parser.add_argument(
+    '--of',
+    choices=OF,
+    default=OF[0],
+    help='what has its own scale and bias, or is a set',
+  )
+  parser.add_argument('--activation', help='one of jax.nn, after the norm')
   tables.add_update(parser)
   parser.set_defaults(run=run)

@@ -88,11 +88,13 @@ def normalize_rows(
   )
   given = {'x': x} if residual is None else {'x': x, 'residual': residual}
   given = {n: a[None] if x.ndim == 1 else a for n, a in given.items()}
-  is_plain = residual is None and implementation is None
-  if is_plain and not _names(given, spec, None):
+  whole = given | _parameters(args)
+  is_chosen = implementation is not None or bool(_names(whole, spec, None))
+  if not is_chosen and residual is None:
     return None
-  if why is None:
-    found = _partitioned(given | _parameters(args), spec, implementation)
+  is_plain = spec.rounding is None and not _others(whole)
+  if why is None and (is_chosen or is_plain):
+    found = _partitioned(whole, spec, implementation)
   else:
     parameters = {'scale': args.scale, 'bias': args.bias}
     given |= {n: a for n, a in parameters.items() if a is not None}
@@ -136,24 +138,46 @@ def _refusal(
   """Why there is no kernel where a set of x lies along `axes`, or None."""
   parameters = [p for p in (args.scale, args.bias) if p is not None]
   last = (1,) * (x.ndim - 1) + x.shape[-1:]
+  if axes == (x.ndim - 1,):  # or of an example, or a head
+    is_other = any(p.shape[-1] != x.shape[-1] for p in parameters)
+  else:
+    is_other = any(p.shape != last for p in parameters)
+  is_rounded = args.rounding is not None and axes != (x.ndim - 1,)
   is_sharded = set(axes) & set(_shards.sharded_axes(x))
   reasons = {
     'statistics are pooled over devices': is_pooled,
     'there is a mask': args.where is not None,
+    'it rounds before the scale': is_rounded,
     'epsilon is an array': isinstance(args.epsilon, Array),
-    'it rounds before the scale': args.rounding is not None,
     f'dtype {x.dtype} to {args.dtype}': not {x.dtype, args.dtype} <= FLOATS,
     'scale or bias is not a float of 32 bits for each element of the last '
-    'axis': any(p.shape != last or p.dtype not in FLOATS for p in parameters),
+    'axis': is_other or any(p.dtype not in FLOATS for p in parameters),
     'the normalized axes or the parameters are sharded': is_sharded
-    or any(map(_shards.sharded_axes, parameters)),
+    or not all(_lies_with(p, x) for p in parameters),
   }
   return next((why for why, holds in reasons.items() if holds), None)
 
 
 def _parameters(args: Arguments) -> Arrays:
+  """Of one axis; of x's rank those of an example, or of a head."""
   given = {'scale': args.scale, 'bias': args.bias}
-  return {n: a.reshape(-1) for n, a in given.items() if a is not None}
+  return {
+    n: a.reshape(-1) if a.shape[:-1] == (1,) * (a.ndim - 1) else a
+    for n, a in given.items()
+    if a is not None
+  }
+
+
+def _lies_with(p: Array, x: Array) -> bool:
+  """Whether a parameter is whole, or sharded as the examples of x are."""
+  own, of_x = (jax.typeof(a).sharding.spec for a in (p, x))
+  return all(own[a] in (None, of_x[a]) for a in range(x.ndim))
+
+
+def _others(given: Any) -> tuple[tuple[int, ...], ...]:
+  """The shapes of parameters of more than one number a feature."""
+  found = [given[n].shape for n in ('scale', 'bias') if n in given]
+  return tuple(shape for shape in found if len(shape) > 1)
 
 
 def _partitioned(
@@ -168,11 +192,22 @@ def _partitioned(
   kind = jax.typeof(x).sharding
   if kind.mesh.empty or not kind.mesh.are_all_axes_explicit:
     return dict(run(given))
-  specs = {n: kind.spec if a.ndim > 1 else P() for n, a in given.items()}
+  specs = {n: _spec_like(a, kind.spec) for n, a in given.items()}
+  given = {
+    n: jax.sharding.reshard(a, kind.update(spec=specs[n]))
+    for n, a in given.items()
+  }
   sharded: Arrays = jax.shard_map(
     run, mesh=kind.mesh, in_specs=(specs,), out_specs=kind.spec
   )(given)
   return sharded
+
+
+def _spec_like(a: Array, spec: P) -> P:
+  """How x, a residual or a parameter is sharded where x is by `spec`."""
+  if a.ndim == 1:
+    return P()
+  return P(*(s if n > 1 else None for s, n in zip(spec, a.shape, strict=True)))
 
 
 def check(
@@ -183,14 +218,19 @@ def check(
     return
   x = given['x']
   case = x.shape, x.dtype, spec.groups
-  if why := cases.refusal(implementation, *case, *_extra(given, spec)):
+  if why := cases.refusal(implementation, *case, **_extra(given, spec)):
     of = f'{why}, and x is {x.dtype}{list(x.shape)}'
     _types.refuse_kernel(implementation, f'it does not take {of}')
 
 
-def _extra(given: Any, spec: Spec) -> tuple[bool, bool]:
-  """Whether there is a residual, and an activation."""
-  return 'residual' in given or 'total' in given, spec.activation is not None
+def _extra(given: Any, spec: Spec) -> dict[str, Any]:
+  """What a case has beside its input, as `cases` names it."""
+  return {
+    'residual': 'residual' in given or 'total' in given,
+    'activation': spec.activation,
+    'parameters': _others(given),
+    'rounds': spec.rounding is not None,
+  }
 
 
 @functools.partial(
@@ -259,12 +299,14 @@ def _names(
   preferred = platforms.preferred()
   x = given['x']
   case = x.shape, x.dtype, spec.groups, preferred
-  return cases.chosen(*case, *_extra(given, spec), spec.center)
+  return cases.chosen(*case, **_extra(given, spec), center=spec.center)
 
 
-def _with_backward(names: Kernels, x: Array, spec: Spec) -> Kernels:
-  case = x.shape, x.dtype, spec.groups
-  return {n: c for n, c in names.items() if cases.has_backward(n, *case)}
+def _with_backward(names: Kernels, given: Arrays, spec: Spec) -> Kernels:
+  x, sums = given['x'], len({'scale', 'bias'} & given.keys())
+  case = x.shape, x.dtype, spec.groups, spec.activation is not None
+  more = max(sums, 1), 'residual' in given or 'total' in given, spec.dtype
+  return {n: c for n, c in names.items() if cases.has_backward(n, *case, *more)}
 
 
 def _training_forward(
@@ -280,7 +322,7 @@ def _training_forward(
     by_xla = named(plain.statistics_of_rows(spec, given))
     return {**plain.norm(spec, given, by_xla), **by_xla}
   name = implementation or platforms.preferred()
-  if name in _with_backward(names, given['x'], spec):
+  if name in _with_backward(names, given, spec):
     return _forward(given, spec, implementation)
 
   def chosen(form: Any, wanted: tuple[str, ...], *given: Arrays) -> Any:
@@ -322,8 +364,9 @@ def _tangents(
     functools.partial(plain.tangents, spec=spec, results=tuple(results)),
     prevent_cse=False,
   )
-  names = _names({**saved, **results}, spec, implementation)
-  names = _with_backward(names, saved['x'], spec)
+  given = {**saved, **results}
+  names = _names(given, spec, implementation)
+  names = _with_backward(names, given, spec)
   if not names:
     return by_xla(saved, moved)
   wanted = 'dx', *(f'd{n}' for n in moved if n not in SUMMANDS)

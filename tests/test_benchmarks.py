@@ -130,8 +130,9 @@ def test_all_of_the_script_for_a_device(command):
   assert status == 0
   parts = [key.split(':')[0] for key in session.found]
   checks = parts.count('check')
-  assert checks == len(device.names()) + 1  # groups by Triton alone
-  assert parts[checks:] == ['copy', 'norm', 'norm', 'block', 'model', 'model']
+  # Scale and bias of an example by Mosaic GPU alone.
+  assert checks == 2 * len(device.names()) + 1
+  assert parts[checks:] == ['copy', *['norm'] * 3, 'block', *['model'] * 2]
   entries = session.data['entries']
   assert [e['kernel'] for e in entries] == device.names()
   assert list(entries[0]['milliseconds']) == ['norm, gelu']
@@ -148,10 +149,18 @@ def test_without_a_device_it_says_so(command, capsys):
 CASE = device.Case('LayerNorm', (4, 8), 'float32')
 
 
-@pytest.mark.parametrize('norm', ['LayerNorm', 'RMSNorm', 'GroupNorm'])
-def test_numbers_of_a_device_are_checked(norm, monkeypatch):
-  shape, groups = ((2, 3, 4, 8), 2) if norm == 'GroupNorm' else ((4, 8), None)
-  case = device.Case(norm, shape, 'float32', groups)
+@pytest.mark.parametrize(
+  ('norm', 'shape', 'groups', 'of'),
+  [
+    ('LayerNorm', (4, 8), None, None),
+    ('RMSNorm', (4, 8), None, None),
+    ('GroupNorm', (2, 3, 4, 8), 2, None),
+    ('LayerNorm', (2, 3, 8), None, 'example'),
+    ('RMSNorm', (3, 2, 8), None, 'head'),
+  ],
+)
+def test_numbers_of_a_device_are_checked(norm, shape, groups, of, monkeypatch):
+  case = device.Case(norm, shape, 'float32', groups, of)
   assert max(device.check('xla', case).values()) < 1e-6
   exact = device.exact
   monkeypatch.setattr(

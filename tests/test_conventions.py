@@ -100,9 +100,9 @@ def test_offset_of_no_number_is_refused():
   ):
     with pytest.raises(TypeError, match='round_before_scale must be'):
       make()
-  with pytest.raises(NotImplementedError, match='rounds before'):
+  with pytest.raises(NotImplementedError, match='rounding before'):
     nk.rms_norm(x, round_before_scale=True, implementation='triton')
-  with pytest.raises(NotImplementedError, match='rounds before'):
+  with pytest.raises(NotImplementedError, match='rounding before'):
     nk.add_rms_norm(x, x, round_before_scale=True, implementation='triton')
   with pytest.raises(TypeError, match='scale_offset must be'):
     nk.add_layer_norm(x, x, scale_offset='1')

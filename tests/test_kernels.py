@@ -634,7 +634,8 @@ def test_transformed(name, named):
 REFUSED = {
   'mask': (dict(where=jnp.ones((2, 4), bool)), 'mask'),
   'axis': (dict(axis=0), 'not the last'),
-  'scale': (dict(scale=jnp.ones((2, 4))), 'each element'),
+  'scale': (dict(scale=jnp.ones((2, 4))), 'more than one number a feature'),
+  'column': (dict(scale=jnp.ones((2, 1))), 'each element'),
   'length': (dict(x=jnp.ones((1, 65_537))), '65,536'),
   'complex': (dict(x=jnp.ones((2, 4), jnp.complex64)), 'complex64'),
 }

@@ -22,12 +22,13 @@ all axes of x (batch, ..., channels) but the first: `groups` counts them, and is
 None for rows.
 """
 
+from collections.abc import Callable
 import math
 
 import jax.numpy as jnp
 
-from normkit._types import DType, Implementation, is_known
-from normkit.kernels import configs, record
+from normkit._types import Array, DType, Implementation, is_known
+from normkit.kernels import activations, configs, plans, record
 
 LONGEST = 65_536
 TRITON_WIDTH = 8192  # of which a row is held in registers
@@ -45,9 +46,15 @@ def refusal(  # noqa: PLR0911
   dtype: DType,
   groups: int | None = None,
   residual: bool = False,
-  activation: bool = False,
+  activation: Callable[[Array], Array] | None = None,
+  parameters: tuple[tuple[int, ...], ...] = (),
+  rounds: bool = False,
 ) -> str | None:
-  """Why the kernel does not take an input, or None."""
+  """Why the kernel does not take an input, or None.
+
+  `parameters` are the shapes of a scale and bias that are of x's rank: of an
+  example, as in adaLN, or of a head.
+  """
   if not all(map(is_known, shape)):
     return 'sizes that are symbols'
   if 0 in shape:
@@ -56,14 +63,22 @@ def refusal(  # noqa: PLR0911
     return 'arrays of 2^31 elements or more'
   if implementation == 'mosaic_tpu' and dtype == jnp.float16:
     return 'float16'
+  if implementation != 'mosaic_gpu' or groups is not None:
+    if parameters:
+      return 'scale or bias of more than one number a feature'
+    if rounds:
+      return 'rounding before the scale'
   if groups is not None:
     return _refusal_of_groups(implementation, shape, dtype, groups)
   if shape[-1] > LONGEST:
     return f'rows of more than {LONGEST:,} elements'
   if implementation != 'mosaic_gpu':
     return None
-  if activation:
-    return 'an activation'
+  if activation and not activations.is_lowered(activation):
+    return 'an activation that Mosaic GPU cannot lower'
+  sets = plans.sets_of(shape, *parameters)
+  if sets is None or (sets.rows == 1 < sets.number):
+    return 'scale or bias neither of an example nor of a head'
   fits = _config(shape, dtype, 2 if residual else 1) is not None
   return None if fits else 'rows that do not fit in shared memory'
 
@@ -75,7 +90,9 @@ def _refusal_of_groups(
   groups: int,
 ) -> str | None:
   if implementation == 'mosaic_gpu':
-    return 'groups of channels'
+    results = dtype, jnp.bfloat16, jnp.float32
+    why = (_why_not(shape, groups, (dtype,), (d,)) for d in results)
+    return next(filter(None, why), None)
   if implementation == 'triton':
     fits = group_width(shape, dtype, groups) is not None
     return None if fits else 'groups that do not fit in registers'
@@ -83,6 +100,23 @@ def _refusal_of_groups(
   inner, lanes = -(-inner // 16) * 16, -(-shape[-1] // LANES) * LANES
   fits = math.prod(outer) * inner * lanes <= MOSAIC_GROUP
   return None if fits else 'examples that do not fit on chip'
+
+
+def _why_not(
+  shape: tuple[int, ...],
+  groups: int,
+  inputs: tuple[DType, ...],
+  outputs: tuple[DType, ...],
+) -> str | None:
+  """Why Mosaic GPU's kernel of groups does not hold these."""
+  case = configs.groups_of(shape, groups, inputs, outputs)
+  if not configs.widths(case):
+    return (
+      f'groups that come to multiples of 16 bytes in more than {configs.PIECE} '
+      'channels'
+    )
+  fits = configs.groups(case) is not None
+  return None if fits else 'groups that do not fit in shared memory'
 
 
 def group_width(
@@ -115,23 +149,41 @@ def has_backward(
   shape: tuple[int, ...],
   dtype: DType,
   groups: int | None = None,
+  activation: bool = False,
+  sums: int = 2,
+  residual: bool = True,
+  result: DType | None = None,
 ) -> bool:
-  """Whether there is a backward: XLA's moves no more for the rows left out."""
+  """Whether there is a backward: XLA's moves no more for the rows left out.
+
+  Where there is no bias, `sums` is one, and so is room for longer rows. Of
+  groups `result` is the norm's dtype, where it is not that of x.
+  """
   if refusal(implementation, shape, dtype, groups) is not None:
     return False
+  if implementation == 'mosaic_gpu' and groups is not None:
+    read = dtype, dtype if result is None else result
+    return _why_not(shape, groups, read, (dtype,)) is None
   if implementation == 'mosaic_gpu':
-    return _config(shape, dtype, 3, sums=2) is not None
+    inputs = 3 if residual else 2
+    found = _config(shape, dtype, inputs, sums, activation)
+    return found is not None and found.stages > found.tiles
   is_row_of_triton = implementation == 'triton' and groups is None
   return not is_row_of_triton or shape[-1] <= TRITON_WIDTH
 
 
 def _config(
-  shape: tuple[int, ...], dtype: DType, inputs: int, sums: int = 0
+  shape: tuple[int, ...],
+  dtype: DType,
+  inputs: int,
+  sums: int = 0,
+  activation: bool = False,
 ) -> configs.Config | None:
   """Mosaic GPU's for rows of as large an output as there may be."""
   dtype, wide = jnp.dtype(dtype), jnp.dtype(jnp.float32)
   outputs = (dtype,) if sums else (wide, *(dtype,) * (inputs - 1))
-  case = configs.Case(shape[-1], (dtype,) * inputs, outputs, (wide, wide), sums)
+  given = (dtype,) * inputs, outputs, (wide, wide), sums
+  case = configs.Case(shape[-1], *given, is_activated=activation)
   return configs.config(case)
 
 
@@ -141,21 +193,23 @@ def chosen(
   groups: int | None = None,
   preferred: Implementation | None = None,
   residual: bool = False,
-  activation: bool = False,
+  activation: Callable[[Array], Array] | None = None,
+  parameters: tuple[tuple[int, ...], ...] = (),
+  rounds: bool = False,
   center: bool = True,
 ) -> dict[Implementation, tuple[str, ...] | None]:
   """The kernels that take XLA's place in training, each on its platform.
 
   With each the chips on which it won, all else being XLA's; None for any, where
-  it is preferred. Neither a residual nor an activation has been recorded.
+  it is preferred. No residual, activation or rounding has been recorded, nor a
+  scale of an example or of a head.
   """
   if preferred is not None:
-    extra = residual, activation
+    extra = residual, activation, parameters, rounds
     is_taken = refusal(preferred, shape, dtype, groups, *extra) is None
     return {preferred: None} if is_taken else {}
-  if residual or activation or not record.entries():
-    return {}
-  if not all(map(is_known, shape)):
+  is_other = residual or activation or parameters or rounds
+  if is_other or not record.entries() or not all(map(is_known, shape)):
     return {}
   # Of few places the sums for scale and bias, one an example, would be much; in
   # float32 XLA fuses a ReLU and moves 2 n less.

@@ -4,7 +4,10 @@ Nothing here needs Pallas. `MEASURED` is for what a device has shown to be
 better than the rule; none has yet.
 """
 
+from collections.abc import Iterable
 import dataclasses
+import functools
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -14,11 +17,20 @@ from normkit._types import DType
 PIECE = 256  # elements: the most of one axis in an asynchronous copy
 IN_WARP = 1024  # elements of the longest row that a warp takes by itself
 LEAST = 64  # elements of a tile's rows: 128 bytes of scale and bias
+WARPS = 4  # of a warpgroup
+BUFFERS = 2  # of what the warps of a program tell each other
 BARRIERS = 32  # at most in one array
 THREADS = 128  # of a warpgroup
 # Sums for scale and bias that a thread may keep in registers, by the bytes of
 # an element: with more the assembler spills, for H200 or B200.
 SUMS = {2: 64, 4: 48}
+LINES = 64, 32, 128, 16  # bytes of memory next to each other, the best first
+# Of groups, elements that a thread holds of a place and of a tile, and programs
+# on a multiprocessor with the warpgroups of each.
+MOST_OF_PLACE, MOST_OF_TILE = 16, 32
+TEAMS = (4, 1), (2, 2), (1, 4), (1, 3), (1, 2)
+SUMS_OF_ONE = {2: 40, 4: 32}  # of rows that are longer, then
+SUMS_OF_ACTIVATED = 32  # and for the smallest tiles
 
 
 class Chip(NamedTuple):
@@ -103,6 +115,8 @@ class Case:
     outputs: of what is as large as x and written.
     parameters: dtypes of scale and bias, where there are any.
     sums: how many sums over rows are kept.
+    has_sets: whether they are of some rows, as scale and bias are.
+    is_activated: whether there is an activation.
   """
 
   size: int
@@ -110,6 +124,8 @@ class Case:
   outputs: tuple[DType, ...]
   parameters: tuple[DType, ...] = ()
   sums: int = 0
+  has_sets: bool = False
+  is_activated: bool = False
 
   @property
   def vector(self) -> int:
@@ -119,7 +135,42 @@ class Case:
     return 16 // (4 if self.sums else widest)
 
 
-MEASURED: dict[tuple[int, Case], Config] = {}
+@dataclasses.dataclass(frozen=True)
+class Groups:
+  """What the rule depends on for groups of channels.
+
+  Attributes:
+    places: of an example.
+    size: channels of a group.
+    count: groups of an example.
+    inputs: dtypes of what is as large as x and read.
+    outputs: of what is as large as x and written.
+  """
+
+  places: int
+  size: int
+  count: int
+  inputs: tuple[DType, ...]
+  outputs: tuple[DType, ...]
+
+  @property
+  def itemsizes(self) -> tuple[int, ...]:
+    """Bytes of an element of each array."""
+    return tuple(jnp.dtype(d).itemsize for d in self.inputs + self.outputs)
+
+  def lanes(self, width: int) -> tuple[int, int]:
+    """Of a warp, how many hold a place of `width` channels, and their vectors.
+
+    All that a thread holds of a place should not take too many registers.
+    """
+    for vector in (4, 2, 1):
+      lanes = math.gcd(width // vector, 16)
+      if width % vector == 0 and width // lanes <= MOST_OF_PLACE:
+        break
+    return lanes, vector
+
+
+MEASURED: dict[tuple[int, Case | Groups], Config] = {}
 OUTPUT_TILES = 2  # of each output, written in turn
 SLACK = 3 * 1024  # barriers, sums of warps, and what alignment loses
 
@@ -132,12 +183,45 @@ def config(case: Case, capability: int = 9) -> Config | None:
   """
   if (measured := MEASURED.get((capability, case))) is not None:
     return measured
+  return _best(case, _choices(case, CHIPS[capability]), CHIPS[capability])
+
+
+def groups_of(
+  shape: tuple[int, ...],
+  count: int,
+  inputs: Iterable[DType],
+  outputs: Iterable[DType],
+) -> Groups:
+  """The case of x (batch, ..., channels) in so many groups."""
+  return Groups(
+    math.prod(shape[1:-1]),
+    shape[-1] // count,
+    count,
+    tuple(map(jnp.dtype, inputs)),
+    tuple(map(jnp.dtype, outputs)),
+  )
+
+
+@functools.cache
+def groups(case: Groups, capability: int = 9) -> Config | None:
+  """The same for groups of channels, of which a ring has room for one task.
+
+  A tile is places by channels, which are whole groups next to each other.
+  """
+  if (measured := MEASURED.get((capability, case))) is not None:
+    return measured
   chip = CHIPS[capability]
-  found = [c for c in _choices(case, chip) if c.stages >= c.tiles]
+  return _best(case, _choices_of_groups(case, chip), chip)
+
+
+def _best(
+  case: Case | Groups, choices: list[Config], chip: Chip
+) -> Config | None:
+  found = [c for c in choices if c.stages >= c.tiles]
   ahead = [under_way(case, c, c.resident) for c in found]
   full = [c for c, n in zip(found, ahead, strict=True) if n >= chip.under_way]
   long = [c for c in full if c.stages >= 3 * c.tiles]
-  if chosen := long or full:
+  if chosen := (isinstance(case, Case) and long) or full:
     return chosen[0]
   return found[ahead.index(max(ahead))] if found else None
 
@@ -169,20 +253,26 @@ def _tiles(case: Case) -> list[Config]:
     tiles = -(-case.size // width)
     while tiles == 1 and rows * width * itemsize < 4096:
       rows *= 2
+    # Sets take some registers, and fewer warpgroups have more of them.
+    is_more = case.has_sets or case.is_activated
+    most = 3 if is_more and case.sums and tiles > 1 else 4
     return [
       Config(rows, width, tiles, groups, False, 0, 0, False)
-      for groups in (4, 3, 2)
+      for groups in range(most, 1, -1)
     ]
   if not case.sums:
     rows, groups = 16 // itemsize, min(-(-case.size // 4096), 4)
     return [_shared(case.size, groups, rows)]
   # Each program writes out its sums over rows, so programs are few and large.
+  high = 4 if case.is_activated else 16 // itemsize
   choices = [
     _shared(case.size, groups, rows)
     for groups in (4, 3, 2, 1)
-    for rows in range(16 // itemsize, 3, -4)
+    for rows in range(high, 3, -4)
   ]
-  most = SUMS[itemsize] * THREADS // (case.sums * PIECE)
+  most = (SUMS_OF_ONE if case.sums == 1 else SUMS)[itemsize]
+  most = SUMS_OF_ACTIVATED if case.is_activated else most
+  most = most * THREADS // (case.sums * PIECE)
   choices = [c for c in choices if c.tiles * c.rows <= most]
   return sorted(choices, key=lambda c: c.row_width)[:1]
 
@@ -191,6 +281,40 @@ def _shared(size: int, groups: int, rows: int) -> Config:
   """Warpgroups that share a row."""
   tiles = -(-size // (rows * PIECE * groups))
   return Config(rows, PIECE, tiles, groups, True, 0, 0, False)
+
+
+def _choices_of_groups(case: Groups, chip: Chip) -> list[Config]:
+  """Lines of 64 bytes of memory first, and many programs."""
+  found = []
+  for width in widths(case):
+    least = THREADS // case.lanes(width)[0]
+    most = THREADS * MOST_OF_TILE // len(case.inputs)
+    for resident, warpgroups in TEAMS:
+      rows = [
+        r
+        for r in range(least, PIECE + 1, least)
+        if r * width <= most or r == least
+      ]
+      tiles = {r: -(-case.places // (r * warpgroups)) for r in rows}
+      # Each tile costs as much again as some elements.
+      rows.sort(key=lambda r: tiles[r] * (r * width + 8 * THREADS))
+      for r in rows:
+        one = Config(r, width, tiles[r], warpgroups, True, 0, resident, False)
+        room = _room_of_groups(case, chip, one)
+        stages = _stages(
+          room // (warpgroups * _bytes(case, one)), chip, one, case
+        )
+        found.append(dataclasses.replace(one, stages=stages))
+  return found
+
+
+def widths(case: Groups) -> list[int]:
+  """Of whole groups whose bytes are multiples of 16, as copies ask."""
+  least = min(case.itemsizes)
+  step = math.lcm(case.size, 16 // least)
+  most = -(-case.size * case.count // step)
+  steps = [-(-line // (least * step)) for line in LINES]
+  return [w for n in steps if (w := min(n, most) * step) <= PIECE]
 
 
 def _room(case: Case, chip: Chip, found: Config) -> int:
@@ -206,20 +330,29 @@ def _room(case: Case, chip: Chip, found: Config) -> int:
   return chip.shared // found.resident - fixed - SLACK
 
 
-def _bytes(case: Case, found: Config) -> int:
+def _room_of_groups(case: Groups, chip: Chip, found: Config) -> int:
+  """Bytes for the rings of a program."""
+  outputs = OUTPUT_TILES * sum(jnp.dtype(d).itemsize for d in case.outputs)
+  parts = 4 * math.prod((BUFFERS, BUFFERS, WARPS, found.width))
+  fixed = found.warpgroups * (found.rows * found.width * outputs + parts)
+  # Rings, outputs and sums lie in several buffers, at multiples of 1,024.
+  return chip.shared // found.resident - fixed - SLACK - 2048
+
+
+def _bytes(case: Case | Groups, found: Config) -> int:
   """Of a tile of every input."""
   itemsizes = sum(jnp.dtype(d).itemsize for d in case.inputs)
   return found.rows * found.width * itemsizes
 
 
-def _stages(room: int, chip: Chip, found: Config, case: Case) -> int:
+def _stages(room: int, chip: Chip, found: Config, case: Case | Groups) -> int:
   """Three rows' tiles, or what is to be under way; as far as they fit."""
   each = found.resident * found.warpgroups * _bytes(case, found)
   wanted = found.tiles + -(-2 * chip.under_way // each)
   return min(room, max(3 * found.tiles, wanted), BARRIERS)
 
 
-def under_way(case: Case, found: Config, resident: int) -> int:
+def under_way(case: Case | Groups, found: Config, resident: int) -> int:
   """Bytes on their way to a multiprocessor while a row is worked on.
 
   Args:

@@ -7,31 +7,27 @@ or in several. Pallas, lowered to Mosaic GPU.
 """
 
 from collections.abc import Callable
+import dataclasses
 import functools
-import math
-import threading
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as gpu
 import jax.numpy as jnp
-import numpy as np
 
-from normkit._types import Array
-from normkit.kernels import configs, dispatch, rows
-from normkit.kernels.configs import OUTPUT_TILES, PIECE, Case, Config
+from normkit.kernels import activations, configs, mosaic_groups, plans, rows
+from normkit.kernels.configs import PIECE, Case, Config
+from normkit.kernels.launch import capability, launch, rings
 from normkit.kernels.rows import Spec
 from normkit.kernels.warpgroups import (
   INPUTS,
-  OUTPUTS,
   PARAMETERS,
   Arrays,
   Statistics,
   Tile,
   Work,
-  store_sum,
 )
 
 
@@ -44,17 +40,15 @@ def forward(
   with_statistics: bool = False,
   interpret: bool = False,
 ) -> Arrays:
-  """The norm of each row; see `normkit.kernels.triton.forward`."""
+  """The norm of each row or group; see `normkit.kernels.triton.forward`."""
+  if spec.groups is not None:
+    return mosaic_groups.forward(given, spec, with_statistics, interpret)
   x = given['x']
   results = {'y': spec.dtype}
   if 'residual' in given:
     results['total'] = x.dtype
   stats = rows.statistics(spec) if with_statistics else ()
-  found = _call(_forward, given, results, (), stats, spec, interpret)
-  sets = (*x.shape[:-1], 1)
-  return {
-    n: a.reshape(sets if n in stats else x.shape) for n, a in found.items()
-  }
+  return _call(_forward, given, results, (), stats, spec, interpret)
 
 
 @functools.partial(jax.jit, static_argnames=('spec', 'wanted', 'interpret'))
@@ -62,10 +56,11 @@ def backward(
   given: Arrays, spec: Spec, wanted: tuple[str, ...], interpret: bool = False
 ) -> Arrays:
   """Gradients of the norm; see `normkit.kernels.triton.backward`."""
+  if spec.groups is not None:
+    return mosaic_groups.backward(given, spec, wanted, interpret)
   x = given['x']
   sums = tuple(name for name in wanted if name != 'dx')
-  found = _call(_backward, given, {'dx': x.dtype}, sums, (), spec, interpret)
-  return {n: a.reshape(x.shape) if n == 'dx' else a for n, a in found.items()}
+  return _call(_backward, given, {'dx': x.dtype}, sums, (), spec, interpret)
 
 
 def _call(
@@ -77,180 +72,48 @@ def _call(
   spec: Spec,
   interpret: bool,
 ) -> Arrays:
-  """Runs a kernel on x as rows; sums over these come as one row."""
+  """Runs a kernel on x as rows."""
   x = given['x']
-  size = x.shape[-1]
-  count = x.size // size
+  shapes = {n: given[n].shape for n in PARAMETERS if n in given}
+  sets = plans.sets_of(x.shape, *shapes.values())
+  assert sets is not None
   inputs = {n: given[n] for n in INPUTS if n in given}
   used = PARAMETERS if body is _forward or spec.activation else PARAMETERS[:1]
   parameters = {n: given[n] for n in used if n in given}
   case = Case(
-    size,
+    x.shape[-1],
     tuple(a.dtype for a in inputs.values()),
     tuple(results.values()),
     tuple(a.dtype for a in parameters.values()),
     len(sums),
+    sets.number > 1,
+    spec.activation is not None,
   )
-  chip = 10 if 10 <= dispatch.oldest_gpu() < math.inf else 9
+  chip = capability()
   config = configs.config(case, chip)
   assert config is not None
-  plan = _plan(case, config, chip, count, interpret)
-  arguments = {n: _rows_of(a, plan) for n, a in inputs.items()}
+  plan = plans.plan(case, config, chip, sets, interpret)
+  arguments = {n: plan.rows_of(a) for n, a in inputs.items()}
   arguments |= {
-    n: _padded(a, (config.row_width,)).reshape(plan.tiles)
-    for n, a in parameters.items()
+    n: plan.parameter(a, config.row_width) for n, a in parameters.items()
   }
-  each = (count,) if config.is_shared else (plan.tasks, config.rows)
-  partial = (plan.programs, *plan.tiles)
+  each = (plan.tasks,) if config.is_shared else (plan.tasks, config.rows)
+  partial = (sets.number, plan.parts, *plan.tiles)
   outs = {n: rows.result(x, plan.shape, d) for n, d in results.items()}
   outs |= dict.fromkeys(stats, rows.result(x, each, jnp.float32))
   outs |= dict.fromkeys(sums, rows.result(x, partial, jnp.float32))
   scratch = _scratch(case, config, arguments, outs, sums)
 
-  def kernel(*refs: Any) -> None:
-    names = (*arguments, *outs, *scratch)
-    named = dict(zip(names, refs, strict=True))
-    turns = plan.shape, plan.tasks, plan.programs
-    body(Work(named, config, case, *turns, spec, interpret))
+  def run(refs: Arrays) -> None:
+    body(Work(refs, config, case, plan, spec, interpret))
 
-  kernel.__name__ = f'normkit{body.__name__}'
-  run = gpu.kernel(
-    kernel,
-    out_type=tuple(outs.values()),
-    grid=(plan.programs,),
-    grid_names=('program',),
-    num_threads=config.warpgroups,
-    thread_name='warpgroup',
-    scratch_types=tuple(scratch.values()),
-    **_options(interpret),
-  )
-  if interpret:
-    run = functools.partial(_interpreted, run, tuple(outs.values()))
-  named = dict(zip(outs, run(*arguments.values()), strict=True))
-  for name in results:
-    named[name] = named[name].reshape(plan.filled)[:count, :size]
-  for name in stats:
-    named[name] = named[name].reshape(-1)[:count]
-  for name in sums:
-    parts = named[name].reshape(plan.programs, -1)
-    named[name] = parts[:, :size].sum(0)
-  return named
-
-
-class Plan(NamedTuple):
-  """How rows lie in arrays, and who takes them.
-
-  Attributes:
-    height: how many rows.
-    size: of a row.
-    filled: rows and their width, with what an asynchronous copy asks for.
-    shape: of the arrays of rows.
-    tiles: of the arrays of scale and bias, and of sums over rows.
-    tasks: rows, one or some, that a warpgroup or a program takes together.
-    programs: that take them in turn.
-  """
-
-  height: int
-  size: int
-  filled: tuple[int, int]
-  shape: tuple[int, ...]
-  tiles: tuple[int, ...]
-  tasks: int
-  programs: int
-
-
-def _plan(
-  case: Case, config: Config, chip: int, count: int, interpret: bool
-) -> Plan:
-  """For so many rows.
-
-  An asynchronous copy fills up with zeros, and leaves out, what lies beyond an
-  array; rows of a multiple of 16 bytes are all that it asks. The interpreter
-  asks for whole tiles.
-  """
-  tasks = pl.cdiv(count, config.rows_at_once)
-  programs = config.resident * configs.CHIPS[chip].processors
-  vector = 16 // min(jnp.dtype(d).itemsize for d in case.inputs + case.outputs)
-  filled = count, pl.cdiv(case.size, vector) * vector
-  if interpret:
-    filled = tasks * config.rows_at_once, config.row_width
-  tiles: tuple[int, ...] = (config.row_width // config.width, config.width)
-  if config.is_shared:
-    tiles = (tiles[0] // config.rows, config.rows, config.width)
-  return Plan(
-    count,
-    case.size,
-    filled,
-    _viewed(filled, case.size, config),
-    tiles,
-    tasks,
-    min(programs, pl.cdiv(tasks, config.workers)),
-  )
-
-
-def _rows_of(array: Array, plan: Plan) -> Array:
-  """An array like x as rows, filled up."""
-  whole = array.reshape(plan.height, plan.size)
-  return _padded(whole, plan.filled).reshape(plan.shape)
-
-
-def _options(interpret: bool) -> dict[str, Any]:
-  if interpret:
-    return {'interpret': interpreter()}
-  semantics = gpu.LoweringSemantics.Lane
-  # No sum over a tile needs scratch: warps meet in `parts`.
-  return {
-    'compiler_params': gpu.CompilerParams(
-      lowering_semantics=semantics, reduction_scratch_bytes=0
-    )
-  }
-
-
-def interpreter(**options: Any) -> Any:
-  """What runs shared memory, barriers and copies on any device."""
-  from jax._src.pallas.mosaic_gpu.interpret import params  # noqa: PLC0415
-
-  return params.InterpretGPUParams(**options)
-
-
-INTERPRETING = threading.Lock()
-
-
-def _interpreted(
-  run: Callable[..., Any], results: tuple[Any, ...], *arguments: Array
-) -> Any:
-  """One kernel at a time, on a device of its own.
-
-  The interpreter calls Python in a certain order, which is not allowed where a
-  norm may stand, and has one shared memory.
-  """
-
-  def call(*arguments: Any) -> Any:
-    with INTERPRETING, jax.default_device(jax.local_devices()[-1]):
-      return jax.tree.map(np.asarray, jax.jit(run)(*arguments))
-
-  return jax.pure_callback(
-    call,
-    [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in results],
-    *arguments,
-    vmap_method='sequential',
-  )
-
-
-def _viewed(
-  shape: tuple[int, int], size: int, config: Config
-) -> tuple[int, ...]:
-  """Rows, in pieces where each is a multiple of these."""
-  if config.is_shared and size % PIECE == 0:
-    return (shape[0], shape[1] // PIECE, PIECE)
-  return shape
-
-
-def _padded(array: Array, shape: tuple[int, ...]) -> Array:
-  if array.shape == shape:
-    return array
-  pairs = zip(array.shape, shape, strict=True)
-  return jnp.pad(array, [(0, to - of) for of, to in pairs])
+  name = f'normkit{body.__name__}'
+  size_of_grid = plan.programs, config.warpgroups
+  named = launch(run, name, arguments, outs, scratch, *size_of_grid, interpret)
+  found = {n: plan.like_x(named[n], x.shape) for n in results}
+  found |= {n: plan.statistics(named[n], x.shape) for n in stats}
+  like = {n: shapes.get(n[1:], x.shape[-1:]) for n in sums}
+  return found | {n: plan.total(named[n], like[n]) for n in sums}
 
 
 def _scratch(
@@ -262,50 +125,44 @@ def _scratch(
 ) -> Arrays:
   """Shared memory: rings, outputs on their way, parameters; and barriers."""
   groups, tile = config.warpgroups, (config.rows, config.width)
-  found: Arrays = {}
-  for name, a in arguments.items():
-    if name in INPUTS:
-      ring = (groups, config.stages, *tile)
-      found[f'{name} ring'] = gpu.SMEM(ring, a.dtype)
-    elif config.holds_parameters:
-      found[f'{name} held'] = gpu.SMEM(a.shape, a.dtype)
-  for name, a in outs.items():
-    if name in OUTPUTS:
-      found[f'{name} out'] = gpu.SMEM((groups, OUTPUT_TILES, *tile), a.dtype)
+  copies = len(case.inputs)
+  if config.is_shared and case.size % PIECE:
+    copies *= config.rows
+  found = rings(config, arguments, outs, copies)
   if config.is_shared:
     parts = 2, 2, groups * config.rows
     found['parts'] = gpu.SMEM(parts, jnp.float32)
   elif sums:
     found['fold'] = gpu.SMEM((groups, *tile), jnp.float32)
-  copies = len(case.inputs)
-  if config.is_shared and case.size % PIECE:
-    copies *= config.rows
-  barriers = min(groups, config.groups_an_array) * config.stages
-  for index in range(config.barrier_arrays):
-    found[f'arrived {index}'] = gpu.Barrier(
-      num_arrivals=copies, num_barriers=barriers
-    )
-  found['met'] = gpu.Barrier(num_arrivals=groups)
   if config.holds_parameters:
-    found['loaded'] = gpu.Barrier(num_arrivals=len(case.parameters))
+    parameters = {n: a for n, a in arguments.items() if n in PARAMETERS}
+    for name, a in parameters.items():
+      found[f'{name} held'] = gpu.SMEM(a.shape[1:], a.dtype)
+    found['loaded'] = gpu.Barrier(num_arrivals=len(parameters))
   return found
 
 
 def _forward(work: Work) -> None:
   spec = work.spec
+  if spec.activation is not None:
+    run = functools.partial(activations.value, spec.activation)
+    spec = dataclasses.replace(spec, activation=run)
 
   def task(turn: Any, _: Any) -> None:
     def x(block: Any) -> Tile:
       value = work.load('x', turn, block)
       if 'residual' in work.refs:
         value = value + work.load('residual', turn, block)
+        if spec.rounding is not None:
+          value = work.narrow(value, work.case.inputs[0])
       return value
 
     stats = Statistics(work, turn, x)
 
     def write(block: Any, _: Any) -> None:
       xhat = stats.standardized(block)
-      values = {'y': rows.outputs(xhat, work.affine(block), spec)}
+      y = rows.outputs(xhat, work.affine(block), spec, work.narrow)
+      values = {'y': y}
       if 'total' in work.refs:
         values['total'] = x(block)
       work.write(turn, block, values)
@@ -313,7 +170,8 @@ def _forward(work: Work) -> None:
     work.each(write, None)
     work.write_statistics(turn, stats.values)
 
-  work.run(task, None, 2 if spec.center else 1)
+  meetings = 2 if spec.center else 1
+  work.run(task, lambda: None, lambda _: None, meetings)
 
 
 def _backward(work: Work) -> None:
@@ -327,9 +185,10 @@ def _backward(work: Work) -> None:
 
     def slopes(block: Any) -> tuple[Tile, Tile, Tile]:
       xhat = stats.standardized(block)
-      g = rows.slope_of(
-        work.load('dy', turn, block), xhat, work.affine(block), spec
-      )
+      g = work.load('dy', turn, block)
+      if spec.activation is not None:
+        y = rows.affine(xhat, work.affine(block), spec, work.narrow)
+        g = g * activations.slope(spec.activation, y)
       scale = work.parameter('scale', block)
       h = g if scale is None else g * scale
       return xhat, g, work.masked(h, block)
@@ -350,7 +209,7 @@ def _backward(work: Work) -> None:
       block = jnp.int32(index)
       xhat, g, h = slopes(block)
       # Added now: later, xhat and g would take registers until then.
-      terms = {'dscale': g * xhat, 'dbias': g}
+      terms = {'dscale': g * work.normalized(xhat), 'dbias': g}
       pairs = zip(sums, totals[index], strict=True)
       now.append(
         lax.optimization_barrier(tuple(t + terms[n] for n, t in pairs))
@@ -362,8 +221,48 @@ def _backward(work: Work) -> None:
       work.write(turn, block, {'dx': dx})
     return tuple(now)
 
-  zeros = tuple(tuple(work.full(0) for _ in sums) for _ in range(config.tiles))
-  totals = work.run(task, zeros, 3 if spec.center else 2)
-  for index in range(config.tiles):
-    for name, total in zip(sums, totals[index], strict=True):
-      store_sum(work, work.refs[name], index, total)
+  def zeros() -> Any:
+    return tuple(tuple(work.full(0) for _ in sums) for _ in range(config.tiles))
+
+  def store(totals: Any) -> None:
+    for index in range(config.tiles):
+      for name, total in zip(sums, totals[index], strict=True):
+        _store_sum(work, work.refs[name], index, total)
+
+  work.run(task, zeros, store, 3 if spec.center else 2)
+
+
+def _store_sum(work: Work, ref: Any, block: int, total: Tile) -> None:
+  """A program's share of a sum over rows."""
+  config, plan = work.config, work.plan
+  slot = work.program
+  if plan.sets.number > 1:
+    slot = slot - lax.div(work.set * plan.of_set, plan.turns)
+  if config.is_shared:
+    ref[work.set, slot, work.number(block)] = total
+    return
+  fold = work.refs['fold']
+  fold[work.group] = total
+  work.meet()
+  lanes = min(32, config.width)
+  vector = min(4, config.width // lanes)
+  layout = gpu.Layout.TILED(
+    gpu.Tiling(((lanes * vector,), (vector,))),
+    (gpu.Replicated(4),),
+    (-2,) if lanes == 32 else (gpu.Replicated(32 // lanes), -2),
+    -1,
+  )
+
+  @pl.when(work.group == 0)
+  def _() -> None:
+    def add(row: Any, total: Any) -> Any:
+      parts = [
+        work.part(fold, (group, row), layout)
+        for group in range(config.warpgroups)
+      ]
+      return total + rows.added(parts)
+
+    zero = work.cast(jnp.zeros(config.width, jnp.float32), layout)
+    ref[work.set, slot, block] = lax.fori_loop(0, config.rows, add, zero)
+
+  work.meet()

@@ -17,6 +17,7 @@ from normkit._types import Array, DType, Scalar, ruled
 
 Tiles = Sequence[Array]
 Mean = Callable[[Tiles], Array]
+Narrow = Callable[[Array, DType], Array]  # rounds to a dtype, in its own
 
 
 class Rounding(NamedTuple):
@@ -42,7 +43,7 @@ class Spec:
     activation: applied to the result, elementwise, or None.
     groups: of channels of x (batch, ..., channels); None for rows, x's last
       axis.
-    rounding: what no kernel does, and XLA's form does, or None.
+    rounding: what is rounded on the way to the result, or None.
   """
 
   epsilon: float
@@ -171,9 +172,11 @@ def standardize(
   return [t * root for t in tiles], root, (*means, var)
 
 
-def outputs(xhat: Array, parameters: Parameters, spec: Spec) -> Array:
+def outputs(
+  xhat: Array, parameters: Parameters, spec: Spec, narrow: Narrow | None = None
+) -> Array:
   """From standardized values to the result."""
-  y = _affine(xhat, parameters)
+  y = affine(xhat, parameters, spec, narrow)
   y = y if spec.activation is None else spec.activation(y)
   return y.astype(spec.dtype)
 
@@ -206,7 +209,8 @@ def slope_of(
   """The gradient of scale * xhat + bias from that of the result."""
   if spec.activation is None:
     return dy
-  g: Array = jax.vjp(spec.activation, _affine(xhat, parameters))[1](dy)[0]
+  y = affine(xhat, parameters, spec)
+  g: Array = jax.vjp(spec.activation, y)[1](dy)[0]
   return g
 
 
@@ -214,6 +218,15 @@ def _times(values: Array, scale: Array | None) -> Array:
   return values if scale is None else values * scale
 
 
-def _affine(xhat: Array, parameters: Parameters) -> Array:
-  y = _times(xhat, parameters.scale)
+def affine(
+  xhat: Array, parameters: Parameters, spec: Spec, narrow: Narrow | None = None
+) -> Array:
+  """scale * xhat + bias; `narrow` rounds it on the way, for kernels that do."""
+  if spec.rounding is None:
+    y = _times(xhat, parameters.scale)
+  else:
+    assert narrow is not None
+    y = narrow(xhat, spec.rounding.normalized)
+    if parameters.scale is not None:
+      y = narrow(y * parameters.scale, spec.rounding.product)
   return y if parameters.bias is None else y + parameters.bias

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from normkit._types import Array
 from normkit.kernels import rows
-from normkit.kernels.configs import OUTPUT_TILES, Case, Config
+from normkit.kernels.configs import OUTPUT_TILES, Case, Config, Groups
 from normkit.kernels.rows import Spec
 
 # `load` wants an index in JAX 0.10, and a part of the array later.
@@ -47,29 +47,39 @@ class Work:
     self,
     refs: Arrays,
     config: Config,
-    case: Case,
-    shape: tuple[int, ...],
-    tasks: int,
-    programs: int,
+    case: Case | Groups,
+    plan: Any,
     spec: Spec,
     interpret: bool,
   ) -> None:
-    self.refs, self.config, self.case, self.spec = refs, config, case, spec
-    self.shape, self.interpret = shape, interpret
-    self.tile = config.rows, config.width
-    self.layout = _layout(config.width, case.vector)
+    self.refs, self.config, self.spec = refs, config, spec
+    self.interpret = interpret
+    self.case: Any = case
+    self.plan: Any = plan
+    self.tile, self.layout = self.tiled()
     self.program = lax.axis_index('program')
     self.group = lax.axis_index('warpgroup')
-    # Tasks, one row or some, go round among all that take them.
-    workers = programs * config.workers
-    self.first, self.step = self.program, workers
-    if not config.is_shared:
-      self.first = self.program * config.warpgroups + self.group
-    turns = lax.div(tasks - self.first + (workers - 1), workers)
-    self.turns = jnp.maximum(turns, 0)
+    place = 0 if config.is_shared else self.group
+    self.set = jnp.int32(0)
+    if plan.sets.number == 1:
+      # Tasks, one row or some, go round among all that take them.
+      self.first = self.program * config.workers + place
+      self.step = plan.programs * config.workers
+      self.end = jnp.int32(plan.tasks)
+    else:
+      # A program's lie side by side: most of one set, or of few.
+      self.begin = self.program * plan.turns
+      self.first, self.step = self.begin + place, config.workers
+      self.end = jnp.minimum((self.program + 1) * plan.turns, plan.tasks)
+    self.turns = self.turns_before(self.end)
     self.inputs = [n for n in INPUTS if n in refs]
     self.parameters = [n for n in PARAMETERS if n in refs]
     self.sums_so_far = 0
+
+  def tiled(self) -> tuple[tuple[int, ...], Any]:
+    """The shape of a tile, and where the threads have it."""
+    config = self.config
+    return (config.rows, config.width), _layout(config.width, self.case.vector)
 
   def cast(self, value: Tile, layout: Any = None) -> Tile:
     """The interpreter knows no layouts."""
@@ -77,26 +87,47 @@ class Work:
       return value
     return gpu.layout_cast(value, self.layout if layout is None else layout)
 
+  def narrow(self, value: Tile, dtype: Any) -> Tile:
+    """Rounded to a dtype; XLA, which interprets, would leave out the casts."""
+    info = jnp.finfo(dtype)
+    if info.bits >= jnp.finfo(value.dtype).bits:
+      return value
+    if self.interpret:
+      return lax.reduce_precision(value, info.nexp, info.nmant)
+    return value.astype(dtype).astype(value.dtype)
+
+  def normalized(self, xhat: Tile) -> Tile:
+    """What the scale multiplies."""
+    rounding = self.spec.rounding
+    return xhat if rounding is None else self.narrow(xhat, rounding.normalized)
+
   def full(self, value: Any) -> Tile:
     """A tile of one number."""
     return self.cast(jnp.full(self.tile, value, jnp.float32))
 
-  def start(self) -> None:
-    """Parameters, and the first tiles of the ring, are on their way."""
-    if self.config.holds_parameters:
+  def turns_before(self, task: Any) -> Array:
+    """How many of this warpgroup's tasks come before one."""
+    turns = lax.div(task - self.first + (self.step - 1), self.step)
+    return jnp.maximum(turns, 0)
 
-      @pl.when(self.group == 0)
-      def _() -> None:
-        for name in self.parameters:
-          held = self.refs[f'{name} held']
-          gpu.copy_gmem_to_smem(self.refs[name], held, self.refs['loaded'])
+  def start(self) -> None:
+    """The first tiles of the ring are on their way."""
 
     def fetch(index: Array, _: Any) -> None:
       self.fetch(index)
 
     lax.fori_loop(0, self.config.stages, fetch, None)
-    if self.config.holds_parameters:
-      gpu.barrier_wait(self.refs['loaded'])
+
+  def hold(self) -> None:
+    """Has the parameters of the set brought, if they are to be held."""
+    if not self.config.holds_parameters:
+      return
+
+    @pl.when(self.group == 0)
+    def _() -> None:
+      for name in self.parameters:
+        of, held = self.refs[name].at[self.set], self.refs[f'{name} held']
+        gpu.copy_gmem_to_smem(of, held, self.refs['loaded'])
 
   def fetch(self, index: Array) -> None:
     """Has a tile brought, of all this warpgroup's the so-manieth."""
@@ -138,26 +169,48 @@ class Work:
     self, array: Any, tile: Any, turn: Any, block: Any
   ) -> list[tuple[Any, Any]]:
     """Pairs of what is copied: parts of an array, and of a tile."""
-    task, number = self.first + turn * self.step, self.number(block)
-    height, width = self.tile
+    number, (height, width) = self.number(block), self.tile
+    sets, task = self.plan.sets, self.task(turn)
     if not self.config.is_shared:
-      at = pl.ds(task * height, height), pl.ds(number * width, width)
-      return [(array.at[at], tile)]
-    if len(self.shape) == 3:
-      return [(array.at[task, pl.ds(number * height, height)], tile)]
+      columns = pl.ds(number * width, width)
+      if sets.number == 1:
+        return [(array.at[pl.ds(task * height, height), columns], tile)]
+      of_set = lax.div(task, self.plan.of_set)
+      some = pl.ds((task - of_set * self.plan.of_set) * height, height)
+      at = (some, of_set) if sets.is_apart else (of_set, some)
+      return [(array.at[(*at, columns)], tile)]
+    row = self.row(task)
+    if len(self.plan.shape) == 3:
+      return [(array.at[row, pl.ds(number * height, height)], tile)]
     return [
       (
-        array.at[task, pl.ds((number * height + piece) * width, width)],
+        array.at[row, pl.ds((number * height + piece) * width, width)],
         tile.at[piece],
       )
       for piece in range(height)
     ]
 
+  def task(self, turn: Any) -> Any:
+    """This warpgroup's so-manieth, of all."""
+    return self.first + turn * self.step
+
+  def row(self, task: Any) -> Any:
+    """Where the one row of a task lies."""
+    sets = self.plan.sets
+    if not sets.is_apart:
+      return task
+    of_set = lax.div(task, sets.rows)
+    return (task - of_set * sets.rows) * sets.number + of_set
+
   def load(self, name: str, turn: Any, block: Any) -> Tile:
     """A tile of an input, which has arrived, in float32."""
     slot = lax.rem(turn * self.config.tiles + block, self.config.stages)
     ring, at = self.refs[f'{name} ring'], (self.group, slot)
-    return self.part(ring, at, self.layout).astype(jnp.float32)
+    return self.get(ring, at).astype(jnp.float32)
+
+  def get(self, ref: Any, index: Any) -> Tile:
+    """A tile that lies in shared memory."""
+    return self.part(ref, index, self.layout)
 
   def wait(self, turn: Any) -> None:
     """Until the tiles of a task are there."""
@@ -184,8 +237,10 @@ class Work:
     number, layout = self.number(block), self.layout
     if not self.config.is_shared:
       layout = layout.reduce(0)
-    held = f'{name} held' if self.config.holds_parameters else name
-    value = self.part(self.refs[held], number, layout).astype(jnp.float32)
+    at, held = (self.set, number), name
+    if self.config.holds_parameters:
+      at, held = number, f'{name} held'
+    value = self.part(self.refs[held], at, layout).astype(jnp.float32)
     if not self.config.is_shared:
       value = self.cast(lax.broadcast_in_dim(value, self.tile, (1,)))
     return value
@@ -265,7 +320,7 @@ class Work:
     gpu.wait_smem_to_gmem(OUTPUT_TILES - 1, wait_read_only=True)
     for name, value in values.items():
       ring = self.refs[f'{name} out']
-      ring[self.group, slot] = value.astype(ring.dtype)
+      self.put(ring.at[self.group, slot], value.astype(ring.dtype))
     gpu.commit_smem()
     for name in values:
       tile = self.refs[f'{name} out'].at[self.group, slot]
@@ -274,9 +329,14 @@ class Work:
     gpu.commit_smem_to_gmem_group()
     self.fetch(index + self.config.stages)
 
+  def put(self, ref: Any, value: Tile) -> None:
+    """Stores a tile in shared memory."""
+    ref[...] = value
+
   def write_statistics(self, turn: Any, values: Any) -> None:
     """Those of a task, where they are wanted."""
-    task = self.first + turn * self.step
+    task = self.task(turn)
+    row = self.row(task)
     for name, value in zip(rows.statistics(self.spec), values, strict=True):
       if name in self.refs:
         if not self.config.is_shared:
@@ -285,21 +345,49 @@ class Work:
 
         @pl.when(self.group == 0)
         def _(name: str = name, value: Array = value) -> None:
-          self.refs[name][task] = value
+          self.refs[name][row] = value
 
-  def run(self, body: Callable[..., Any], carry: Any, meetings: int) -> Any:
-    """`body(turn, carry)` for each task, with so many sums of all in each."""
-    self.meetings = meetings
+  def run(
+    self,
+    body: Callable[..., Any],
+    carry: Callable[[], Any],
+    finish: Callable[[Any], None],
+    meetings: int,
+  ) -> None:
+    """`body(turn, carry)` for each task, with so many sums of all in each.
+
+    The carry starts and is finished with each set.
+    """
+    self.meetings, config = meetings, self.config
+    sets, of_set = self.plan.sets, self.plan.of_set
 
     def one(turn: Any, carry: Any) -> Any:
       self.sums_so_far = 0
       self.wait(turn)
       return body(turn, carry)
 
+    def each(index: Any, _: Any) -> None:
+      self.set = index
+      self.meet()  # what is held of the last set is read no more
+      self.hold()
+      if config.holds_parameters:
+        gpu.barrier_wait(self.refs['loaded'])
+      first = self.turns_before(jnp.maximum(index * of_set, self.begin))
+      end = jnp.minimum((index + 1) * of_set, self.end)
+      turns = first, self.turns_before(end)
+      finish(lax.fori_loop(*turns, one, carry()))
+
+    if sets.number == 1:
+      self.hold()
     self.start()
-    carry = lax.fori_loop(0, self.turns, one, carry)
+    if sets.number == 1:
+      if config.holds_parameters:
+        gpu.barrier_wait(self.refs['loaded'])
+      finish(lax.fori_loop(0, self.turns, one, carry()))
+    else:
+      last = lax.div(self.end - 1, of_set)
+      lax.fori_loop(lax.div(self.begin, of_set), last + 1, each, None)
     gpu.wait_smem_to_gmem(0)
-    return carry
 
 
 class Statistics:
@@ -345,36 +433,3 @@ class Statistics:
     if self.center:
       x = (x - self.pivots) - self.offsets
     return x * self.root
-
-
-def store_sum(work: Work, ref: Any, block: int, total: Tile) -> None:
-  """A program's share of a sum over rows."""
-  config = work.config
-  if config.is_shared:
-    ref[work.program, work.number(block)] = total
-    return
-  fold = work.refs['fold']
-  fold[work.group] = total
-  work.meet()
-  lanes = min(32, config.width)
-  vector = min(4, config.width // lanes)
-  layout = gpu.Layout.TILED(
-    gpu.Tiling(((lanes * vector,), (vector,))),
-    (gpu.Replicated(4),),
-    (-2,) if lanes == 32 else (gpu.Replicated(32 // lanes), -2),
-    -1,
-  )
-
-  @pl.when(work.group == 0)
-  def _() -> None:
-    def add(row: Any, total: Any) -> Any:
-      parts = [
-        work.part(fold, (group, row), layout)
-        for group in range(config.warpgroups)
-      ]
-      return total + rows.added(parts)
-
-    zero = work.cast(jnp.zeros(config.width, jnp.float32), layout)
-    ref[work.program, block] = lax.fori_loop(0, config.rows, add, zero)
-
-  work.meet()

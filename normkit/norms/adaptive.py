@@ -7,7 +7,7 @@ transforms.
 
 import jax.numpy as jnp
 
-from normkit import _types, arguments
+from normkit import _types, arguments, platforms, rows
 from normkit._types import (
   Array,
   ArrayLike,
@@ -15,6 +15,7 @@ from normkit._types import (
   AxisName,
   DType,
   Groups,
+  Implementation,
   Scalar,
 )
 from normkit.affine import Arguments, affine, widened
@@ -34,6 +35,7 @@ def adaptive_layer_norm(
   axis_name: AxisName | None = None,
   axis_index_groups: Groups | None = None,
   dtype: DType | None = None,
+  implementation: Implementation | None = None,
 ) -> Array:
   """AdaLN: layer norm without parameters, moved by what a network says.
 
@@ -60,13 +62,15 @@ def adaptive_layer_norm(
     axis_name: names of mapped axes over which statistics are pooled.
     axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
     dtype: dtype of the result; None keeps x's.
+    implementation: 'triton', 'mosaic_gpu', 'mosaic_tpu', 'xla', or None to
+      choose.
 
   Returns:
     An array of the shape of x.
 
   Raises:
-    TypeError, ValueError: as `normalize` does; a shift or a scale that does not
-      fit is named.
+    TypeError, ValueError, NotImplementedError: as `normalize` does; a shift or
+      a scale that does not fit is named.
 
   References:
     Peebles and Xie, "Scalable Diffusion Models with Transformers" (2023),
@@ -80,7 +84,7 @@ def adaptive_layer_norm(
     [[[9.0, 22.0], [9.0, 22.0]]]
   """
   options = axis, epsilon, where, axis_name, axis_index_groups, dtype
-  return _modulated(x, shift, scale, True, *options)
+  return _modulated(x, shift, scale, True, *options, implementation)
 
 
 def adaptive_rms_norm(
@@ -94,6 +98,7 @@ def adaptive_rms_norm(
   axis_name: AxisName | None = None,
   axis_index_groups: Groups | None = None,
   dtype: DType | None = None,
+  implementation: Implementation | None = None,
 ) -> Array:
   """`adaptive_layer_norm` without the mean.
 
@@ -109,12 +114,13 @@ def adaptive_rms_norm(
     axis_name: names of mapped axes over which statistics are pooled.
     axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
     dtype: dtype of the result; None keeps x's.
+    implementation: as `adaptive_layer_norm` has it.
 
   Returns:
     An array of the shape of x.
 
   Raises:
-    TypeError, ValueError: as `adaptive_layer_norm` does.
+    TypeError, ValueError, NotImplementedError: as `adaptive_layer_norm` does.
 
   References:
     Peebles and Xie, "Scalable Diffusion Models with Transformers" (2023),
@@ -127,7 +133,7 @@ def adaptive_rms_norm(
     [[[1.0, 2.0]]]
   """
   options = axis, epsilon, where, axis_name, axis_index_groups, dtype
-  return _modulated(x, shift, scale, False, *options)
+  return _modulated(x, shift, scale, False, *options, implementation)
 
 
 def adaptive_residual(
@@ -205,6 +211,7 @@ def _modulated(
   axis_name: AxisName | None,
   axis_index_groups: Groups | None,
   dtype: DType | None,
+  implementation: Implementation | None,
 ) -> Array:
   x = _types.check_input(x)
   axes = _types.check_axes(axis, x.ndim)
@@ -215,19 +222,33 @@ def _modulated(
   out = _types.check_output_dtype(dtype, x.dtype)
   arguments.check_held(out, shift=shift, scale=scale)
   args = arguments.check_arguments(
-    x, scale, shift, axes, epsilon, where, dtype, None
+    x, scale, shift, axes, epsilon, where, dtype, implementation
   )
   _types.check_not_empty(x.shape, axes)
+  if (implementation or platforms.preferred()) not in (None, 'xla'):
+    is_pooled = axis_name is not None or axis_index_groups is not None
+    found = rows.normalize(
+      x, _shifted(args), axes, axes, is_pooled, center, implementation
+    )
+    if found is not None:
+      return found
 
   def run(wide: Array, args: Arguments) -> Array:
-    if args.scale is not None:  # in float32 or wider, like x
-      args = args._replace(scale=1 + args.scale)
+    args = _shifted(args)  # in float32 or wider, like x
     stats = centred(wide, axes, args.where, center, given=args.given)
     stats = pool(stats, axis_name, axis_index_groups, center)
     return affine(wide, stats, args, center)
 
   y: Array = widened(run, x, args)
   return y
+
+
+def _shifted(args: Arguments) -> Arguments:
+  """With 1 + scale, in float32 or wider."""
+  if args.scale is None:
+    return args
+  real = _types.real_dtype(args.statistics_dtype)
+  return args._replace(scale=1 + _types.widen(args.scale, real))
 
 
 def _feature(

@@ -1,0 +1,96 @@
+"""Activations in the primitives that Mosaic GPU lowers, on the oldest JAX too.
+
+It has neither rules of derivatives (`jax.custom_jvp`) nor the sums that
+differentiation makes.
+"""
+
+from collections.abc import Callable, Iterator
+import functools
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from normkit._types import Array
+
+Activation = Callable[[Array], Array]
+CALLS = 'jit', 'pjit', 'closed_call', 'core_call', 'custom_jvp_call'
+# What differentiation makes.
+OTHERS: dict[str, Callable[..., Array]] = {
+  'add_any': lax.add,
+  'one_minus_square': lambda x: 1 - x * x,
+}
+LOWERED = {
+  *OTHERS,
+  *('abs', 'add', 'and', 'div', 'integer_pow', 'max', 'min', 'mul', 'neg'),
+  *('sub', 'exp', 'exp2', 'log', 'logistic', 'rsqrt', 'square', 'tanh'),
+  *('eq', 'ge', 'gt', 'le', 'lt', 'ne', 'select_n'),
+  *('broadcast_in_dim', 'convert_element_type', 'stop_gradient'),
+}
+
+
+@functools.lru_cache(256)
+def is_lowered(run: Activation) -> bool:
+  """Whether a kernel can compute it and its derivative."""
+  tile = jax.ShapeDtypeStruct((8, 128), jnp.float32)
+  each = (
+    jax.make_jaxpr(f)(tile) for f in (run, functools.partial(_slope, run))
+  )
+  return all({*_primitives(closed.jaxpr)} <= LOWERED for closed in each)
+
+
+def _primitives(jaxpr: Any) -> Iterator[str]:
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name in CALLS:
+      yield from _primitives(_inner(eqn).jaxpr)
+    else:
+      yield eqn.primitive.name
+
+
+def value(run: Activation, y: Array) -> Array:
+  """Of y, a tile in a kernel."""
+  return _run(run, y)
+
+
+def slope(run: Activation, y: Array) -> Array:
+  """The derivative there."""
+  return _run(functools.partial(_slope, run), y)
+
+
+def _slope(run: Activation, y: Array) -> Array:
+  found: Array = jax.jvp(run, (y,), (jnp.ones_like(y),))[1]
+  return found
+
+
+def _run(run: Activation, y: Array) -> Array:
+  closed = jax.make_jaxpr(run)(jax.ShapeDtypeStruct(y.shape, y.dtype))
+  (found,) = _evaluate(closed, y)
+  return jnp.broadcast_to(found, y.shape)
+
+
+def _evaluate(closed: Any, *given: Any) -> list[Any]:
+  """Equation by equation, calls unfolded."""
+  jaxpr = closed.jaxpr
+  known = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+  known |= dict(zip(jaxpr.invars, given, strict=True))
+
+  def read(atom: Any) -> Any:
+    return atom.val if hasattr(atom, 'val') else known[atom]
+
+  for eqn in jaxpr.eqns:
+    values = map(read, eqn.invars)
+    if eqn.primitive.name in CALLS:
+      found = _evaluate(_inner(eqn), *values)
+    elif other := OTHERS.get(eqn.primitive.name):
+      found = [other(*values)]
+    else:
+      found = eqn.primitive.bind(*values, **eqn.params)
+      found = found if eqn.primitive.multiple_results else [found]
+    known |= dict(zip(eqn.outvars, found, strict=True))
+  return [read(atom) for atom in jaxpr.outvars]
+
+
+def _inner(eqn: Any) -> Any:
+  params = eqn.params
+  return params['call_jaxpr' if 'call_jaxpr' in params else 'jaxpr']

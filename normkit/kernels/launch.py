@@ -1,0 +1,117 @@
+"""How a kernel of Mosaic GPU starts: on a device, or interpreted on any."""
+
+from collections.abc import Callable
+import functools
+import math
+import threading
+from typing import Any
+
+import jax
+from jax.experimental.pallas import mosaic_gpu as gpu
+import numpy as np
+
+from normkit._types import Array
+from normkit.kernels import dispatch
+from normkit.kernels.configs import OUTPUT_TILES, Config
+from normkit.kernels.warpgroups import INPUTS, OUTPUTS, Arrays
+
+
+def launch(
+  body: Callable[[Arrays], None],
+  name: str,
+  arguments: Arrays,
+  outs: Arrays,
+  scratch: Arrays,
+  programs: int,
+  warpgroups: int,
+  interpret: bool,
+) -> Arrays:
+  """Runs `body` on references, by name, to these arrays and this memory."""
+
+  def kernel(*refs: Any) -> None:
+    names = (*arguments, *outs, *scratch)
+    body(dict(zip(names, refs, strict=True)))
+
+  kernel.__name__ = name
+  run = gpu.kernel(
+    kernel,
+    out_type=tuple(outs.values()),
+    grid=(programs,),
+    grid_names=('program',),
+    num_threads=warpgroups,
+    thread_name='warpgroup',
+    scratch_types=tuple(scratch.values()),
+    **_options(interpret),
+  )
+  if interpret:
+    run = functools.partial(_interpreted, run, tuple(outs.values()))
+  return dict(zip(outs, run(*arguments.values()), strict=True))
+
+
+def capability() -> int:
+  """Of the GPUs here; where there are none, of those that all kernels fit."""
+  return 10 if 10 <= dispatch.oldest_gpu() < math.inf else 9
+
+
+def rings(
+  config: Config, arguments: Arrays, outs: Arrays, copies: int
+) -> Arrays:
+  """Shared memory for tiles on their way, and barriers, of so many copies."""
+  groups, tile = config.warpgroups, (config.rows, config.width)
+  depths = {n: ('ring', config.stages) for n in arguments if n in INPUTS}
+  depths |= {n: ('out', OUTPUT_TILES) for n in outs if n in OUTPUTS}
+  found: Arrays = {
+    f'{name} {kind}': gpu.SMEM(
+      (groups, depth, *tile), (arguments | outs)[name].dtype
+    )
+    for name, (kind, depth) in depths.items()
+  }
+  barriers = min(groups, config.groups_an_array) * config.stages
+  for index in range(config.barrier_arrays):
+    found[f'arrived {index}'] = gpu.Barrier(
+      num_arrivals=copies, num_barriers=barriers
+    )
+  return found | {'met': gpu.Barrier(num_arrivals=groups)}
+
+
+def _options(interpret: bool) -> dict[str, Any]:
+  if interpret:
+    return {'interpret': interpreter()}
+  semantics = gpu.LoweringSemantics.Lane
+  # No sum over a tile needs scratch: warps meet in `parts`.
+  return {
+    'compiler_params': gpu.CompilerParams(
+      lowering_semantics=semantics, reduction_scratch_bytes=0
+    )
+  }
+
+
+def interpreter(**options: Any) -> Any:
+  """What runs shared memory, barriers and copies on any device."""
+  from jax._src.pallas.mosaic_gpu.interpret import params  # noqa: PLC0415
+
+  return params.InterpretGPUParams(**options)
+
+
+INTERPRETING = threading.Lock()
+
+
+def _interpreted(
+  run: Callable[..., Any], results: tuple[Any, ...], *arguments: Array
+) -> Any:
+  """One kernel at a time, on a device of its own.
+
+  The interpreter calls Python in a certain order, which is not allowed where a
+  norm may stand, and has one shared memory.
+  """
+
+  def call(*arguments: Any) -> Any:
+    with INTERPRETING, jax.default_device(jax.local_devices()[-1]):
+      return jax.tree.map(np.asarray, jax.jit(run)(*arguments))
+
+  return jax.pure_callback(
+    call,
+    [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in results],
+    *arguments,
+    vmap_method='sequential',
+  )
