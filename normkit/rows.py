@@ -305,7 +305,8 @@ def _names(
 def _with_backward(names: Kernels, given: Arrays, spec: Spec) -> Kernels:
   x, sums = given['x'], len({'scale', 'bias'} & given.keys())
   case = x.shape, x.dtype, spec.groups, spec.activation is not None
-  more = max(sums, 1), 'residual' in given or 'total' in given, spec.dtype
+  is_sum = 'residual' in given or 'total' in given
+  more = max(sums, 1), is_sum, spec.dtype, bool(_others(given))
   return {n: c for n, c in names.items() if cases.has_backward(n, *case, *more)}
 
 

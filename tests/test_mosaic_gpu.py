@@ -797,6 +797,9 @@ def test_what_is_taken_fits(dtype, capability):
       for residual in (), x:
         if cases.has_backward(*case, sums=1, residual=bool(residual)):
           assert fits(size, (*x, out, *residual), x, (wide,), 1)
+        one = {'sums': 1, 'residual': bool(residual), 'has_sets': True}
+        if cases.has_backward(*case, **one):
+          assert fits(size, (*x, out, *residual), x, (wide,), 1, True)
 
 
 @pytest.mark.parametrize(

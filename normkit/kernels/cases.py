@@ -153,10 +153,11 @@ def has_backward(
   sums: int = 2,
   residual: bool = True,
   result: DType | None = None,
+  has_sets: bool = False,
 ) -> bool:
   """Whether there is a backward: XLA's moves no more for the rows left out.
 
-  Where there is no bias, `sums` is one, and so is room for longer rows. Of
+  Where there is no bias, `sums` is one, and there is room for longer rows. Of
   groups `result` is the norm's dtype, where it is not that of x.
   """
   if refusal(implementation, shape, dtype, groups) is not None:
@@ -166,7 +167,7 @@ def has_backward(
     return _why_not(shape, groups, read, (dtype,)) is None
   if implementation == 'mosaic_gpu':
     inputs = 3 if residual else 2
-    found = _config(shape, dtype, inputs, sums, activation)
+    found = _config(shape, dtype, inputs, sums, activation, has_sets)
     return found is not None and found.stages > found.tiles
   is_row_of_triton = implementation == 'triton' and groups is None
   return not is_row_of_triton or shape[-1] <= TRITON_WIDTH
@@ -178,12 +179,13 @@ def _config(
   inputs: int,
   sums: int = 0,
   activation: bool = False,
+  has_sets: bool = False,
 ) -> configs.Config | None:
   """Mosaic GPU's for rows of as large an output as there may be."""
   dtype, wide = jnp.dtype(dtype), jnp.dtype(jnp.float32)
   outputs = (dtype,) if sums else (wide, *(dtype,) * (inputs - 1))
   given = (dtype,) * inputs, outputs, (wide, wide), sums
-  case = configs.Case(shape[-1], *given, is_activated=activation)
+  case = configs.Case(shape[-1], *given, has_sets, activation)
   return configs.config(case)
 
 

@@ -30,6 +30,7 @@ LINES = 64, 32, 128, 16  # bytes of memory next to each other, the best first
 MOST_OF_PLACE, MOST_OF_TILE = 16, 32
 TEAMS = (4, 1), (2, 2), (1, 4), (1, 3), (1, 2)
 SUMS_OF_ONE = {2: 40, 4: 32}  # of rows that are longer, then
+SUMS_OF_SETS = {2: 40, 4: 24}  # the same with sets
 SUMS_OF_ACTIVATED = 32  # and for the smallest tiles
 
 
@@ -270,7 +271,8 @@ def _tiles(case: Case) -> list[Config]:
     for groups in (4, 3, 2, 1)
     for rows in range(high, 3, -4)
   ]
-  most = (SUMS_OF_ONE if case.sums == 1 else SUMS)[itemsize]
+  of_one = SUMS_OF_SETS if case.has_sets else SUMS_OF_ONE
+  most = (of_one if case.sums == 1 else SUMS)[itemsize]
   most = SUMS_OF_ACTIVATED if case.is_activated else most
   most = most * THREADS // (case.sums * PIECE)
   choices = [c for c in choices if c.tiles * c.rows <= most]
