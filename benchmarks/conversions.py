@@ -34,13 +34,13 @@ class Converted:
 
   Attributes:
     error: how far the outputs are apart, as a share of the largest.
-    back: whether all arrays came back as they were; None where there is no way.
+    back: whether all arrays came back as they were.
     compared: what the comparison of layers found, for models of PyTorch.
     folded: what folding found.
   """
 
   error: float
-  back: bool | None
+  back: bool
   compared: convert.Comparison | None
   folded: Any
 
@@ -122,7 +122,7 @@ def folded(twin: Any, variables: Any, x: np.ndarray) -> Any:
 def of_haiku(
   net: Callable[[Any, bool], Any], twin: Any, x: np.ndarray, names: Any
 ) -> Converted:
-  """A model of Haiku: there, and folded."""
+  """A model of Haiku: there, back, and folded."""
   import haiku as hk
 
   model = hk.without_apply_rng(hk.transform_with_state(net))
@@ -135,7 +135,9 @@ def of_haiku(
   wanted = jax.jit(lambda x: model.apply(params, state, x, False)[0])(x)
   empty = jax.eval_shape(twin.init, jax.random.key(0), x)
   variables = convert.from_haiku(params, state, empty, names=names)
-  return against(wanted, twin, variables, x)
+  back = convert.to_haiku(variables, (params, state), names=names)
+  found = against(wanted, twin, variables, x)
+  return dataclasses.replace(found, back=alike(back, (params, state)))
 
 
 def drawn(params: Any) -> Any:
@@ -151,7 +153,7 @@ def drawn(params: Any) -> Any:
 
 
 def of_keras(model: Any, twin: Any, x: np.ndarray, names: Any) -> Converted:
-  """A model of Keras: there, and folded."""
+  """A model of Keras: there, back, and folded."""
   model.set_weights(
     [w if w.ndim > 1 else abs(w) + 0.5 for w in model.get_weights()]
   )
@@ -165,14 +167,22 @@ def of_keras(model: Any, twin: Any, x: np.ndarray, names: Any) -> Converted:
   }
   empty = jax.eval_shape(twin.init, jax.random.key(0), x)
   variables = convert.from_keras(weights, empty, names=names)
-  return against(model(x, training=False), twin, variables, x)
+  back = convert.to_keras(variables, weights, names=names)
+  found = against(model(x, training=False), twin, variables, x)
+  return dataclasses.replace(found, back=alike(back, weights))
+
+
+def alike(one: Any, other: Any) -> bool:
+  """Whether two trees of arrays are the same, bit for bit."""
+  same = jax.tree.map(np.array_equal, one, other)
+  return all(jax.tree.leaves(same))
 
 
 def against(wanted: Any, twin: Any, variables: Any, x: np.ndarray) -> Converted:
-  """Outputs compared alone."""
+  """Outputs compared alone; nothing has come back yet."""
   wanted, y = np.asarray(wanted), np.asarray(jax.jit(twin.apply)(variables, x))
   error = float(np.abs(y - wanted).max() / np.abs(wanted).max())
-  return Converted(error, None, None, folded(twin, variables, x))
+  return Converted(error, False, None, folded(twin, variables, x))
 
 
 # The models, each in its public size, or with options a small one.
@@ -377,7 +387,7 @@ def cells(found: Converted) -> list[str]:
   folds = [row for row in rows if row.layer]
   return [
     f'{found.error:.0e}',
-    {None: '-', True: 'yes', False: 'no'}[found.back],
+    'yes' if found.back else 'no',
     str(len(layers)) if compared else '-',
     f'{max(row.error for row in layers):.0e}' if compared else '-',
     f'{len(folds)} of {len(rows)}' if rows else '-',
@@ -390,7 +400,7 @@ def is_right(found: Converted) -> bool:
   compared, fold = found.compared, found.folded
   return (
     found.error < 1e-5
-    and found.back is not False
+    and found.back
     and (compared is None or (compared.agrees and not compared.causes))
     and (fold is None or (fold.compared and fold.error < 1e-5))
   )

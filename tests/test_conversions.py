@@ -35,8 +35,8 @@ def test_model_in_flax(name):
   options, layers = SMALL[name]
   found = conversions.MODELS[name](**options)
   assert conversions.is_right(found), found.compared or found
+  assert found.back
   if layers:
-    assert found.back is True
     assert len(found.compared.layers) == layers + 1  # and the outputs
     assert found.compared.unseen == ()
   if found.folded and 'et' in name:  # of batch norms none is left
@@ -54,7 +54,7 @@ def test_model_in_flax(name):
   ],
 )
 def test_what_is_right(change, is_right):
-  values = {'error': 1e-6, 'back': None, 'compared': None, 'folded': None}
+  values = {'error': 1e-6, 'back': True, 'compared': None, 'folded': None}
   found = conversions.Converted(**values | change)
   assert conversions.is_right(found) is is_right
 

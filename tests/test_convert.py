@@ -1008,6 +1008,8 @@ def test_haiku_net():
     'linear': 'Dense_0',
   }
   variables = convert.from_haiku(params, state, empty(here, x), names=names)
+  back = convert.to_haiku(variables, (params, state), names=names)
+  chex.assert_trees_all_equal(back, (params, state))
   expected, _ = net.apply(params, state, None, more, False)
   close(here.apply(variables, more), expected, 1e-4)
   _, state = net.apply(params, state, None, more, True)
@@ -1124,6 +1126,8 @@ def test_keras_net(tmp_path):
   template = empty(here, xy['x'])
   variables = convert.from_keras(weights, template, names=names)
   close(here.apply(variables, xy['x']), xy['y'], 1e-4)
+  back = convert.to_keras(variables, weights, names=names)
+  chex.assert_trees_all_equal(back, dict(weights))
   for name in ('k.keras', 'k.h5'):
     weights = files.load_arrays(tmp_path / name)
     again = convert.from_keras(weights, template, names=names)

@@ -35,7 +35,7 @@ LAYERS = (
   ('__main__',),
   ('tools.cli',),
   ('tools.adapt', 'tools.convert'),
-  ('tools._compare',),
+  ('tools._compare', 'tools._back'),
   ('tools', 'testing'),
   ('tools._planner', 'tools._layouts', 'tools._gradients', 'tools._causes'),
   ('tools._statistics', 'tools._inspection', 'tools._seen'),

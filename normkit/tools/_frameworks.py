@@ -8,10 +8,12 @@ gives it as Flax does: kernels as (*spatial, in, out).
 from collections.abc import Iterator, Mapping
 import dataclasses
 import math
+import operator
 import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from normkit.tools import files
@@ -233,8 +235,13 @@ def read_haiku(
   return sources
 
 
-def read_equinox(model: Any, state: Any) -> list[Source]:
-  """The arrays of an Equinox module, and the statistics of its state."""
+def read_equinox(
+  model: Any, state: Any, is_trained: bool = True
+) -> list[Source]:
+  """The arrays of an Equinox module, and the statistics of its state.
+
+  Raises for statistics that have seen nothing, unless told otherwise.
+  """
   import equinox  # noqa: PLC0415
 
   def is_batch_norm(node: Any) -> bool:
@@ -247,7 +254,8 @@ def read_equinox(model: Any, state: Any) -> list[Source]:
     names = [path_part(part) for part in path]
     leaves = {names[-1] if names else '': node}
     if is_batch_norm(node):
-      leaves = dict(_equinox_batch_norm('.'.join(names), node, state))
+      name = '.'.join(names)
+      leaves = dict(_equinox_batch_norm(name, node, state, is_trained))
     else:
       names = names[:-1]
     for leaf, value in leaves.items():
@@ -267,7 +275,7 @@ def path_part(part: Any) -> str:
 
 
 def _equinox_batch_norm(
-  name: str, norm: Any, state: Any
+  name: str, norm: Any, state: Any, is_trained: bool
 ) -> Iterator[tuple[str, Any]]:
   """The leaves of a batch norm, its averages without the initial zeros."""
   if state is None:
@@ -277,7 +285,7 @@ def _equinox_batch_norm(
     )
   yield from (('weight', norm.weight), ('bias', norm.bias))
   if norm.mode == 'ema':
-    if state.get(norm.ema_first_time_index):
+    if is_trained and state.get(norm.ema_first_time_index):
       raise ValueError(f'{name!r} has no statistics: it was never trained.')
     mean, var = state.get(norm.ema_state_index)
   else:
@@ -288,6 +296,49 @@ def _equinox_batch_norm(
     )
     yield 'count', count
   yield from (('mean', mean), ('var', var))
+
+
+def write_equinox(
+  model: Any, state: Any, arrays: Mapping[str, np.ndarray], count: int
+) -> tuple[Any, Any]:
+  """A module and its state with arrays by the keys that `read_equinox` gives.
+
+  `count` is that of batches for statistics that are new.
+  """
+  import equinox  # noqa: PLC0415
+
+  def is_batch_norm(node: Any) -> bool:
+    return isinstance(node, equinox.nn.BatchNorm)
+
+  def new(path: Any, node: Any) -> Any:
+    nonlocal state
+    key = '.'.join(map(path_part, path))
+    if not is_batch_norm(node):
+      return jnp.asarray(arrays[key]) if key in arrays else node
+    old = dict(_equinox_batch_norm(key, node, state, is_trained=False))
+    held = {n: arrays.get(f'{key}.{n}', a) for n, a in old.items()}
+    moments = held['mean'], held['var']
+    if not all(map(np.array_equal, moments, (old['mean'], old['var']))):
+      state = _with_moments(node, state, moments, count)
+    for name in ('weight', 'bias'):
+      if held[name] is not None:
+        value = jnp.asarray(held[name])
+        node = equinox.tree_at(operator.attrgetter(name), node, value)
+    return node
+
+  filled = jax.tree_util.tree_map_with_path(new, model, is_leaf=is_batch_norm)
+  return filled, state
+
+
+def _with_moments(norm: Any, state: Any, moments: Any, count: int) -> Any:
+  """The state of a batch norm that has seen many batches."""
+  moments = tuple(map(jnp.asarray, moments))
+  if norm.mode == 'ema':
+    state = state.set(norm.ema_first_time_index, jnp.asarray(False))
+    return state.set(norm.ema_state_index, moments)
+  old = state.get(norm.batch_counter)
+  state = state.set(norm.batch_counter, jnp.full_like(old, count))
+  return state.set(norm.batch_state_index, moments)
 
 
 def from_oihw(value: np.ndarray) -> np.ndarray:

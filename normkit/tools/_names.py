@@ -202,3 +202,12 @@ def _natural(name: str) -> list[tuple[int, str]]:
     (int(part), '') if part.isdecimal() else (-1, part)
     for part in re.split(r'(\d+)', name)
   ]
+
+
+def renamer_of(
+  template: Template, sources: Sequence[Source], names: Names, separator: str
+) -> Rename:
+  """What `names` means, or the order, for the arrays of a framework."""
+  if names == 'order':
+    return in_order(template, sources)
+  return renamer(names, separator, '/')

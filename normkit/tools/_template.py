@@ -166,6 +166,13 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
   return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def without(
+  arrays: Mapping[str, Any], patterns: Sequence[str]
+) -> dict[str, Any]:
+  """The arrays whose names fit none of the patterns."""
+  return {k: v for k, v in arrays.items() if not matches(str(k), patterns)}
+
+
 def fill(
   template: Template,
   sources: Sequence[Source],
@@ -334,6 +341,20 @@ def _faults(
   if is_batch_norm and leaf[1] in ('var', 'count') and not np.all(value >= 0):
     return [f'value: {source.key!r} is negative or NaN, for {name!r}']
   return []
+
+
+def value_of(
+  leaf: Leaf, template: Template, added: Mapping[str, float]
+) -> np.ndarray:
+  """A leaf as numbers, a scale without what was added; raises for a shape."""
+  (layer, name), value = leaf, template.leaves[leaf]
+  if isinstance(value, jax.ShapeDtypeStruct):
+    raise TypeError(f'variables: {layer}/{name} is a shape, not an array.')
+  array = np.asarray(value)
+  if name != 'scale' or layer not in added:
+    return array
+  wide = np.promote_types(array.dtype, np.float32)
+  return np.asarray(array.astype(wide) - added[layer], array.dtype)
 
 
 def report(faults: Sequence[str]) -> str:

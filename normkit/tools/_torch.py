@@ -5,7 +5,6 @@ import importlib
 import math
 from typing import Any
 
-import jax
 import numpy as np
 
 from normkit.tools import _attention, _frameworks, files
@@ -18,6 +17,7 @@ from normkit.tools._template import (
   matches,
   report,
   targets,
+  value_of,
 )
 
 
@@ -30,8 +30,8 @@ def unfilled(
 ) -> dict[Leaf, np.ndarray]:
   """Every leaf as PyTorch lays it out; a count is one number."""
 
-  def laid_out(leaf: Leaf, value: Any) -> np.ndarray:
-    array = _unfilled(leaf, value, template.heads, flatten, added)
+  def laid_out(leaf: Leaf) -> np.ndarray:
+    array = _unfilled(leaf, template, flatten, added)
     if leaf[1] != 'kernel' or array.ndim < 2:
       return array
     if array.ndim > 2 and is_transposed(leaf[0]):
@@ -40,28 +40,22 @@ def unfilled(
       return array
     return _frameworks.to_oihw(array)
 
-  return {leaf: laid_out(leaf, v) for leaf, v in template.leaves.items()}
+  return {leaf: laid_out(leaf) for leaf in template.leaves}
 
 
 def _unfilled(
   leaf: Leaf,
-  value: Any,
-  heads: Mapping[str, int],
+  template: Template,
   flatten: Shapes,
   added: Mapping[str, float],
 ) -> np.ndarray:
   """A leaf as numbers, without heads, its inputs flattened as there."""
   layer, name = leaf
-  if isinstance(value, jax.ShapeDtypeStruct):
-    raise TypeError(f'variables: {layer}/{name} is a shape, not an array.')
-  array = np.asarray(value)
+  array = value_of(leaf, template, added)
   if name == 'count':
     return np.asarray(array.max(initial=0), np.int64)
-  if name == 'scale' and layer in added:
-    wide = np.promote_types(array.dtype, np.float32)
-    return np.asarray(array.astype(wide) - added[layer], array.dtype)
-  if layer in heads:
-    array = _attention.without_heads(name, array, heads[layer])
+  if layer in template.heads:
+    array = _attention.without_heads(name, array, template.heads[layer])
   if name == 'kernel' and layer in flatten:
     array = _frameworks.to_flat(array, tuple(flatten[layer]))
   return array

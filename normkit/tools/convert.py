@@ -12,21 +12,22 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from normkit.tools import _frameworks, _layouts, _torch
+from normkit.tools._back import to_equinox, to_haiku, to_keras
 from normkit.tools._compare import compare
 from normkit.tools._comparison import Cause, Compared, Comparison
 from normkit.tools._frameworks import Source
 from normkit.tools._layouts import TRANSPOSED, Shapes
-from normkit.tools._names import Names, in_order, renamer, without_prefix
+from normkit.tools._names import Names, renamer, renamer_of, without_prefix
 from normkit.tools._options import batch_norm_options
 from normkit.tools._stacked import Scanned, unstacked
 from normkit.tools._template import (
   Layout,
-  Rename,
   Template,
   check_added,
   fill,
   matches,
   template_of,
+  without,
 )
 from normkit.tools.files import load_arrays, save_arrays
 from normkit.tools.matching import Matches, match
@@ -46,6 +47,9 @@ __all__ = [
   'load_arrays',
   'match',
   'save_arrays',
+  'to_equinox',
+  'to_haiku',
+  'to_keras',
   'to_torch',
 ]
 
@@ -152,7 +156,7 @@ def from_torch(
   layout = _layouts.channels_first(
     shapes, template.is_transposed(transposed), inputs_first
   )
-  kept = _without(_frameworks.unwrapped(state), ignore)
+  kept = without(_frameworks.unwrapped(state), ignore)
   sources = _frameworks.read_torch(kept)
   sources = without_prefix(sources, names, template)
   return _fill(template, sources, names, '.', layout, count, add_to_scale)
@@ -219,7 +223,7 @@ def to_torch(
   if like is not None:
     sources = _frameworks.read_torch(_frameworks.unwrapped(like))
     sources = without_prefix(sources, names, template)
-    rename = _renamer(template, sources, names, '.')
+    rename = renamer_of(template, sources, names, '.')
     return _torch.alike(
       template, arrays, sources, rename, is_transposed, inputs_first
     )
@@ -311,7 +315,7 @@ def from_keras(
   """
   template = template_of(variables)
   layout = _layouts.keras(template.is_transposed(transposed))
-  sources = _frameworks.read_keras(_without(weights, ignore))
+  sources = _frameworks.read_keras(without(weights, ignore))
   return _fill(template, sources, names, '/', layout, count, add_to_scale)
 
 
@@ -360,7 +364,7 @@ def from_haiku(
   """
   template = template_of(variables)
   layout = _layouts.haiku(template.is_transposed(transposed))
-  kept = _without(params, ignore), _without(state or {}, ignore)
+  kept = without(params, ignore), without(state or {}, ignore)
   sources = _frameworks.read_haiku(*kept)
   return _fill(template, sources, names, '/', layout, None, add_to_scale)
 
@@ -426,20 +430,5 @@ def _fill(
   add_to_scale: Mapping[str, float] | None,
 ) -> Model:
   added = check_added(add_to_scale, template)
-  rename = _renamer(template, sources, names, separator)
+  rename = renamer_of(template, sources, names, separator)
   return fill(template, sources, rename, layout, count, added)
-
-
-def _renamer(
-  template: Template, sources: Sequence[Source], names: Names, separator: str
-) -> Rename:
-  if names == 'order':
-    return in_order(template, sources)
-  return renamer(names, separator, '/')
-
-
-def _without(
-  arrays: Mapping[str, Any], ignore: Sequence[str]
-) -> dict[str, Any]:
-  """What is not left out on purpose."""
-  return {k: v for k, v in arrays.items() if not matches(str(k), ignore)}
