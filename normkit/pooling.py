@@ -117,7 +117,7 @@ def pool_sum(
   if axis_name is None:
     return values
   names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-  _shards.axis_size(names)  # raises where it is not bound
+  _shards.axis_size(axis_name)  # raises where it is not bound
   _check_names(names)
   if axis_index_groups is None:
     return lax.psum(values, names)
