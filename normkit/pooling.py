@@ -116,7 +116,9 @@ def pool_sum(
   """Sums over all devices along named axes, or those of the own group."""
   if axis_name is None:
     return values
-  names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+  names = (
+    tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
+  )
   _shards.axis_size(axis_name)  # raises where it is not bound
   _check_names(names)
   if axis_index_groups is None:
