@@ -77,6 +77,11 @@ def spread(values: Array, channel: int, num_channels: int) -> Array:
   return lax.collapse(spread, channel, channel + 2)
 
 
+def of_channels(stats: Centred, channel: int, num_channels: int) -> Centred:
+  """The statistics of groups, for each of their channels."""
+  return Centred(*(spread(s, channel, num_channels) for s in stats))
+
+
 # What a policy of `jax.checkpoint` knows the statistics by.
 STATISTICS = 'normkit.statistics'
 

@@ -8,23 +8,26 @@ import jax.numpy as jnp
 from normkit import _types
 from normkit._types import Array, DType
 from normkit.affine import Arguments, activated, rounded
-from normkit.centred import Centred, Sets, centred, changes, spread
+from normkit.centred import (
+  Centred,
+  Sets,
+  centred,
+  changes,
+  counts,
+  of_channels,
+)
 from normkit.kernels.rows import Spec, statistics
 
 Arrays = dict[str, Array]
 SUMMANDS = 'x', 'residual'
 
 
-def _axes(x: Array, spec: Spec) -> tuple[int, ...]:
-  """The reduced axes, of which groups then merge the last."""
+def _sets(x: Array, spec: Spec) -> Sets:
+  """Rows, or groups of channels with all places."""
   last = x.ndim - 1
-  return (last,) if spec.groups is None else tuple(range(1, last))
-
-
-def _of_group(values: Array, groups: int) -> Array:
-  """Gives each channel the sum of its group."""
-  split = values.reshape(*values.shape[:-1], groups, -1).sum(-1)
-  return spread(split, values.ndim - 1, values.shape[-1])
+  if spec.groups is None:
+    return Sets((last,))
+  return Sets(tuple(range(1, last)), last, spec.groups)
 
 
 def statistics_of_rows(spec: Spec, given: Arrays) -> Arrays:
@@ -37,7 +40,7 @@ def statistics_of_rows(spec: Spec, given: Arrays) -> Arrays:
 def _centred(x: Array, dtype: DType, spec: Spec, output_alone: bool) -> Centred:
   groups = None if spec.groups is None else (x.ndim - 1, spec.groups)
   options = {'output_alone': output_alone, 'given': dtype, 'groups': groups}
-  return centred(x, _axes(x, spec), None, spec.center, **options)
+  return centred(x, _sets(x, spec).axes, None, spec.center, **options)
 
 
 def norm(spec: Spec, given: Arrays, stats: Arrays | None = None) -> Arrays:
@@ -67,6 +70,8 @@ def _sum(given: Arrays, spec: Spec) -> Array:
 
 def _affine(x: Array, stats: Centred, given: Arrays, spec: Spec) -> Array:
   wide = _types.statistics_dtype(x.dtype)
+  if spec.groups is not None:
+    stats = of_channels(stats, x.ndim - 1, x.shape[-1])
   scale, bias = (
     _types.widen(_of_rank(given.get(n), x.ndim), _types.real_dtype(wide))
     for n in ('scale', 'bias')
@@ -102,9 +107,7 @@ def tangents(
   values = {n: saved[n] for n in moved}
   changed = dict(moved)
   if 'x' in moved:
-    found = list(changes(x, stats, moved['x'], Sets(_axes(x, spec))))
-    if spec.groups is not None:  # what they sum was divided by all of a group
-      found = [_of_group(c, spec.groups) for c in found]
+    found = changes(x, stats, moved['x'], _sets(x, spec))
     doffset, changed['var'] = found
     values['var'] = stats.var
     if spec.center:
@@ -122,21 +125,14 @@ def tangents(
 
 
 def _statistics(x: Array, dtype: DType, saved: Arrays, spec: Spec) -> Centred:
-  """For each row or channel, from those of the sets where they were saved.
+  """Of each row or group, those that were saved where there are some.
 
   `dtype` is that of which x was widened.
   """
   if spec.groups is None and 'var' not in saved:
     return _centred(x, dtype, spec, output_alone=True)
   stats = saved if 'var' in saved else statistics_of_rows(spec, {'x': x})
-  size = x.shape[-1]
-  if spec.groups is not None:
-    size = x.size // (len(x) * spec.groups)
-    channel = x.ndim - 1
-    stats = {
-      n: spread(stats[n], channel, x.shape[-1]) for n in statistics(spec)
-    }
-  count = jnp.full((1,) * x.ndim, size, stats['var'].dtype)
+  count = counts(x, _sets(x, spec), None, stats['var'].dtype)
   zero = jnp.zeros_like(stats['var'])
   pivot, offset = (stats.get(n, zero) for n in ('pivot', 'offset'))
   return Centred(pivot, offset, stats['var'], count)

@@ -17,7 +17,7 @@ from normkit._types import (
   Scalar,
 )
 from normkit.affine import Arguments, affine, by_running, widened
-from normkit.centred import Centred, centred, spread
+from normkit.centred import Centred, centred, of_channels
 from normkit.moments import flatten, squeeze
 from normkit.norm import NormParams
 from normkit.norms._running import (
@@ -196,7 +196,7 @@ def ghost_norm(
   own = parts = centred(batches, axes, args.where, given=args.given)
   if pieces != ghosts:
     parts = merge_channels(parts, first, ghosts)
-    own = Centred(*(spread(p, first, pieces) for p in parts))
+    own = of_channels(parts, first, pieces)
   y = affine(batches, own, args).reshape(x.shape)
   return y, Centred(*(m.squeeze(first) for m in merge(parts, first)))
 

@@ -16,7 +16,7 @@ from normkit._types import (
   Scalar,
 )
 from normkit.affine import Arguments, widened
-from normkit.centred import Centred, centred, spread
+from normkit.centred import centred, of_channels
 from normkit.kernels.rows import reciprocal_root
 from normkit.norm import EmptyState
 from normkit.norms._evonorm import (
@@ -90,7 +90,7 @@ def evonorm_s0(
     groups, axes = (last, num_groups), tuple(range(1, last))
     stats = centred(wide, axes, args.where, given=args.given, groups=groups)
     stats = pool(stats, axis_name, axis_index_groups)
-    stats = Centred(*(spread(s, last, wide.shape[last]) for s in stats))
+    stats = of_channels(stats, last, wide.shape[last])
     root = reciprocal_root(stats.var, args.epsilon)
     root = jnp.where(stats.count > 0, root, 0)
     return finish(_swish, wide, slope, (root,), args)

@@ -6,7 +6,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from normkit import _shards, _types, arguments, norm
+from normkit import _types, arguments, norm
 from normkit._types import (
   Array,
   ArrayLike,
@@ -18,7 +18,7 @@ from normkit._types import (
   Scalar,
 )
 from normkit.affine import Arguments, affine, widened
-from normkit.centred import Centred, centred, spread
+from normkit.centred import centred, of_channels
 from normkit.norm import EmptyState, NormParams
 from normkit.pooling import pool
 
@@ -143,11 +143,14 @@ def gated_rms_norm(
     factor = _factor(gate, args, activation)
     if factor is not None and not gates_last:
       x = x * factor
-    stats = _mean_square(x, axes, args.where, groups)
+    if groups is None:
+      stats = centred(x, axes, args.where, center=False)
+    else:  # a group of channels alone is a set
+      parted = axes[0], groups
+      stats = centred(x, (), args.where, center=False, groups=parted)
     stats = pool(stats, axis_name, axis_index_groups, center=False)
     if groups is not None:
-      size = x.shape[axes[0]]
-      stats = Centred(*(spread(s, axes[0], size) for s in stats))
+      stats = of_channels(stats, axes[0], x.shape[axes[0]])
     if factor is None or not gates_last:
       return affine(x, stats, args, center=False)
     wide = args._replace(dtype=args.statistics_dtype)
@@ -211,25 +214,6 @@ def _factor(
       f'shape {gate.shape}. Give an elementwise function.'
     )
   return jnp.asarray(factor, args.statistics_dtype)
-
-
-def _mean_square(
-  x: Array, axes: tuple[int, ...], where: Array | None, groups: int | None
-) -> Centred:
-  """The mean square over `axes`, or of each group along the one of them."""
-  if groups is None:
-    return centred(x, axes, where, center=False)
-  (axis,) = axes
-
-  def parted(a: Array) -> Array:
-    a = _shards.unshard(a, axis)
-    count = groups if a.shape[axis] > 1 else 1
-    shape = *a.shape[:axis], count, a.shape[axis] // count, *a.shape[axis + 1 :]
-    return a.reshape(shape)
-
-  where = None if where is None else parted(where)
-  stats = centred(parted(x), (axis + 1,), where, center=False)
-  return Centred(*(s.squeeze(axis + 1) for s in stats))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from normkit._types import (
   Scalar,
 )
 from normkit.affine import Arguments, affine, widened
-from normkit.centred import Centred, centred, spread
+from normkit.centred import centred, of_channels
 from normkit.norm import EmptyState, NormParams
 from normkit.pooling import pool
 
@@ -134,7 +134,7 @@ def group_norm_any(
     groups = channel, num_groups
     stats = centred(wide, spatial, args.where, given=args.given, groups=groups)
     stats = pool(stats, axis_name, axis_index_groups)
-    stats = Centred(*(spread(s, channel, wide.shape[channel]) for s in stats))
+    stats = of_channels(stats, channel, wide.shape[channel])
     return affine(wide, stats, args)
 
   normalized: Array = widened(run, x, args)
