@@ -244,7 +244,11 @@ def _modulated(
 
 
 def _shifted(args: Arguments) -> Arguments:
-  """With 1 + scale, in float32 or wider."""
+  """With 1 + scale, in float32 or wider.
+
+  Added where the norm is computed, not before as `scale_offset` is: one an
+  example, it is kept for the backward as it was given.
+  """
   if args.scale is None:
     return args
   real = _types.real_dtype(args.statistics_dtype)

@@ -11,7 +11,7 @@ import numpy as np
 from normkit.tools import _causes, _frameworks, _layouts, _runs, _torch
 from normkit.tools._comparison import Cause, Compared, Comparison
 from normkit.tools._frameworks import Source
-from normkit.tools._names import Names, in_order, renamer, without_prefix
+from normkit.tools._names import Names, renamer_of, without_prefix
 from normkit.tools._pairs import Pair, outputs, paired
 from normkit.tools._stacked import unstacked
 from normkit.tools._template import (
@@ -19,10 +19,11 @@ from normkit.tools._template import (
   Rename,
   Template,
   check_added,
-  matches,
   placed,
   targets,
   template_of,
+  with_added,
+  without,
 )
 
 _TOLERANCES = {'bfloat16': 3e-2, 'float16': 5e-3}  # by the dtype there
@@ -117,12 +118,9 @@ def compare(
     shapes, template.is_transposed(transposed), inputs_first
   )
   added = check_added(add_to_scale, template)
-  state = {
-    k: v for k, v in module.state_dict().items() if not matches(k, ignore)
-  }
+  state = without(module.state_dict(), ignore)
   sources = without_prefix(_frameworks.read_torch(state), names, template)
-  is_order = names == 'order'
-  rename = in_order(template, sources) if is_order else renamer(names, '.', '/')
+  rename = renamer_of(template, sources, names, '.')
   other = _differing(sources, rename, template, layout, added)
   args, kwargs = _inputs(module, x if there is None else there, there is None)
   output, theirs = _runs.of_torch(module, args, kwargs)
@@ -267,9 +265,7 @@ def _differing(
       if leaf not in template.leaves or leaf[1] == 'count':
         continue
       held = np.asarray(template.leaves[leaf])
-      wanted = value
-      if leaf[1] == 'scale' and leaf[0] in added:
-        wanted = value.astype(np.float64) + added[leaf[0]]
+      wanted = with_added(value, leaf, template, added)
       if np.array_equal(held, wanted.astype(held.dtype)):
         continue
       name = source.key.rpartition('.')[0]

@@ -198,11 +198,7 @@ def fill(
       origin[leaf] = source.key
       if leaf in template.leaves:
         faults += _faults(source, leaf, value, template)
-        if leaf[1] == 'scale' and leaf[0] in added:
-          wide = np.promote_types(template.leaves[leaf].dtype, np.float64)
-          values[leaf] = value.astype(wide) + added[leaf[0]]
-        else:
-          values[leaf] = value
+        values[leaf] = with_added(value, leaf, template, added)
       elif source.leaf != 'count':
         faults.append(
           f'extra: {source.key!r} {source.value.shape}, for {"/".join(leaf)!r}'
@@ -341,6 +337,17 @@ def _faults(
   if is_batch_norm and leaf[1] in ('var', 'count') and not np.all(value >= 0):
     return [f'value: {source.key!r} is negative or NaN, for {name!r}']
   return []
+
+
+def with_added(
+  value: np.ndarray, leaf: Leaf, template: Template, added: Mapping[str, float]
+) -> np.ndarray:
+  """A value for a leaf, a scale with what is added to it."""
+  if leaf[1] != 'scale' or leaf[0] not in added:
+    return value
+  wide = np.promote_types(template.leaves[leaf].dtype, np.float64)
+  shifted: np.ndarray = value.astype(wide) + added[leaf[0]]
+  return shifted
 
 
 def value_of(

@@ -10,6 +10,7 @@ import numpy as np
 from normkit.tools import _flow, _frameworks
 from normkit.tools._evidence import Matching, matching
 from normkit.tools._frameworks import Source
+from normkit.tools._layouts import TRANSPOSED
 from normkit.tools._names import Rules, rules, without_prefix
 from normkit.tools._program import struct
 from normkit.tools._solve import Contradiction
@@ -94,7 +95,7 @@ def match(
   names: Mapping[str, str] | None = None,
   inputs: Any = None,
   framework: str = 'torch',
-  transposed: Sequence[str] = ('*ConvTranspose*',),
+  transposed: Sequence[str] = TRANSPOSED,
   inputs_first: Sequence[str] = (),
   ignore: Sequence[str] = (),
 ) -> Matches:
