@@ -174,6 +174,7 @@ def _of_rows(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:
     p if p is None else _shards.vary(p, x) for p in (args.scale, args.bias)
   ]
   leaves, tree = jax.tree.flatten((x, stats, *parameters))
+  held = len(leaves) - (args.bias is not None)  # no tangent needs a bias
   args = args._replace(scale=None, bias=None)  # they are among the leaves
 
   def run(form: Callable[..., Array], *leaves: Array) -> Array:
@@ -187,12 +188,18 @@ def _of_rows(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:
       i for i, t in enumerate(tangents) if not isinstance(t, SymbolicZero)
     ]
 
-    def along(form: Callable[..., Array], primals: Any, given: Any) -> Any:
+    def along(form: Callable[..., Array], *leaves: Array) -> Array:
+      primals: list[Any] = [*leaves[:held]]
+      given = leaves[held:]
+      if held < len(tangents):
+        primals.append(jnp.zeros_like(given[-1]) if held in moved else None)
+
       def of_moved(*values: Array) -> Array:
         new = dict(zip(moved, values, strict=True))
         return run(form, *(new.get(i, p) for i, p in enumerate(primals)))
 
-      return jax.jvp(of_moved, [primals[i] for i in moved], given)[1]
+      y: Array = jax.jvp(of_moved, tuple(primals[i] for i in moved), given)[1]
+      return y
 
     y = evaluate(*primals)
     if not moved:
@@ -200,9 +207,9 @@ def _of_rows(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:
     forms = {'default': functools.partial(along, _by_roots)}
     if _types.is_known(y.size) and y.size >= LARGE:
       forms['cpu'] = functools.partial(along, _by_outer)
-    return y, platforms.dependent(
-      primals, [tangents[i] for i in moved], **forms
-    )
+    given = [tangents[i] for i in moved]
+    kind = jax.typeof(y).to_tangent_aval()
+    return y, platforms.dependent(forms, primals[:held], kind, given)
 
   evaluate.defjvp(derive, symbolic_zeros=True)
   y: Array = _types.ruled(evaluate, *leaves)

@@ -241,14 +241,23 @@ def _pivot(
   if sets == Sets((x.ndim - 1,)) and _is_short(x.shape[-1]):
     forms |= {'cpu': _own_mean}
     forms |= {'cuda': _own_mean} if form.output_alone else {}
-  if len(forms) == 1:
-    return _mean_of_sample(x, count, sets, dtype)
   options = {'sets': sets, 'dtype': dtype}
-  runs = {f: functools.partial(f, **options) for f in {*forms.values()}}
-  pivot: Array = platforms.dependent(
-    x, count, **{name: runs[f] for name, f in forms.items()}
+  runs = {n: functools.partial(f, **options) for n, f in forms.items()}
+  return platforms.dependent(runs, (x, count), _kind(x, sets, dtype))
+
+
+def _kind(x: Array, sets: Sets, dtype: DType) -> Any:
+  """The type of what belongs to the sets of x."""
+  kind, shape = jax.typeof(x), [*x.shape]
+  spec = [*kind.sharding.spec]
+  for axis in sets.axes:
+    shape[axis], spec[axis] = 1, None
+  if sets.groups is not None:
+    shape[sets.channel], spec[sets.channel] = sets.groups, None
+  sharding = kind.sharding.update(spec=spec)
+  return kind.update(
+    shape=tuple(shape), dtype=dtype, weak_type=False, sharding=sharding
   )
-  return pivot
 
 
 def _is_short(row: Any) -> bool:

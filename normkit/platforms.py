@@ -1,15 +1,14 @@
 """Which form of a norm is traced: for which platform, by which kernel."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import contextvars
+import importlib
 import os
 from typing import Any
 
-from jax import lax
-
 from normkit import _types
-from normkit._types import Implementation
+from normkit._types import Array, Implementation
 
 VARIABLE = 'NORMKIT_IMPLEMENTATION'
 PLATFORMS = 'cpu', 'cuda', 'rocm', 'tpu'
@@ -77,9 +76,10 @@ def for_platform(name: str) -> Iterator[None]:
   """Traces norms in the form of one platform, and no other.
 
   A norm may have one form for a CPU and another for a GPU or TPU: the same
-  values to rounding, at other costs. `jax.jit` traces all of them, and the
-  compiler takes the one of its platform. A tool that reads the traced program
-  itself, such as jax2onnx, wants one; and no kernel, unless it is named.
+  values to rounding, at other costs. What `jax.jit` traces holds all of them,
+  and the compiler takes the one of its platform. A tool that reads the traced
+  program itself, such as jax2onnx, wants one; and no kernel, unless it is
+  named.
 
   Wrap what traces, not what runs: your `jax.jit` keeps what it has traced, and
   does not look here before it uses that again.
@@ -94,7 +94,7 @@ def for_platform(name: str) -> Iterator[None]:
     >>> import jax, jax.numpy as jnp, normkit as nk
     >>> with nk.for_platform('cpu'):
     ...   program = jax.make_jaxpr(nk.layer_norm)(jnp.ones((4, 6)))
-    >>> 'platform_index' in str(program)
+    >>> 'normkit_form' in str(program)
     False
   """
   if name not in PLATFORMS:
@@ -123,12 +123,15 @@ def context() -> tuple[str | None, Implementation | None]:
 
 
 def dependent(
-  *operands: Any, default: Callable[..., Any], **forms: Callable[..., Any]
-) -> Any:
-  """`lax.platform_dependent`, or the form of the platform that was named."""
-  if not forms:
-    return default(*operands)
-  name = named()
+  forms: Mapping[str, Callable[..., Array]],
+  operands: Sequence[Array],
+  result: Any,
+  linear: Sequence[Array] = (),
+) -> Array:
+  """`forms.choose`, or the form of the platform that was named."""
+  name = 'default' if len(forms) == 1 and not linear else named()
   if name is not None:
-    return forms.get(name, default)(*operands)
-  return lax.platform_dependent(*operands, default=default, **forms)
+    return forms.get(name, forms['default'])(*operands, *linear)
+  module = importlib.import_module('normkit.forms')
+  found: Array = module.choose(forms, operands, result, linear)
+  return found

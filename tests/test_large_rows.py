@@ -74,7 +74,7 @@ def test_gradients(data, center):
 
 @pytest.mark.parametrize('center', [True, False])
 def test_second_derivatives_and_vmap(data, center):
-  """Along v, by differences of the exact gradient in float64."""
+  """Along v, forward or backward over backward, by differences in float64."""
   x, dy, v, scale, bias = data
 
   @jax.jit
@@ -82,9 +82,10 @@ def test_second_derivatives_and_vmap(data, center):
     def dx(x):
       return gradients(center, x, dy, scale, bias)[0]
 
-    return jax.vmap(lambda v: jax.jvp(dx, (x,), (v,))[1])(
+    forward = jax.vmap(lambda v: jax.jvp(dx, (x,), (v,))[1])(
       jnp.stack([v, -2 * v])
     )
+    return *forward, jax.grad(lambda x: (dx(x) * v).sum())(x)
 
   x, v = (a.astype(np.float64) for a in (x, v))
   step = 1e-5
@@ -94,7 +95,7 @@ def test_second_derivatives_and_vmap(data, center):
   want = (above - below) / (2 * step)
   found = along(data[0], data[2])
   largest = np.abs(want).max()
-  for got, factor in zip(found, (1, -2), strict=True):
+  for got, factor in zip(found, (1, -2, 1), strict=True):
     np.testing.assert_allclose(
       got / largest, factor * want / largest, atol=2e-5
     )
@@ -105,11 +106,8 @@ def test_only_from_this_size_on(data):
 
   def program(rows):
     x, dy, _, scale, bias = data
-    return str(
-      jax.make_jaxpr(functools.partial(gradients, True))(
-        x[:rows], dy[:rows], scale, bias
-      )
-    )
+    run = jax.jit(functools.partial(gradients, True))
+    return run.lower(x[:rows], dy[:rows], scale, bias).as_text()
 
   assert 'dot_general' in program(ROWS)
   assert 'dot_general' not in program(ROWS - 1)
@@ -127,3 +125,20 @@ def test_nothing_is_gathered(data, axis):
   run = jax.jit(functools.partial(gradients, True))
   text = run.lower(x, x, scale, bias).compile().as_text()
   assert set(re.findall(r' (all-[a-z]+)(?:-start)?\(', text)) == {'all-reduce'}
+
+
+@pytest.mark.parametrize('center', [True, False])
+def test_explicit_meshes(data, center):
+  """Also where the sums are of bfloat16, about zero on some platforms."""
+  x, dy, _, scale, bias = data
+  x, dy = (jnp.asarray(a, jnp.bfloat16) for a in (x, dy))
+  run = jax.jit(functools.partial(gradients, center))
+  desired = run(x, dy, scale, bias)
+  grid = jax.make_mesh((4,), ('d',), axis_types=(AxisType.Explicit,))
+  with jax.set_mesh(grid):
+    placed = [jax.device_put(a, NamedSharding(grid, P('d'))) for a in (x, dy)]
+    found = run(*placed, scale, bias)
+  assert jax.typeof(found[0]).sharding.spec[0] == 'd'
+  for got, want in zip(found, desired, strict=True):
+    largest = np.abs(want).max()
+    np.testing.assert_allclose(got / largest, want / largest, atol=1e-5)

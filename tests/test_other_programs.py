@@ -522,7 +522,7 @@ def test_for_one_platform(use, dtype):
   with nk.for_platform('cpu'):
     program = jax.make_jaxpr(run)(use.variables, x)
     found = jax.jit(run)(use.variables, x)
-  assert 'platform_index' not in str(program)
+  assert 'normkit_form' not in str(program)
   assert_near(found, expected)
 
 
@@ -538,7 +538,7 @@ def test_platforms_choose_their_forms():
     with nk.for_platform(name):
       programs.append(program())
   assert len(set(programs)) == len(programs)
-  assert ['platform_index' in p for p in programs] == [True, False, False]
+  assert ['normkit_form' in p for p in programs] == [True, False, False]
   assert program() == programs[0]
   with pytest.raises(ValueError, match="'gpu' is no platform; give one of"):
     nk.for_platform('gpu').__enter__()

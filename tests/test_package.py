@@ -82,6 +82,7 @@ LAYERS = (
   ('kernels',),
   ('closures',),
   ('_shards', '_groups', 'platforms'),
+  ('forms',),
   ('_lazy', '_types', '_words'),
 )
 DEPTH = {name: depth for depth, row in enumerate(LAYERS) for name in row}

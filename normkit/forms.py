@@ -1,0 +1,182 @@
+"""A function in a form for each platform, traced when it is lowered.
+
+`jax.lax.platform_dependent` traces every form, differentiates and transposes
+it, though one is compiled. Here they are one equation until the platform is
+known. What differentiates, transposes or batches it, makes another of these.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+from jax.extend import core
+from jax.interpreters import ad, batching, mlir
+
+from normkit._types import Array
+
+Function = Callable[..., Any]
+
+form_p = core.Primitive('normkit_form')
+form_p.multiple_results = True
+
+
+class Forms:
+  """Functions of arrays to lists of arrays, by platform and 'default'.
+
+  They close over no array. A program that is printed shows the platforms.
+  """
+
+  def __init__(self, forms: Mapping[str, Function]) -> None:
+    self.of = dict(forms)
+
+  def __repr__(self) -> str:
+    return '/'.join(self.of)
+
+  def map(self, change: Callable[[Function], Function]) -> 'Forms':
+    """Each of them, changed."""
+    return Forms({name: change(form) for name, form in self.of.items()})
+
+  def on(self, platforms: Sequence[str]) -> Function:
+    """The one for a platform, or for several a choice."""
+    if len(platforms) == 1 or len(self.of) == 1:
+      return self.of.get(platforms[0], self.of['default'])
+    return lambda *leaves: lax.platform_dependent(*leaves, **self.of)
+
+
+def choose(
+  forms: Mapping[str, Callable[..., Array]],
+  operands: Sequence[Array],
+  result: Any,
+  linear: Sequence[Array] = (),
+) -> Array:
+  """Runs a function in the form of the platform.
+
+  Args:
+    forms: functions `(*operands, *linear)` to an array, by platform; one of
+      them for `'default'`. They close over no array.
+    operands: what the function is not linear in.
+    result: the type of what it returns, as `jax.typeof` gives it.
+    linear: what the function is linear in: it may be transposed by these.
+
+  Returns:
+    What the form of the platform returns.
+  """
+  lists = Forms(forms).map(lambda form: lambda *leaves: [form(*leaves)])
+  found: Array = _bind(lists, operands, linear, [result])[0]
+  return found
+
+
+def _bind(
+  forms: Forms, operands: Sequence[Any], linear: Sequence[Any], results: Any
+) -> Any:
+  return form_p.bind(
+    *operands,
+    *linear,
+    forms=forms,
+    linear=tuple(map(jax.typeof, linear)),
+    results=tuple(results),
+    is_wide=jax.config.jax_enable_x64,
+  )
+
+
+def _impl(*arguments: Array, **params: Any) -> list[Array]:
+  """As JAX runs its own primitives: compiled, under `jax.disable_jit` too."""
+  run = jax.jit(lambda *a: form_p.bind(*a, **params))
+  with jax.disable_jit(False):
+    found: list[Array] = run(*arguments)
+  return found
+
+
+def _abstract_eval(*_: Any, results: Any, **__: Any) -> Any:
+  return results
+
+
+def _lower(
+  ctx: Any, *arguments: Any, forms: Forms, is_wide: bool, **_: Any
+) -> Any:
+  """By the settings that count while the norm is traced, not here."""
+  run = mlir.lower_fun(forms.on(ctx.module_context.platforms))
+  with jax.enable_x64(is_wide), jax.numpy_dtype_promotion('standard'):
+    return run(ctx, *arguments)
+
+
+def _jvp(
+  primals: Any, tangents: Any, *, forms: Forms, results: Any, **params: Any
+) -> Any:
+  """Linear in the tangents; where it was already, by the forms themselves."""
+  found = form_p.bind(*primals, forms=forms, results=results, **params)
+  count = len(primals) - len(params['linear'])
+  moved = [i for i, t in enumerate(tangents) if type(t) is not ad.Zero]
+  operands = primals
+  if moved and moved[0] >= count:
+    operands, moved = primals[:count], list(range(count, len(primals)))
+  else:
+    forms = forms.map(lambda form: _derivative(form, moved))
+  given = [ad.instantiate_zeros(tangents[i]) for i in moved]
+  return found, _bind(forms, operands, given, results)
+
+
+def _derivative(form: Function, moved: Sequence[int]) -> Function:
+  """`(*primals, *tangents of those that moved)`."""
+
+  def derivative(*leaves: Array) -> Any:
+    count = len(leaves) - len(moved)
+    primals, tangents = leaves[:count], leaves[count:]
+
+    def of_moved(*values: Array) -> Any:
+      new = dict(zip(moved, values, strict=True))
+      return form(*(new.get(i, p) for i, p in enumerate(primals)))
+
+    return jax.jvp(of_moved, tuple(primals[i] for i in moved), tangents)[1]
+
+  return derivative
+
+
+def _transpose(
+  cotangents: Any, *arguments: Any, forms: Forms, linear: Any, **_: Any
+) -> Any:
+  count = len(arguments) - len(linear)
+  forms = forms.map(lambda form: _transposed(form, count, linear))
+  given = [ad.instantiate_zeros(c) for c in cotangents]
+  results = [a.to_ct_aval() for a in linear]
+  found = _bind(forms, arguments[:count], given, results)
+  unknown = map(ad.is_undefined_primal, arguments[count:])
+  return [None] * count + [
+    c if u else None for c, u in zip(found, unknown, strict=True)
+  ]
+
+
+def _transposed(form: Function, count: int, linear: Any) -> Function:
+  """`(*operands, *cotangents)`."""
+
+  def transposed(*leaves: Array) -> Any:
+    operands, cotangents = leaves[:count], list(leaves[count:])
+    run = jax.linear_transpose(lambda *a: form(*operands, *a), *linear)
+    return list(run(cotangents))
+
+  return transposed
+
+
+def _batch(
+  arguments: Any, axes: Any, *, forms: Forms, linear: Any, **_: Any
+) -> Any:
+  """Each form under `vmap`; whatever is linear gets the new axis."""
+  count = len(arguments) - len(linear)
+  pairs = list(zip(arguments, axes, strict=True))
+  size = next(a.shape[d] for a, d in pairs if d is not None)
+  given = [batching.bdim_at_front(a, d, size) for a, d in pairs[count:]]
+  places = *axes[:count], *[0] * len(given)
+  forms = forms.map(lambda form: jax.vmap(form, places))
+  operands = arguments[:count]
+  results = jax.make_jaxpr(forms.of['default'])(*operands, *given).out_avals
+  found = _bind(forms, operands, given, results)
+  return found, [0] * len(found)
+
+
+form_p.def_impl(_impl)
+form_p.def_abstract_eval(_abstract_eval)
+mlir.register_lowering(form_p, _lower)
+ad.primitive_jvps[form_p] = _jvp
+ad.primitive_transposes[form_p] = _transpose
+batching.primitive_batchers[form_p] = _batch
