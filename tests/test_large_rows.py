@@ -113,6 +113,19 @@ def test_only_from_this_size_on(data):
   assert 'dot_general' not in program(ROWS - 1)
 
 
+@pytest.mark.parametrize('center', [True, False])
+def test_no_product_with_a_vector(data, center):
+  """XLA would make code for it, at the cost of compiling a whole norm."""
+  x, dy, _, scale, bias = data
+  run = jax.jit(functools.partial(gradients, center))
+  text = run.lower(x, dy, scale, bias).as_text()
+  found = re.findall(r'dot_general.*-> tensor<(\w+)xf32>', text)
+  assert {tuple(map(int, f.split('x'))) for f in found} == {
+    (ROWS, 2),
+    (2, WIDTH),
+  }
+
+
 @pytest.mark.parametrize('axis', [0, 1])
 def test_nothing_is_gathered(data, axis):
   """Where `jit` places batch or sequence: one sum over devices, for both."""
