@@ -87,11 +87,14 @@ def normalize_rows(
     args.epsilon, center, args.dtype, activation, rounding=args.rounding
   )
   given = {'x': x} if residual is None else {'x': x, 'residual': residual}
-  given = {n: a[None] if x.ndim == 1 else a for n, a in given.items()}
-  whole = given | _parameters(args)
-  is_chosen = implementation is not None or bool(_names(whole, spec, None))
+  shape = (1, *x.shape)[-max(x.ndim, 2) :]
+  case = {**given, 'x': jax.ShapeDtypeStruct(shape, x.dtype)}
+  case |= _parameters(args, _kind)
+  is_chosen = implementation is not None or bool(_names(case, spec, None))
   if not is_chosen and residual is None:
     return None
+  given = {n: a[None] if x.ndim == 1 else a for n, a in given.items()}
+  whole = given | _parameters(args)
   is_plain = spec.rounding is None and not _others(whole)
   if why is None and (is_chosen or is_plain):
     found = _partitioned(whole, spec, implementation)
@@ -158,14 +161,22 @@ def _refusal(
   return next((why for why, holds in reasons.items() if holds), None)
 
 
-def _parameters(args: Arguments) -> Arrays:
+def _parameters(
+  args: Arguments, reshape: Callable[..., Any] = jnp.reshape
+) -> dict[str, Any]:
   """Of one axis; of x's rank those of an example, or of a head."""
   given = {'scale': args.scale, 'bias': args.bias}
   return {
-    n: a.reshape(-1) if a.shape[:-1] == (1,) * (a.ndim - 1) else a
+    n: reshape(a, -1) if a.shape[:-1] == (1,) * (a.ndim - 1) else a
     for n, a in given.items()
     if a is not None
   }
+
+
+def _kind(a: Array, size: int) -> jax.ShapeDtypeStruct:
+  """What a choice needs to know of a parameter: no operation is traced."""
+  del size
+  return jax.ShapeDtypeStruct(a.shape[-1:], a.dtype)
 
 
 def _lies_with(p: Array, x: Array) -> bool:

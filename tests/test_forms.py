@@ -121,7 +121,7 @@ def test_tracing_costs_little_more_than_flax(rows):
     profile.runcall(jax.make_jaxpr(jax.value_and_grad(loss, (0, 1))), *given)
     return pstats.Stats(profile).total_calls
 
-  (ours, again), (theirs, _) = (
+  (ours, again), (theirs, theirs_again) = (
     [calls(module, n) for n in (2 * r, 3 * r, r, r)][2:]
     for module, r in (
       (normkit.linen.LayerNorm(), rows),
@@ -129,4 +129,4 @@ def test_tracing_costs_little_more_than_flax(rows):
     )
   )
   assert ours < 1.5 * theirs
-  assert again < 0.3 * theirs
+  assert again < 0.54 * theirs_again
