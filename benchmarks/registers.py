@@ -67,14 +67,20 @@ class Report(NamedTuple):
 
 
 def is_taken(
-  kind: str, size: Size, dtype: str, activation: str | None = None
+  kind: str,
+  size: Size,
+  dtype: str,
+  of: str = 'feature',
+  activation: str | None = None,
+  residual: bool = False,
 ) -> bool:
   case: tuple[Any, ...] = NAME, (2, size), jnp.dtype(dtype)
   if isinstance(size, tuple):
     case = NAME, shapes(size, 'group')[0], jnp.dtype(dtype), COUNT
-  if kind == 'backward':
-    return cases.has_backward(*case, activation=activation is not None)
-  return cases.refusal(*case) is None
+  if kind != 'backward':
+    return cases.refusal(*case, residual=residual) is None
+  more = {'residual': residual, 'has_sets': of in ('example', 'head')}
+  return cases.has_backward(*case, activation=activation is not None, **more)
 
 
 def report(
@@ -84,10 +90,11 @@ def report(
   dtype: str,
   of: str = 'feature',
   activation: str | None = None,
+  residual: bool = False,
   center: bool = True,
 ) -> Report:
   """Of layer, group or (without a bias) RMS norm; parameters in float32."""
-  given = target, kind, size, dtype, of, activation, center
+  given = target, kind, size, dtype, of, activation, residual, center
   return compiler(target).submit(_report, *given).result()
 
 
@@ -104,6 +111,15 @@ def compiler(target: str) -> futures.ProcessPoolExecutor:
 
 def _prepare(capability: int) -> None:
   os.environ |= {f'MOSAIC_GPU_DUMP_{name}': '1' for name in ('PTXAS', 'PTX')}
+  if assembler := targets.ptxas():  # rather than that of the machine
+    os.environ['PATH'] = f'{assembler.parent}:{os.environ["PATH"]}'
+  # A kernel asks the assembler some ten times, in a process each, which version
+  # of its input it takes.
+  from jax._src.lib import mosaic_gpu as lib
+
+  extension = lib._mosaic_gpu_ext
+  asked = functools.cache(extension._get_ptxas_isa_version)
+  extension._get_ptxas_isa_version = asked
   jax.config.update('jax_platforms', 'cpu')
   dispatch.oldest_gpu = lambda: capability
 
@@ -128,6 +144,7 @@ def _report(
   dtype: str,
   of: str,
   activation: str | None,
+  residual: bool,
   center: bool,
 ) -> Report:
   shape, of_scale = shapes(size, of)
@@ -138,7 +155,7 @@ def _report(
   spec = Spec(1e-6, center, x.dtype, run_after, groups)
   one, wide = (x.dtype,), (scale.dtype,)
   given = {'x': x, 'scale': scale} | ({'bias': scale} if center else {})
-  inputs, sums, parameters = 1, 0, len(given) - 1
+  inputs, outputs, sums, parameters = 1, 1, 0, len(given) - 1
   if kind == 'backward':
     inputs, sums, parameters = 2, parameters, parameters if activation else 1
     given['dy'] = x
@@ -147,6 +164,9 @@ def _report(
   else:
     options = {'with_statistics': kind == 'training forward'}
     run = functools.partial(mosaic_gpu.forward, spec=spec, **options)
+  if residual:
+    given['dtotal' if kind == 'backward' else 'residual'] = x
+    inputs, outputs = inputs + 1, outputs + (kind != 'backward')
   compiled, said = _said_by(lambda: targets.compile_for(target, run, given))
   (found,) = re.findall(
     r'(\d+) bytes spill stores, (\d+) bytes spill loads.*\n.*Used (\d+) reg',
@@ -160,7 +180,8 @@ def _report(
     config = configs.groups(case, CHIPS[target])
   else:
     more = of != 'feature', activation is not None
-    case = configs.Case(size, one * inputs, one, wide * parameters, sums, *more)
+    arrays = one * inputs, one * outputs, wide * parameters
+    case = configs.Case(size, *arrays, sums, *more)
     config = configs.config(case, CHIPS[target])
   assert config is not None
   threads = config.warpgroups * configs.THREADS
@@ -201,21 +222,23 @@ def described(found: Report) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-  is_group, more = args.of == 'group', (args.of, args.activation)
+  is_group = args.of == 'group'
+  more = args.of, args.activation, args.residual
   # Statistics are for XLA's backward, and the rest has one of its own.
-  kinds = KINDS if is_group or more == (OF[0], None) else KINDS[::2]
+  kinds = KINDS if is_group or more == (OF[0], None, False) else KINDS[::2]
   rows = []
   for size in track(args.size or (GROUPS if is_group else SIZES), 'sizes'):
     text = ' x '.join(map(str, size)) if is_group else f'{size:,}'
     for dtype in args.dtype:
       row = [f'{text} {dtype}']
       for kind in kinds:
-        taken = is_taken(kind, size, dtype, args.activation)
-        case = args.target, kind, size, dtype, *more
-        row.append(described(report(*case)) if taken else 'XLA')
+        case = kind, size, dtype, *more
+        found = report(args.target, *case) if is_taken(*case) else None
+        row.append(described(found) if found else 'XLA')
       rows.append(row)
   header = ['group' if is_group else 'width', *kinds]
-  name = '-'.join(['registers', *(n for n in more if n not in (OF[0], None))])
+  given = args.of, args.activation, args.residual and 'residual'
+  name = '-'.join(['registers', *(n for n in given if n and n != OF[0])])
   tables.publish(name, args.target, header, rows, args.update)
   return 0
 
@@ -241,5 +264,8 @@ def add_command(commands: Any) -> None:
     help='what has its own scale and bias, or is a set',
   )
   parser.add_argument('--activation', help='one of jax.nn, after the norm')
+  parser.add_argument(
+    '--residual', action='store_true', help='added before the norm'
+  )
   tables.add_update(parser)
   parser.set_defaults(run=run)
