@@ -252,7 +252,9 @@ def _tiles(case: Case) -> list[Config]:
     width = max(min(_power_of_2(case.size), PIECE), LEAST)
     rows = 4 * 32 // min(32, width // vector)
     tiles = -(-case.size // width)
-    while tiles == 1 and rows * width * itemsize < 4096:
+    # An activation takes registers: as few elements a thread as of float32.
+    least = 4096 // (4 if case.is_activated else itemsize)
+    while tiles == 1 and rows * width < least:
       rows *= 2
     # Sets take some registers, and fewer warpgroups have more of them.
     is_more = case.has_sets or case.is_activated
