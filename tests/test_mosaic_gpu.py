@@ -643,6 +643,16 @@ def test_lowered_sets(size, of):
   assert_lowered(x, (*of, size), 'bfloat16')
 
 
+@pytest.mark.parametrize('size', [70, 1300])
+def test_lowered_statistics(size):
+  """Of some rows, which may be less than a sector of memory."""
+  x = jax.ShapeDtypeStruct((40, size), jnp.bfloat16)
+  run = functools.partial(
+    mosaic_gpu.forward, spec=Spec(1e-6, True, x.dtype), with_statistics=True
+  )
+  assert lowered(run, {'x': x}).count('mosaic_gpu_v2') == 1
+
+
 @pytest.mark.parametrize(
   ('size', 'norm', 'activation', 'calls'),
   [

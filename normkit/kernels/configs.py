@@ -257,8 +257,8 @@ def _tiles(case: Case) -> list[Config]:
     while tiles == 1 and rows * width < least:
       rows *= 2
     # Sets take some registers, and fewer warpgroups have more of them.
-    is_more = case.has_sets or case.is_activated
-    most = 3 if is_more and case.sums and tiles > 1 else 4
+    is_more = tiles > 3 or (tiles > 1 and (case.has_sets or case.is_activated))
+    most = 3 if is_more and case.sums else 4
     return [
       Config(rows, width, tiles, groups, False, 0, 0, False)
       for groups in range(most, 1, -1)
