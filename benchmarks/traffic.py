@@ -31,6 +31,7 @@ FREE = {
   'partition-id',
   'replica-id',
   'copy-done',
+  'fusion-done',
   'async-done',
   'async-update',
   'slice-done',
@@ -163,7 +164,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
 def parse_instruction(found: re.Match[str]) -> Instruction:
   root, name, results, kind, rest = found.groups()
   end = closing(rest)
-  return Instruction(
+  made = Instruction(
     name,
     tuple(arrays(results)),
     kind,
@@ -171,6 +172,11 @@ def parse_instruction(found: re.Match[str]) -> Instruction:
     rest[end:],
     bool(root),
   )
+  if kind != 'fusion-start':
+    return made
+  # It names its operands before its results, and after them what it waits for.
+  results = made.results[len(made.operands) : -1]
+  return made._replace(kind='fusion', results=results)
 
 
 def closing(text: str) -> int:

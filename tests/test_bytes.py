@@ -65,6 +65,12 @@ LINES = {
     'ROOT %f = f32[8,256]{1,0} fusion(%x, %y), kind=kLoop, calls=%fused',
     2 * BLOCK + 256 * 4,
   ),
+  'the same beside others': (
+    '%st = ((f32[64,256]{1,0}, f32[256]{0}), f32[8,256]{1,0}, u32[]) '
+    'fusion-start(%x, %y), kind=kLoop, calls=%fused\n  '
+    'ROOT %f = f32[8,256]{1,0} fusion-done(%st)',
+    2 * BLOCK + 256 * 4,
+  ),
   'sectors of the fastest axis': (
     'ROOT %f = f32[64,16]{1,0} slice(%x), slice={[0:64], [0:256:16]}',
     64 * 16 * (32 + 4),
