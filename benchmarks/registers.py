@@ -113,15 +113,18 @@ def _prepare(capability: int) -> None:
   os.environ |= {f'MOSAIC_GPU_DUMP_{name}': '1' for name in ('PTXAS', 'PTX')}
   if assembler := targets.ptxas():  # rather than that of the machine
     os.environ['PATH'] = f'{assembler.parent}:{os.environ["PATH"]}'
-  # A kernel asks the assembler some ten times, in a process each, which version
-  # of its input it takes.
-  from jax._src.lib import mosaic_gpu as lib
-
-  extension = lib._mosaic_gpu_ext
-  asked = functools.cache(extension._get_ptxas_isa_version)
-  extension._get_ptxas_isa_version = asked
+  _ask_once()
   jax.config.update('jax_platforms', 'cpu')
   dispatch.oldest_gpu = lambda: capability
+
+
+def _ask_once() -> None:
+  """For each kernel JAX starts the assembler ten times for its version."""
+  from jax._src.lib import mosaic_gpu as library
+
+  extension, name = library._mosaic_gpu_ext, '_get_ptxas_isa_version'
+  if ask := getattr(extension, name, None):
+    setattr(extension, name, functools.cache(ask))
 
 
 def shapes(size: Size, of: str) -> tuple[tuple[int, ...], tuple[int, ...]]:

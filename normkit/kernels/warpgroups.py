@@ -255,7 +255,7 @@ class Work:
       return load(ref, index, **options)
     return load(ref.at[index], **options)
 
-  def store(self, ref: Any, index: Any, value: Array) -> None:
+  def set_part(self, ref: Any, index: Any, value: Array) -> None:
     """The reverse; later than 0.10 JAX asks for whole sectors unless told."""
     store: Any = getattr(gpu, 'store', None)
     if self.interpret or store is None:
@@ -348,7 +348,7 @@ class Work:
     for name, value in zip(rows.statistics(self.spec), values, strict=True):
       if name in self.refs:
         if not self.config.is_shared:
-          self.store(self.refs[name], task, value)
+          self.set_part(self.refs[name], task, value)
           continue
 
         @pl.when(self.group == 0)
