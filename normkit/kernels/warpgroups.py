@@ -256,7 +256,7 @@ class Work:
     return load(ref.at[index], **options)
 
   def set_part(self, ref: Any, index: Any, value: Array) -> None:
-    """The reverse; later than 0.10 JAX asks for whole sectors unless told."""
+    """The reverse; JAX 0.12 asks for whole sectors unless told."""
     store: Any = getattr(gpu, 'store', None)
     if self.interpret or store is None:
       ref[index] = value
