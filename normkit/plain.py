@@ -32,7 +32,7 @@ def _sets(x: Array, spec: Spec) -> Sets:
 
 def statistics_of_rows(spec: Spec, given: Arrays) -> Arrays:
   """Of rows or groups, by the names that kernels give them."""
-  x, dtype = _sum(given, spec), given['x'].dtype
+  x, dtype = _input(given, spec), given['x'].dtype
   stats = _centred(x, dtype, spec, output_alone=False)
   return {n: getattr(stats, n) for n in statistics(spec)}
 
@@ -45,19 +45,21 @@ def _centred(x: Array, dtype: DType, spec: Spec, output_alone: bool) -> Centred:
 
 def norm(spec: Spec, given: Arrays, stats: Arrays | None = None) -> Arrays:
   """The norm by XLA."""
-  x, dtype = _sum(given, spec), given['x'].dtype
+  x, dtype = _input(given, spec), given['x'].dtype
   y = _affine(x, _statistics(x, dtype, stats or {}, spec), given, spec)
   return {'y': y, 'total': x.astype(dtype)} if 'residual' in given else {'y': y}
 
 
-def _sum(given: Arrays, spec: Spec) -> Array:
-  """The norm's input: x, or its sum with the residual.
+def _input(given: Arrays, spec: Spec) -> Array:
+  """The norm's input: x, its sum with the residual, or what a gate leaves.
 
   Not yet rounded where the result is wider and would show it. Otherwise what is
   returned is read again: the sum anew would be another pass over x. A model
   that rounds before the scale has rounded the sum, whatever its result is.
   """
   x = given['x']
+  if spec.gate is not None and not spec.gate.is_last:
+    return x.astype(_types.statistics_dtype(x.dtype)) * _factor(given, spec)
   if 'residual' not in given:
     return x
   is_wider = jnp.finfo(spec.dtype).bits > jnp.finfo(x.dtype).bits
@@ -66,6 +68,14 @@ def _sum(given: Arrays, spec: Spec) -> Array:
   wide = _types.statistics_dtype(x.dtype)
   total = x.astype(wide) + given['residual'].astype(wide)
   return total if spec.rounding is None else rounded(total, x.dtype)
+
+
+def _factor(given: Arrays, spec: Spec) -> Array:
+  """What the gate multiplies by."""
+  gate = given['gate']
+  gate = gate.astype(_types.statistics_dtype(gate.dtype))
+  run = spec.gate and spec.gate.activation
+  return gate if run is None else run(gate)
 
 
 def _affine(x: Array, stats: Centred, given: Arrays, spec: Spec) -> Array:
@@ -79,7 +89,10 @@ def _affine(x: Array, stats: Centred, given: Arrays, spec: Spec) -> Array:
   args = Arguments(
     scale, bias, spec.epsilon, None, spec.dtype, wide, spec.rounding
   )
-  return activated(x, stats, args, spec.center, spec.activation)
+  last = spec.activation
+  if spec.gate is not None and spec.gate.is_last:
+    last = functools.partial(jnp.multiply, _factor(given, spec))
+  return activated(x, stats, args, spec.center, last)
 
 
 def _of_rank(value: Array | None, ndim: int) -> Array | None:
@@ -98,9 +111,11 @@ def tangents(
   """
   dtype = saved['x'].dtype
   wide = _types.statistics_dtype(dtype)
-  stats = _statistics(saved['x'], dtype, saved, spec)
+  stats = _statistics(_input(saved, spec), dtype, saved, spec)
   widen = functools.partial(_types.widen, dtype=_types.real_dtype(wide))
   saved, moved = jax.tree.map(widen, (saved, moved))
+  if spec.gate is not None and not spec.gate.is_last:
+    saved, moved = _gated(saved, moved, spec)
   x = saved['x']
   if parts := [moved.pop(n) for n in SUMMANDS if n in moved]:
     moved['x'] = sum(parts[1:], parts[0])
@@ -122,6 +137,20 @@ def tangents(
   if 'total' in results:
     dresults['total'] = moved.get('x', jnp.zeros_like(x)).astype(dtype)
   return dresults
+
+
+def _gated(saved: Arrays, moved: Arrays, spec: Spec) -> tuple[Arrays, Arrays]:
+  """With what a gate leaves in the place of x, and how that changes."""
+  some = {n: a for n, a in moved.items() if n in ('x', 'gate')}
+  rest = {n: a for n, a in moved.items() if n not in some}
+
+  def run(values: Arrays) -> Array:
+    return _input(saved | values, spec)
+
+  if not some:
+    return saved | {'x': run({})}, rest
+  x, dx = jax.jvp(run, ({n: saved[n] for n in some},), (some,))
+  return saved | {'x': x}, rest | {'x': dx}
 
 
 def _statistics(x: Array, dtype: DType, saved: Arrays, spec: Spec) -> Centred:

@@ -21,7 +21,7 @@ from normkit._types import Array, Implementation
 from normkit.affine import Arguments
 from normkit.centred import named
 from normkit.kernels import cases
-from normkit.kernels.rows import Spec, statistics
+from normkit.kernels.rows import Gate, Spec, statistics
 from normkit.plain import SUMMANDS, Arrays
 
 FLOATS = {*map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16))}
@@ -29,7 +29,7 @@ FLOATS = {*map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16))}
 Kernels = dict[Implementation, tuple[str, ...] | None]
 # What is kept for the backward, of what is given and of what comes out.
 RESULTS = 'y', 'total'
-SAVED = 'x', 'scale', 'bias', 'pivot', 'offset', 'var'
+SAVED = 'x', 'gate', 'scale', 'bias', 'pivot', 'offset', 'var'
 
 
 def _load(module: str) -> Any:
@@ -69,6 +69,7 @@ def normalize_rows(
   implementation: Implementation | None,
   residual: Array | None = None,
   activation: Callable[[Array], Array] | None = None,
+  gate: tuple[Array, Gate] | None = None,
 ) -> tuple[Array, Array] | None:
   """The norm over the last axis, and its input; or None where it is another.
 
@@ -78,15 +79,23 @@ def normalize_rows(
   """
   is_last = axes == (x.ndim - 1,)
   why = None if is_last else f'the normalized axes {axes} are not the last one'
+  if gate is not None and gate[0].dtype != x.dtype:
+    why = why or f'a gate of {gate[0].dtype} beside x of {x.dtype}'
   if why := why or _refusal(x, args, axes, is_pooled):
     _types.refuse_kernel(implementation, why)
     if residual is None:
       return None
   assert isinstance(args.epsilon, float)
   spec = Spec(
-    args.epsilon, center, args.dtype, activation, rounding=args.rounding
+    args.epsilon,
+    center,
+    args.dtype,
+    activation,
+    rounding=args.rounding,
+    gate=None if gate is None else gate[1],
   )
   given = {'x': x} if residual is None else {'x': x, 'residual': residual}
+  given |= {} if gate is None else {'gate': gate[0]}
   shape = (1, *x.shape)[-max(x.ndim, 2) :]
   case = {**given, 'x': jax.ShapeDtypeStruct(shape, x.dtype)}
   case |= _parameters(args, _kind)
@@ -238,9 +247,10 @@ def _extra(given: Any, spec: Spec) -> dict[str, Any]:
   """What a case has beside its input, as `cases` names it."""
   return {
     'residual': 'residual' in given or 'total' in given,
-    'activation': spec.activation,
+    'activation': spec.gate.activation if spec.gate else spec.activation,
     'parameters': _others(given),
     'rounds': spec.rounding is not None,
+    'gate': spec.gate is not None,
   }
 
 
@@ -318,7 +328,8 @@ def _with_backward(names: Kernels, given: Arrays, spec: Spec) -> Kernels:
   case = x.shape, x.dtype, spec.groups, spec.activation is not None
   is_sum = 'residual' in given or 'total' in given
   more = max(sums, 1), is_sum, spec.dtype, bool(_others(given))
-  return {n: c for n, c in names.items() if cases.has_backward(n, *case, *more)}
+  taken = functools.partial(cases.has_backward, gate=spec.gate is not None)
+  return {n: c for n, c in names.items() if taken(n, *case, *more)}
 
 
 def _training_forward(
@@ -397,7 +408,8 @@ def _tangents(
     name: Implementation, saved: Arrays, given: Arrays, interpret: bool
   ) -> Arrays:
     named = {f'd{n}': a for n, a in given.items()}
-    given = {n: saved[n] for n in ('x', 'scale', 'bias') if n in saved} | named
+    kept = 'x', 'gate', 'scale', 'bias'
+    given = {n: saved[n] for n in kept if n in saved} | named
     found = _load(name).backward(given, spec, wanted, interpret=interpret)
     found |= dict.fromkeys([f'd{n}' for n in SUMMANDS], found['dx'])
     return {n: found[f'd{n}'].astype(a.dtype) for n, a in like(saved).items()}

@@ -38,6 +38,7 @@ SENTENCES = {
   ],
   'implementation': [
     "'xla', or None to choose.",
+    "'mosaic_gpu', 'xla', or None to choose.",
     "'triton', 'mosaic_gpu', 'mosaic_tpu', 'xla', or None to choose.",
     f'{_KERNELS} channels last without mask and pooling; '
     "'xla'; or None to choose.",

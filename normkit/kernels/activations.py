@@ -30,14 +30,28 @@ LOWERED = {
 }
 
 
-@functools.lru_cache(256)
 def is_lowered(run: Activation) -> bool:
-  """Whether a kernel can compute it and its derivative."""
+  """Whether a kernel can compute it and its derivative.
+
+  It has a hash, then, and closes over no array.
+  """
+  try:
+    hash(run)
+  except TypeError:
+    return False
+  return _is_lowered(run)
+
+
+@functools.lru_cache(256)
+def _is_lowered(run: Activation) -> bool:
   tile = jax.ShapeDtypeStruct((8, 128), jnp.float32)
   each = (
     jax.make_jaxpr(f)(tile) for f in (run, functools.partial(_slope, run))
   )
-  return all({*_primitives(closed.jaxpr)} <= LOWERED for closed in each)
+  return all(
+    not closed.consts and {*_primitives(closed.jaxpr)} <= LOWERED
+    for closed in each
+  )
 
 
 def _primitives(jaxpr: Any) -> Iterator[str]:
@@ -58,15 +72,24 @@ def slope(run: Activation, y: Array) -> Array:
   return _run(functools.partial(_slope, run), y)
 
 
+def with_slope(run: Activation, y: Array) -> list[Array]:
+  """Both."""
+  return _run_all(lambda y: jax.jvp(run, (y,), (jnp.ones_like(y),)), y)
+
+
 def _slope(run: Activation, y: Array) -> Array:
   found: Array = jax.jvp(run, (y,), (jnp.ones_like(y),))[1]
   return found
 
 
 def _run(run: Activation, y: Array) -> Array:
+  (found,) = _run_all(run, y)
+  return found
+
+
+def _run_all(run: Callable[[Array], Any], y: Array) -> list[Array]:
   closed = jax.make_jaxpr(run)(jax.ShapeDtypeStruct(y.shape, y.dtype))
-  (found,) = _evaluate(closed, y)
-  return jnp.broadcast_to(found, y.shape)
+  return [jnp.broadcast_to(found, y.shape) for found in _evaluate(closed, y)]
 
 
 def _evaluate(closed: Any, *given: Any) -> list[Any]:

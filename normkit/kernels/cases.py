@@ -49,11 +49,12 @@ def refusal(  # noqa: PLR0911
   activation: Callable[[Array], Array] | None = None,
   parameters: tuple[tuple[int, ...], ...] = (),
   rounds: bool = False,
+  gate: bool = False,
 ) -> str | None:
   """Why the kernel does not take an input, or None.
 
   `parameters` are the shapes of a scale and bias that are of x's rank: of an
-  example, as in adaLN, or of a head.
+  example, as in adaLN, or of a head. With a gate the activation is its own.
   """
   if not all(map(is_known, shape)):
     return 'sizes that are symbols'
@@ -64,10 +65,13 @@ def refusal(  # noqa: PLR0911
   if implementation == 'mosaic_tpu' and dtype == jnp.float16:
     return 'float16'
   if implementation != 'mosaic_gpu' or groups is not None:
-    if parameters:
-      return 'scale or bias of more than one number a feature'
-    if rounds:
-      return 'rounding before the scale'
+    others = {
+      'scale or bias of more than one number a feature': parameters,
+      'rounding before the scale': rounds,
+      'a gate': gate,
+    }
+    if why := next(filter(others.get, others), None):
+      return why
   if groups is not None:
     return _refusal_of_groups(implementation, shape, dtype, groups)
   if shape[-1] > LONGEST:
@@ -79,7 +83,8 @@ def refusal(  # noqa: PLR0911
   sets = plans.sets_of(shape, *parameters)
   if sets is None or (sets.rows == 1 < sets.number):
     return 'scale or bias neither of an example nor of a head'
-  fits = _config(shape, dtype, 2 if residual else 1) is not None
+  inputs = 2 if residual or gate else 1
+  fits = _config(shape, dtype, inputs, gate=gate) is not None
   return None if fits else 'rows that do not fit in shared memory'
 
 
@@ -154,6 +159,7 @@ def has_backward(
   residual: bool = True,
   result: DType | None = None,
   has_sets: bool = False,
+  gate: bool = False,
 ) -> bool:
   """Whether there is a backward: XLA's moves no more for the rows left out.
 
@@ -166,8 +172,9 @@ def has_backward(
     read = dtype, dtype if result is None else result
     return _why_not(shape, groups, read, (dtype,)) is None
   if implementation == 'mosaic_gpu':
-    inputs = 3 if residual else 2
-    found = _config(shape, dtype, inputs, sums, activation, has_sets)
+    inputs = 3 if residual or gate else 2
+    more = activation or gate, has_sets, gate
+    found = _config(shape, dtype, inputs, sums, *more)
     return found is not None and found.stages > found.tiles
   is_row_of_triton = implementation == 'triton' and groups is None
   return not is_row_of_triton or shape[-1] <= TRITON_WIDTH
@@ -180,10 +187,14 @@ def _config(
   sums: int = 0,
   activation: bool = False,
   has_sets: bool = False,
+  gate: bool = False,
 ) -> configs.Config | None:
   """Mosaic GPU's for rows of as large an output as there may be."""
   dtype, wide = jnp.dtype(dtype), jnp.dtype(jnp.float32)
-  outputs = (dtype,) if sums else (wide, *(dtype,) * (inputs - 1))
+  others = 0 if gate else inputs - 1
+  outputs = (wide, *(dtype,) * others)
+  if sums:
+    outputs = (dtype,) * (2 if gate else 1)
   given = (dtype,) * inputs, outputs, (wide, wide), sums
   case = configs.Case(shape[-1], *given, has_sets, activation)
   return configs.config(case)
@@ -198,19 +209,20 @@ def chosen(
   activation: Callable[[Array], Array] | None = None,
   parameters: tuple[tuple[int, ...], ...] = (),
   rounds: bool = False,
+  gate: bool = False,
   center: bool = True,
 ) -> dict[Implementation, tuple[str, ...] | None]:
   """The kernels that take XLA's place in training, each on its platform.
 
   With each the chips on which it won, all else being XLA's; None for any, where
-  it is preferred. No residual, activation or rounding has been recorded, nor a
-  scale of an example or of a head.
+  it is preferred. No residual, activation, gate or rounding has been recorded,
+  nor a scale of an example or of a head.
   """
   if preferred is not None:
-    extra = residual, activation, parameters, rounds
+    extra = residual, activation, parameters, rounds, gate
     is_taken = refusal(preferred, shape, dtype, groups, *extra) is None
     return {preferred: None} if is_taken else {}
-  is_other = residual or activation or parameters or rounds
+  is_other = residual or activation or parameters or rounds or gate
   if is_other or not record.entries() or not all(map(is_known, shape)):
     return {}
   # Of few places the sums for scale and bias, one an example, would be much; in

@@ -31,7 +31,8 @@ MOST_OF_PLACE, MOST_OF_TILE = 16, 32
 TEAMS = (4, 1), (2, 2), (1, 4), (1, 3), (1, 2)
 SUMS_OF_ONE = {2: 40, 4: 32}  # of rows that are longer, then
 SUMS_OF_SETS = {2: 40, 4: 24}  # the same with sets
-SUMS_OF_ACTIVATED = 32  # and for the smallest tiles
+SUMS_OF_ACTIVATED = 32  # and for the smallest tiles; or with a gate
+SUMS_OF_ACTIVATED_SETS = 24  # of one sum, with sets
 
 
 class Chip(NamedTuple):
@@ -117,7 +118,7 @@ class Case:
     parameters: dtypes of scale and bias, where there are any.
     sums: how many sums over rows are kept.
     has_sets: whether they are of some rows, as scale and bias are.
-    is_activated: whether there is an activation.
+    is_activated: whether there is an activation, or a gate.
   """
 
   size: int
@@ -275,7 +276,9 @@ def _tiles(case: Case) -> list[Config]:
   ]
   of_one = SUMS_OF_SETS if case.has_sets else SUMS_OF_ONE
   most = (of_one if case.sums == 1 else SUMS)[itemsize]
-  most = SUMS_OF_ACTIVATED if case.is_activated else most
+  if case.is_activated:
+    is_more = case.has_sets and case.sums == 1
+    most = SUMS_OF_ACTIVATED_SETS if is_more else SUMS_OF_ACTIVATED
   most = most * THREADS // (case.sums * PIECE)
   choices = [c for c in choices if c.tiles * c.rows <= most]
   return sorted(choices, key=lambda c: c.row_width)[:1]

@@ -23,6 +23,7 @@ from normkit.kernels.launch import capability, launch, rings
 from normkit.kernels.rows import Spec
 from normkit.kernels.warpgroups import (
   INPUTS,
+  OUTPUTS,
   PARAMETERS,
   Arrays,
   Statistics,
@@ -59,8 +60,9 @@ def backward(
   if spec.groups is not None:
     return mosaic_groups.backward(given, spec, wanted, interpret)
   x = given['x']
-  sums = tuple(name for name in wanted if name != 'dx')
-  return _call(_backward, given, {'dx': x.dtype}, sums, (), spec, interpret)
+  sums = tuple(name for name in wanted if name not in OUTPUTS)
+  results = {name: x.dtype for name in wanted if name in OUTPUTS}
+  return _call(_backward, given, results, sums, (), spec, interpret)
 
 
 def _call(
@@ -87,7 +89,7 @@ def _call(
     tuple(a.dtype for a in parameters.values()),
     len(sums),
     sets.number > 1,
-    spec.activation is not None,
+    spec.activation is not None or spec.gate is not None,
   )
   chip = capability()
   config = configs.config(case, chip)
@@ -147,10 +149,16 @@ def _forward(work: Work) -> None:
   if spec.activation is not None:
     run = functools.partial(activations.value, spec.activation)
     spec = dataclasses.replace(spec, activation=run)
+  gate = spec.gate
 
   def task(turn: Any, _: Any) -> None:
+    def gated(value: Tile, block: Any) -> Tile:
+      return value * _factor(work, turn, block)
+
     def x(block: Any) -> Tile:
       value = work.load('x', turn, block)
+      if gate is not None and not gate.is_last:
+        return gated(value, block)
       if 'residual' in work.refs:
         value = value + work.load('residual', turn, block)
         if spec.rounding is not None:
@@ -160,8 +168,11 @@ def _forward(work: Work) -> None:
     stats = Statistics(work, turn, x)
 
     def write(block: Any, _: Any) -> None:
-      xhat = stats.standardized(block)
-      y = rows.outputs(xhat, work.affine(block), spec, work.narrow)
+      xhat, last = stats.standardized(block), spec
+      if gate is not None and gate.is_last:
+        run = functools.partial(gated, block=block)
+        last = dataclasses.replace(spec, activation=run)
+      y = rows.outputs(xhat, work.affine(block), last, work.narrow)
       values = {'y': y}
       if 'total' in work.refs:
         values['total'] = x(block)
@@ -174,14 +185,24 @@ def _forward(work: Work) -> None:
   work.run(task, lambda: None, lambda _: None, meetings)
 
 
+def _factor(work: Work, turn: Any, block: Any) -> Tile:
+  """What the gate multiplies by."""
+  assert work.spec.gate is not None
+  value, run = work.load('gate', turn, block), work.spec.gate.activation
+  return value if run is None else activations.value(run, value)
+
+
 def _backward(work: Work) -> None:
-  spec, config = work.spec, work.config
+  spec, config, gate = work.spec, work.config, work.spec.gate
   size = work.case.size
   sums = tuple(n for n in ('dscale', 'dbias') if n in work.refs)
 
   def task(turn: Any, totals: Any) -> Any:
     def x(block: Any) -> Tile:
-      return work.load('x', turn, block)
+      value = work.load('x', turn, block)
+      if gate is not None and not gate.is_last:
+        value = value * _factor(work, turn, block)
+      return value
 
     def slopes(block: Any) -> tuple[Tile, Tile, Tile]:
       xhat = stats.standardized(block)
@@ -189,6 +210,8 @@ def _backward(work: Work) -> None:
       if spec.activation is not None:
         y = rows.affine(xhat, work.affine(block), spec, work.narrow)
         g = g * activations.slope(spec.activation, y)
+      if gate is not None and gate.is_last:
+        g = g * _factor(work, turn, block)
       scale = work.parameter('scale', block)
       h = g if scale is None else g * scale
       return xhat, g, work.masked(h, block)
@@ -218,7 +241,10 @@ def _backward(work: Work) -> None:
       dx = (dx - shift[0] if spec.center else dx) * stats.root
       if 'dtotal' in work.refs:
         dx = dx + work.load('dtotal', turn, block)
-      work.write(turn, block, {'dx': dx})
+      values = {'dx': dx}
+      if gate is not None:
+        values = _gated(work, turn, block, xhat, dx)
+      work.write(turn, block, values)
     return tuple(now)
 
   def zeros() -> Any:
@@ -230,6 +256,24 @@ def _backward(work: Work) -> None:
         _store_sum(work, work.refs[name], index, total)
 
   work.run(task, zeros, store, 3 if spec.center else 2)
+
+
+def _gated(
+  work: Work, turn: Any, block: Any, xhat: Tile, dz: Tile
+) -> dict[str, Tile]:
+  """The gradients of x and the gate; `dz` is that of what is normalized."""
+  gate = work.spec.gate
+  assert gate is not None
+  factor, slope = work.load('gate', turn, block), work.full(1)
+  if gate.activation is not None:
+    factor, slope = activations.with_slope(gate.activation, factor)
+  if gate.is_last:
+    y = rows.affine(xhat, work.affine(block), work.spec, work.narrow)
+    values = {'dx': dz, 'dgate': work.load('dy', turn, block) * y * slope}
+  else:
+    x = work.load('x', turn, block)
+    values = {'dx': dz * factor, 'dgate': dz * x * slope}
+  return {n: value for n, value in values.items() if n in work.refs}
 
 
 def _store_sum(work: Work, ref: Any, block: int, total: Tile) -> None:

@@ -32,6 +32,18 @@ class Rounding(NamedTuple):
   product: DType
 
 
+class Gate(NamedTuple):
+  """What each element is multiplied by: a function of its own gate.
+
+  Attributes:
+    activation: that function, elementwise, or None for the gate itself.
+    is_last: whether it multiplies the result; or what is normalized.
+  """
+
+  activation: Callable[[Array], Array] | None
+  is_last: bool
+
+
 @dataclasses.dataclass(frozen=True)
 class Spec:
   """The options of a norm.
@@ -44,6 +56,7 @@ class Spec:
     groups: of channels of x (batch, ..., channels); None for rows, x's last
       axis.
     rounding: what is rounded on the way to the result, or None.
+    gate: how there is a gate, or None.
   """
 
   epsilon: float
@@ -52,6 +65,7 @@ class Spec:
   activation: Callable[[Array], Array] | None = None
   groups: int | None = None
   rounding: Rounding | None = None
+  gate: Gate | None = None
 
 
 class Parameters(NamedTuple):

@@ -23,7 +23,8 @@ from normkit.kernels.rows import Spec
 _INDEX = inspect.signature(gpu.load).parameters.get('idx')
 IS_INDEXED = _INDEX is not None and _INDEX.default is inspect.Parameter.empty
 UNROLLED = 2  # tiles of a row, of which each has its own code
-INPUTS, OUTPUTS = ('x', 'residual', 'dy', 'dtotal'), ('y', 'total', 'dx')
+INPUTS = 'x', 'residual', 'gate', 'dy', 'dtotal'
+OUTPUTS = 'y', 'total', 'dx', 'dgate'
 PARAMETERS = 'scale', 'bias'
 Arrays = dict[str, Any]
 Tile = Any

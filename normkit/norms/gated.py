@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
-from normkit import _types, arguments, norm
+from normkit import _shards, _types, arguments, norm, platforms, rows
 from normkit._types import (
   Array,
   ArrayLike,
@@ -17,8 +18,9 @@ from normkit._types import (
   Implementation,
   Scalar,
 )
-from normkit.affine import Arguments, affine, widened
+from normkit.affine import Arguments, activated, widened
 from normkit.centred import centred, of_channels
+from normkit.kernels.rows import Gate
 from normkit.norm import EmptyState, NormParams
 from normkit.pooling import pool
 
@@ -58,6 +60,9 @@ def gated_rms_norm(
   parameters, and a checkpoint of the other order loads without a word, so a
   Mamba 2 is told `norm_before_gate=False`.
 
+  The kernel takes the last axis or groups of it, without mask and pooling, a
+  gate of x's dtype, and an activation as `add_rms_norm` does.
+
   Args:
     x: array of any shape, float16, bfloat16, float32 or float64.
     gate: array of the shape of x, before its activation. None: no gate, which
@@ -83,7 +88,7 @@ def gated_rms_norm(
     axis_name: names of mapped axes over which statistics are pooled.
     axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
     dtype: dtype of the result; None keeps x's.
-    implementation: 'xla', or None to choose.
+    implementation: 'mosaic_gpu', 'xla', or None to choose.
 
   Returns:
     An array of the shape of x.
@@ -94,7 +99,7 @@ def gated_rms_norm(
     ValueError: if the gate or what `activation` makes of it has another shape
       than x, if `group_size` does not divide the features or there are several
       axes of them, or as `normalize` raises.
-    NotImplementedError: if `implementation` names a kernel.
+    NotImplementedError: as `normalize` does.
 
   References:
     Dao and Gu, "Transformers are SSMs: Generalized Models and Efficient
@@ -133,7 +138,12 @@ def gated_rms_norm(
     scale_offset,
     round_before_scale,
   )
-  _types.refuse_kernel(implementation, 'gated RMS norm has none')
+  if (implementation or platforms.preferred()) not in (None, 'xla'):
+    is_pooled = axis_name is not None or axis_index_groups is not None
+    gating = Gate(activation, gates_last)
+    given = x, gate, args, axes, is_pooled, implementation, gating, groups
+    if (found := _by_rows(*given)) is not None:
+      return found
   if gate is not None:
     wide = _types.promote(args.statistics_dtype, gate.dtype)
     args = args._replace(statistics_dtype=wide)
@@ -151,13 +161,43 @@ def gated_rms_norm(
     stats = pool(stats, axis_name, axis_index_groups, center=False)
     if groups is not None:
       stats = of_channels(stats, axes[0], x.shape[axes[0]])
-    if factor is None or not gates_last:
-      return affine(x, stats, args, center=False)
-    wide = args._replace(dtype=args.statistics_dtype)
-    return (affine(x, stats, wide, center=False) * factor).astype(args.dtype)
+    last = None
+    if factor is not None and gates_last:
+      last = functools.partial(jnp.multiply, factor)
+    return activated(x, stats, args, False, last)
 
   y: Array = widened(run, x, args, gate)
   return y
+
+
+def _by_rows(
+  x: Array,
+  gate: Array | None,
+  args: Arguments,
+  axes: tuple[int, ...],
+  is_pooled: bool,
+  implementation: Implementation | None,
+  gating: Gate,
+  groups: int | None,
+) -> Array | None:
+  """By a kernel, of which groups of features are heads; or None for XLA's."""
+  shape, last, scale = x.shape, x.ndim - 1, args.scale
+  if groups is not None and axes == (last,):
+    is_other = scale is not None and scale.shape[:-1] != (1,) * last
+    if is_other or args.where is not None or last in _shards.sharded_axes(x):
+      why = 'groups of features that have a mask, a scale of more, or are apart'
+      _types.refuse_kernel(implementation, why)
+      return None
+    parted = groups, shape[-1] // groups
+    x = x.reshape(*shape[:-1], *parted)
+    gate = None if gate is None else gate.reshape(x.shape)
+    if scale is not None:
+      args = args._replace(scale=scale.reshape((1,) * last + parted))
+    axes = (last + 1,)
+  given = None if gate is None else (gate, gating)
+  options = x, args, axes, is_pooled, False, implementation
+  found = rows.normalize_rows(*options, gate=given)
+  return None if found is None else found[0].reshape(shape)
 
 
 def _check_gate(gate: ArrayLike | None, x: Array) -> Array | None:
@@ -240,7 +280,7 @@ class GatedRMSNorm(norm.Options):
     dtype: dtype of the result; None keeps x's.
     axis_name: names of mapped axes over which statistics are pooled.
     axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
-    implementation: 'xla', or None to choose.
+    implementation: 'mosaic_gpu', 'xla', or None to choose.
 
   Examples:
     >>> import jax.numpy as jnp, normkit as nk
