@@ -20,11 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import kernels as blocks, models, speed
+from benchmarks.exact import error, exact
 import normkit as nk
 from normkit.kernels import cases, dispatch, record
 
 TOLERANCES = {'float32': 2e-5, 'bfloat16': 2e-2}
 KINDS = {'forward': 2, 'training forward': 2, 'backward': 3}  # passes, at least
+GATED = {'forward': 3, 'training forward': 3, 'backward': 5}
 LONG_ENOUGH = 2**28  # bytes of x in one program
 MOST_CALLS = 16
 BATCH = 2e-3  # seconds of calls that are waited for together
@@ -32,19 +34,24 @@ Calls = dict[str, Callable[[], Any]]
 
 
 class Case(NamedTuple):
-  """A norm of some input; `of` has its own scale and bias, if no feature."""
+  """A norm of some input; `of` has its own scale and bias, if no feature.
+
+  With a gate, last or first, that is in the place of the bias.
+  """
 
   norm: str
   shape: tuple[int, ...]
   dtype: str
   groups: int | None = None
   of: str | None = None
+  gate: str | None = None
 
   def __str__(self) -> str:
     groups = f' in {self.groups} groups' if self.groups else ''
     of = f' by {self.of}' if self.of else ''
+    gate = f' gate {self.gate}' if self.gate else ''
     shape = 'x'.join(map(str, self.shape))
-    return f'{self.norm} {shape} {self.dtype}{groups}{of}'
+    return f'{self.norm} {shape} {self.dtype}{groups}{of}{gate}'
 
   @property
   def parameters(self) -> tuple[int, ...]:
@@ -60,6 +67,12 @@ class Case(NamedTuple):
   def center(self) -> bool:
     return self.norm != 'RMSNorm'
 
+  @property
+  def has_peers(self) -> bool:
+    """Whether Flax and torch have it."""
+    is_other = self.of is not None or self.gate is not None
+    return self.groups in (None, speed.GROUPS) and not is_other
+
 
 def names() -> list[str]:
   """The kernels that the device may have; on a CPU those of GPUs."""
@@ -73,15 +86,19 @@ def names() -> list[str]:
 def refusal(name: str, case: Case) -> str | None:
   given = case.shape, jnp.dtype(case.dtype), case.groups
   others = (case.parameters,) if case.of else ()
-  return cases.refusal(name, *given, parameters=others)
+  gate = case.gate is not None
+  return cases.refusal(name, *given, parameters=others, gate=gate)
 
 
 def draw(case: Case) -> speed.Arrays:
   """x, scale, bias and the gradient of the result."""
   arrays = speed.draw(case.shape, case.dtype)
+  rng = np.random.default_rng(1)
+  if case.gate:
+    gate = rng.standard_normal(case.shape, np.float32)
+    return arrays._replace(bias=gate.astype(arrays.x.dtype))
   if case.of is None:
     return arrays
-  rng = np.random.default_rng(1)
   scale, bias = (
     rng.standard_normal(case.parameters, np.float32) for _ in range(2)
   )
@@ -91,6 +108,9 @@ def draw(case: Case) -> speed.Arrays:
 def function(case: Case, name: str) -> Callable[..., Any]:
   """`(x, scale, bias) -> y` by an implementation."""
   options = {'implementation': name, 'epsilon': speed.EPSILON}
+  if case.gate:
+    options |= {'norm_before_gate': case.gate == 'last'}
+    return lambda x, scale, gate: nk.gated_rms_norm(x, gate, scale, **options)
   if case.norm == 'RMSNorm':
     return lambda x, scale, bias: nk.rms_norm(x, scale, **options)
   if case.norm == 'LayerNorm':
@@ -114,7 +134,7 @@ def running(name: str) -> Iterator[None]:
 
 
 def check(name: str, case: Case) -> dict[str, float]:
-  """How far y, dx, dscale and dbias are from float64; raises if too far."""
+  """How far y and the gradients are from float64; raises if too far."""
   arrays = draw(case)
   norm = function(case, name)
 
@@ -132,10 +152,11 @@ def check(name: str, case: Case) -> dict[str, float]:
     for key, run in compiled(programs).items()
   )
   wanted_y, *gradients = exact(case, arrays)
+  last = 'dgate' if case.gate else 'dbias'
   errors = {
-    part: _error(actual, wanted)
+    part: error(actual, wanted)
     for part, actual, wanted in zip(
-      ('forward', 'training forward', 'dx', 'dscale', 'dbias'),
+      ('forward', 'training forward', 'dx', 'dscale', last),
       (y, again, *found),
       (wanted_y, wanted_y, *gradients),
       strict=True,
@@ -145,38 +166,6 @@ def check(name: str, case: Case) -> dict[str, float]:
   if far := {n: e for n, e in errors.items() if not e <= limit}:
     raise ArithmeticError(f'far from float64: {far}, of at most {limit}')
   return errors
-
-
-def _error(actual: Any, wanted: np.ndarray) -> float:
-  difference = np.abs(np.asarray(actual, np.float64) - wanted)
-  return float(difference.max() / max(np.abs(wanted).max(), 1))
-
-
-def exact(case: Case, arrays: speed.Arrays) -> list[np.ndarray]:
-  """y and the gradients of sum(y * dy), in float64."""
-  x, scale, bias, dy = (np.asarray(a, np.float64) for a in arrays)
-  groups = case.groups or 1
-  sets = len(x) if case.groups else x.size // x.shape[-1]
-  split = sets, -1, groups, x.shape[-1] // groups
-
-  def mean(values):
-    parts = values.reshape(split).mean((1, 3), keepdims=True)
-    return np.broadcast_to(parts, values.reshape(split).shape).reshape(x.shape)
-
-  x = x - mean(x) if case.center else x
-  root = 1 / np.sqrt(mean(x * x) + speed.EPSILON)
-  normalized, h = x * root, dy * scale
-  dx = h - normalized * mean(h * normalized)
-  dx = (dx - mean(h) if case.center else dx) * root
-  whole = (1,) * (x.ndim - scale.ndim) + scale.shape
-  rows = tuple(a for a, n in enumerate(whole[:-1]) if n == 1)
-  y = normalized * scale
-  dscale, dbias = (
-    a.sum(rows).reshape(scale.shape) for a in (dy * normalized, dy)
-  )
-  dbias = dbias if case.center else 0 * bias
-  y = y + bias if case.center else y
-  return [y, dx, dscale, dbias]
 
 
 # Times.
@@ -240,7 +229,7 @@ def norm_times(
   count = -(-LONG_ENOUGH // arrays.x.nbytes)
   count = 1 if jax.default_backend() == 'cpu' else min(count, MOST_CALLS)
   norms = {n: function(case, n) for n in ('xla', *kernels)}
-  if case.groups in (None, speed.GROUPS) and case.of is None:
+  if case.has_peers:
     norms['flax'] = speed.of_flax(case.norm)
   programs = {}
   for name, norm in norms.items():
@@ -317,7 +306,7 @@ def _torch_calls(
   import torch
 
   on_cpu = jax.default_backend() == 'cpu'
-  if case.groups not in (None, speed.GROUPS) or case.of:
+  if not case.has_peers:
     return {}
   if not on_cpu and not torch.cuda.is_available():
     return {}

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 
 from benchmarks import device, kernels as blocks, report
-from benchmarks.device import KINDS, Case
+from benchmarks.device import GATED, KINDS, Case
 from normkit.kernels import record
 
 HUNG = 120  # seconds without an answer
@@ -43,6 +43,8 @@ OWN = [
   ('LayerNorm', (8, 4096, 3072), 'example'),
   ('RMSNorm', (32_768, 32, 128), 'head'),
 ]
+# After Qwen3-Next's delta rule, and in Mamba 2 of 2.7 billion parameters.
+GATES = [((2**20, 128), 'last'), ((16_384, 5120), 'first')]
 BLOCK_WIDTHS = 4096, 2048, 1024, 8192, 768
 BLOCK_ELEMENTS = 2**24
 
@@ -110,7 +112,8 @@ def norms_of(is_dry: bool) -> list[Case]:
   if is_dry:
     rows = Case('LayerNorm', (6, 64), 'float32')
     own = Case('LayerNorm', (2, 3, 64), 'float32', of='example')
-    return [rows, own, Case('GroupNorm', (2, 4, 4, 64), 'float32', 32)]
+    gated = rows._replace(norm='RMSNorm', gate='last')
+    return [rows, own, gated, Case('GroupNorm', (2, 4, 4, 64), 'float32', 32)]
   return [
     *(
       Case(norm, (2**27 // width, width), dtype)
@@ -120,6 +123,7 @@ def norms_of(is_dry: bool) -> list[Case]:
     ),
     *(Case(norm, shape, 'bfloat16') for norm, shape in PUBLIC),
     *(Case(norm, shape, 'bfloat16', of=of) for norm, shape, of in OWN),
+    *(Case('RMSNorm', shape, 'bfloat16', gate=gate) for shape, gate in GATES),
     *(Case('GroupNorm', shape, 'bfloat16', 32) for shape in UNET),
     *(Case('GroupNorm', IMAGES, dtype, 32) for dtype in DTYPES),
     Case('GroupNorm', LARGE, 'bfloat16', 32),
@@ -290,13 +294,8 @@ def save(session: Session, path: pathlib.Path = record.PATH) -> int:
 def supervise(session: Session, args: argparse.Namespace) -> None:
   """Runs the work in a process, anew where a case hangs or ends it."""
   options = [f'--json={args.json}', f'--until={session.until}']
-  options += [
-    f'--seconds={args.seconds}',
-    '--part',
-    *args.part,
-    '--kernel',
-    *args.kernel,
-  ]
+  options += [f'--seconds={args.seconds}', '--part', *args.part]
+  options += ['--kernel', *args.kernel]
   command = [sys.executable, '-m', 'benchmarks', 'gpu', *options]
   while session.left > 0:
     process = subprocess.Popen(command)
@@ -374,10 +373,11 @@ def _shares(
   shape, dtype = case.split()[1:3]
   size = math.prod(map(int, shape.split('x')))
   size *= 2 if dtype == 'bfloat16' else 4
+  passes = GATED if ' gate ' in case else KINDS
   return [
     (
       f'{case}: {kind}',
-      {n: f'{KINDS[kind] * size / t / copy:.2f}' for n, t in times.items()},
+      {n: f'{passes[kind] * size / t / copy:.2f}' for n, t in times.items()},
     )
     for kind, times in kinds.items()
   ]

@@ -20,7 +20,7 @@ from rich.progress import track
 
 from benchmarks import report as tables, targets, traffic
 from normkit.kernels import cases, configs, dispatch, mosaic_gpu
-from normkit.kernels.rows import Spec
+from normkit.kernels.rows import Gate, Spec
 
 NAME = 'mosaic_gpu'
 CHIPS = {'h200': 9, 'b200': 10}  # compute capability
@@ -40,6 +40,7 @@ GROUPS = (
 DTYPES = 'bfloat16', 'float16', 'float32'
 # What has a number of scale and bias; or, of images, what is a set.
 OF = 'feature', 'example', 'head', 'group'
+GATES = 'last', 'first'  # of a gated RMS norm by SiLU
 TOKENS, HEADS, COUNT = 1000, 12, 32  # of an example; of a token; of an image
 Size = int | tuple[int, ...]  # of a row, or of a group
 
@@ -73,13 +74,19 @@ def is_taken(
   of: str = 'feature',
   activation: str | None = None,
   residual: bool = False,
+  gate: str | None = None,
 ) -> bool:
   case: tuple[Any, ...] = NAME, (2, size), jnp.dtype(dtype)
   if isinstance(size, tuple):
     case = NAME, shapes(size, 'group')[0], jnp.dtype(dtype), COUNT
+  has = {'residual': residual, 'gate': gate is not None}
   if kind != 'backward':
-    return cases.refusal(*case, residual=residual) is None
-  more = {'residual': residual, 'has_sets': of in ('example', 'head')}
+    return cases.refusal(*case, **has) is None
+  more = {
+    **has,
+    'has_sets': of in ('example', 'head'),
+    'sums': 1 if gate else 2,
+  }
   return cases.has_backward(*case, activation=activation is not None, **more)
 
 
@@ -92,10 +99,12 @@ def report(
   activation: str | None = None,
   residual: bool = False,
   center: bool = True,
+  gate: str | None = None,
 ) -> Report:
   """Of layer, group or (without a bias) RMS norm; parameters in float32."""
-  given = target, kind, size, dtype, of, activation, residual, center
-  return compiler(target).submit(_report, *given).result()
+  given = target, kind, size, dtype, of, activation, residual
+  more = center and not gate, gate
+  return compiler(target).submit(_report, *given, *more).result()
 
 
 @functools.cache
@@ -149,13 +158,15 @@ def _report(
   activation: str | None,
   residual: bool,
   center: bool,
+  gate: str | None,
 ) -> Report:
   shape, of_scale = shapes(size, of)
   x = jax.ShapeDtypeStruct(shape, dtype)
   scale = jax.ShapeDtypeStruct(of_scale, jnp.float32)
   run_after = getattr(jax.nn, activation) if activation else None
   groups = COUNT if isinstance(size, tuple) else None
-  spec = Spec(1e-6, center, x.dtype, run_after, groups)
+  gating = Gate(jax.nn.silu, gate == 'last') if gate else None
+  spec = Spec(1e-6, center, x.dtype, run_after, groups, gate=gating)
   one, wide = (x.dtype,), (scale.dtype,)
   given = {'x': x, 'scale': scale} | ({'bias': scale} if center else {})
   inputs, outputs, sums, parameters = 1, 1, 0, len(given) - 1
@@ -163,6 +174,8 @@ def _report(
     inputs, sums, parameters = 2, parameters, parameters if activation else 1
     given['dy'] = x
     wanted = ('dx', 'dscale', 'dbias')[: 1 + sums]
+    if gate:
+      wanted, outputs = (*wanted, 'dgate'), 2
     run = functools.partial(mosaic_gpu.backward, spec=spec, wanted=wanted)
   else:
     options = {'with_statistics': kind == 'training forward'}
@@ -170,6 +183,8 @@ def _report(
   if residual:
     given['dtotal' if kind == 'backward' else 'residual'] = x
     inputs, outputs = inputs + 1, outputs + (kind != 'backward')
+  if gate:
+    given['gate'], inputs = x, inputs + 1
   compiled, said = _said_by(lambda: targets.compile_for(target, run, given))
   (found,) = re.findall(
     r'(\d+) bytes spill stores, (\d+) bytes spill loads.*\n.*Used (\d+) reg',
@@ -182,7 +197,7 @@ def _report(
     case = configs.groups_of(shape, COUNT, one * inputs, one)
     config = configs.groups(case, CHIPS[target])
   else:
-    more = of != 'feature', activation is not None
+    more = of != 'feature', bool(activation or gate)
     arrays = one * inputs, one * outputs, wide * parameters
     case = configs.Case(size, *arrays, sums, *more)
     config = configs.config(case, CHIPS[target])
@@ -228,19 +243,24 @@ def run(args: argparse.Namespace) -> int:
   is_group = args.of == 'group'
   more = args.of, args.activation, args.residual
   # Statistics are for XLA's backward, and the rest has one of its own.
-  kinds = KINDS if is_group or more == (OF[0], None, False) else KINDS[::2]
+  is_all = is_group or (*more, args.gate) == (OF[0], None, False, False)
+  kinds = KINDS if is_all else KINDS[::2]
+  columns = [(k, g) for g in (GATES if args.gate else (None,)) for k in kinds]
   rows = []
   for size in track(args.size or (GROUPS if is_group else SIZES), 'sizes'):
     text = ' x '.join(map(str, size)) if is_group else f'{size:,}'
     for dtype in args.dtype:
       row = [f'{text} {dtype}']
-      for kind in kinds:
-        case = kind, size, dtype, *more
-        found = report(args.target, *case) if is_taken(*case) else None
+      for kind, gate in columns:
+        case, of = (kind, size, dtype, *more), {'gate': gate}
+        taken = is_taken(*case, **of)
+        found = report(args.target, *case, **of) if taken else None
         row.append(described(found) if found else 'XLA')
       rows.append(row)
-  header = ['group' if is_group else 'width', *kinds]
-  given = args.of, args.activation, args.residual and 'residual'
+  titles = [f'{kind}, gate {gate}' if gate else kind for kind, gate in columns]
+  header = ['group' if is_group else 'width', *titles]
+  flags = [n for n in ('residual', 'gate') if getattr(args, n)]
+  given = args.of, args.activation, *flags
   name = '-'.join(['registers', *(n for n in given if n and n != OF[0])])
   tables.publish(name, args.target, header, rows, args.update)
   return 0
@@ -269,6 +289,9 @@ def add_command(commands: Any) -> None:
   parser.add_argument('--activation', help='one of jax.nn, after the norm')
   parser.add_argument(
     '--residual', action='store_true', help='added before the norm'
+  )
+  parser.add_argument(
+    '--gate', action='store_true', help='gated RMS norm, in both orders'
   )
   tables.add_update(parser)
   parser.set_defaults(run=run)

@@ -130,9 +130,9 @@ def test_all_of_the_script_for_a_device(command):
   assert status == 0
   parts = [key.split(':')[0] for key in session.found]
   checks = parts.count('check')
-  # Scale and bias of an example by Mosaic GPU alone.
-  assert checks == 2 * len(device.names()) + 1
-  assert parts[checks:] == ['copy', *['norm'] * 3, 'block', *['model'] * 2]
+  # Scale and bias of an example, and a gate, by Mosaic GPU alone.
+  assert checks == 2 * len(device.names()) + 2
+  assert parts[checks:] == ['copy', *['norm'] * 4, 'block', *['model'] * 2]
   entries = session.data['entries']
   assert [e['kernel'] for e in entries] == device.names()
   assert list(entries[0]['milliseconds']) == ['norm, gelu']
@@ -150,17 +150,19 @@ CASE = device.Case('LayerNorm', (4, 8), 'float32')
 
 
 @pytest.mark.parametrize(
-  ('norm', 'shape', 'groups', 'of'),
+  ('norm', 'shape', 'more'),
   [
-    ('LayerNorm', (4, 8), None, None),
-    ('RMSNorm', (4, 8), None, None),
-    ('GroupNorm', (2, 3, 4, 8), 2, None),
-    ('LayerNorm', (2, 3, 8), None, 'example'),
-    ('RMSNorm', (3, 2, 8), None, 'head'),
+    ('LayerNorm', (4, 8), {}),
+    ('RMSNorm', (4, 8), {}),
+    ('GroupNorm', (2, 3, 4, 8), {'groups': 2}),
+    ('LayerNorm', (2, 3, 8), {'of': 'example'}),
+    ('RMSNorm', (3, 2, 8), {'of': 'head'}),
+    ('RMSNorm', (4, 8), {'gate': 'last'}),
+    ('RMSNorm', (4, 8), {'gate': 'first'}),
   ],
 )
-def test_numbers_of_a_device_are_checked(norm, shape, groups, of, monkeypatch):
-  case = device.Case(norm, shape, 'float32', groups, of)
+def test_numbers_of_a_device_are_checked(norm, shape, more, monkeypatch):
+  case = device.Case(norm, shape, 'float32', **more)
   assert max(device.check('xla', case).values()) < 1e-6
   exact = device.exact
   monkeypatch.setattr(
