@@ -57,7 +57,7 @@ from normkit.kernels import (
   launch,
   mosaic_gpu,
 )
-from normkit.kernels.rows import Spec
+from normkit.kernels.rows import Gate, Spec
 
 NAME = 'mosaic_gpu'
 
@@ -385,7 +385,12 @@ def run_all(shape, of):
   given = {'x': x, 'scale': scale, 'dy': x, 'dtotal': x}
   wanted = 'dx', 'dscale', 'dbias'
   found |= mosaic_gpu.backward(given, spec, wanted, interpret=True)
-  jax.block_until_ready(found)
+  spec = Spec(1e-6, False, x.dtype, gate=Gate(jax.nn.silu, False))
+  given = {'x': x, 'gate': x, 'scale': scale}
+  gated = [mosaic_gpu.forward(given, spec, interpret=True)]
+  given, wanted = given | {'dy': x}, ('dx', 'dgate', 'dscale')
+  gated.append(mosaic_gpu.backward(given, spec, wanted, interpret=True))
+  jax.block_until_ready((found, gated))
 
 
 @pytest.fixture
