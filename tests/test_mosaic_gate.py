@@ -170,9 +170,9 @@ def test_groups_of_features(interpreted, shape, size, is_last, dtype):
   assert_norm(norm, arrays, reference, DTYPES[dtype])
 
 
-@pytest.mark.parametrize(
-  ('is_last', 'moved'), thinned(ORDERS.values(), [0, 1], every=4)
-)
+@pytest.mark.second_tier
+@pytest.mark.parametrize('is_last', ORDERS.values(), ids=ORDERS)
+@pytest.mark.parametrize('moved', [0, 1])
 def test_one_gradient(interpreted, is_last, moved):
   """Of x or of the gate; without a scale."""
   del interpreted
@@ -188,7 +188,8 @@ def test_one_gradient(interpreted, is_last, moved):
   assert_right(found, desired, 1e-5)
 
 
-@pytest.mark.parametrize('is_last', thinned(ORDERS.values(), every=2))
+@pytest.mark.second_tier
+@pytest.mark.parametrize('is_last', ORDERS.values(), ids=ORDERS)
 def test_statistics(interpreted, is_last):
   """Of what is normalized; rows that two warpgroups share."""
   del interpreted
@@ -201,10 +202,9 @@ def test_statistics(interpreted, is_last):
   assert_right(found['var'], reference.rows.root**-2 - 1e-6, 1e-5)
 
 
-@pytest.mark.parametrize(
-  ('is_last', 'scale_dtype'),
-  thinned(ORDERS.values(), ['bfloat16', 'float32'], every=3),
-)
+@pytest.mark.second_tier
+@pytest.mark.parametrize('is_last', ORDERS.values(), ids=ORDERS)
+@pytest.mark.parametrize('scale_dtype', ['bfloat16', 'float32'])
 def test_rounds_as_xla_does(interpreted, is_last, scale_dtype):
   """To the bit."""
   del interpreted
@@ -242,7 +242,7 @@ def test_transformed(interpreted, is_last):
   assert_right(y, Gated(*half, scale, is_last).y, 1e-5)
 
 
-@pytest.mark.parametrize('is_last', ORDERS.values(), ids=ORDERS)
+@pytest.mark.parametrize('is_last', thinned(ORDERS.values(), every=2))
 def test_where_there_is_no_kernel(is_last):
   """On a CPU a preference is XLA's form: derivatives of both modes, twice."""
   arrays = given((3, 40))
