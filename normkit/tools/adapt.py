@@ -175,7 +175,13 @@ def _entropy(params: Params, call: Run, model: Model, batch: Any) -> Array:
       'call must give logits, an array whose last axis is the classes; got '
       f'{jax.tree.structure(result)!s:.200}.'
     )
-  log_shares = jax.nn.log_softmax(result)
+  entropy: Array = _mean_entropy(result)
+  return entropy
+
+
+@jax.jit
+def _mean_entropy(logits: Array) -> Array:
+  log_shares = jax.nn.log_softmax(logits)
   shares = jnp.exp(log_shares)
   log_shares = jnp.where(shares > 0, log_shares, 0)  # 0 log 0 is 0
   return -jnp.mean(jnp.sum(shares * log_shares, axis=-1))

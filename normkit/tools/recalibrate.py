@@ -8,7 +8,7 @@ batches: Wu and Johnson, "Rethinking 'Batch' in BatchNorm" (2021), section 3.
 
 import importlib.util
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -211,8 +211,7 @@ def _finished(state: Model) -> Model:
   for path, stats in _layers.layers(state).items():
     if not _layers.seen(stats, _WATCH):
       continue
-    mean, var = _moments(stats)[:2]
-    if not (jnp.isfinite(mean).all() and jnp.isfinite(var).all()):
+    if not _statistics(stats).are_finite:
       raise ValueError(
         f'the layer {_layers.name(path)!r} saw inputs whose mean or variance '
         'is not finite. Nothing was changed: look for the batch, or for the '
@@ -289,33 +288,44 @@ def _settled(state: Model) -> Model:
   return _layers.replace(
     state,
     {
-      p: _statistics(p, s) if _layers.seen(s, _WATCH) else s
+      p: _replaced(p, s) if _layers.seen(s, _WATCH) else s
       for p, s in _layers.layers(state).items()
     },
   )
 
 
-def _statistics(path: Path, stats: Stats) -> Stats:
-  mean, var, held = _moments(stats)
-  seen = _layers.seen(stats, _WATCH)
-  calls = seen['calls']
-  if not calls.any():
+def _replaced(path: Path, stats: Stats) -> Stats:
+  found: _Found = _statistics(stats)
+  if not found.saw_any:
     raise ValueError(
       f'the layer {_layers.name(path)!r} saw nothing: call does not run it, '
       'it is no batch norm of Flax or normkit, or all was masked. Nothing was '
       'changed: run all layers, or take this one out of the variables.'
     )
-  held &= jnp.isfinite(mean) & jnp.isfinite(var)
+  return _layers.own(stats, _WATCH) | found.new
+
+
+class _Found(NamedTuple):
+  new: Stats
+  saw_any: Array
+  are_finite: Array
+
+
+@jax.jit  # one program for layers of equal shapes
+def _statistics(stats: Stats) -> _Found:
+  mean, var, held = _moments(stats)
+  seen = _layers.seen(stats, _WATCH)
   old = _layers.own(stats, _WATCH)
   new = {'mean': mean, 'var': var}
   if 'count' in old:
-    new['count'] = jnp.where(seen['scheduled'] > 0, old['count'], calls)
-  return {
-    name: jnp.where(held, new[name], value).astype(value.dtype)
-    if name in new
-    else value
-    for name, value in old.items()
+    new['count'] = jnp.where(seen['scheduled'] > 0, old['count'], seen['calls'])
+  is_finite = jnp.isfinite(mean) & jnp.isfinite(var)
+  held &= is_finite
+  new = {
+    name: jnp.where(held, value, old[name]).astype(old[name].dtype)
+    for name, value in new.items()
   }
+  return _Found(new, seen['calls'].any(), is_finite.all())
 
 
 def _run(
