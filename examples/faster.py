@@ -284,7 +284,7 @@ if __name__ == '__main__':
     'digits and photographs',
   )
   digits = data.part(args.data or data.digits(), args.small)
-  layers, seeds, steps = (1, 2, 10) if args.small else (8, 5, 300)
+  layers, seeds, steps = (1, 2, 5) if args.small else (8, 5, 300)
   console = Console(markup=False, emoji=False, width=100)
   nets = {name: DeepNet((norm,) * layers) for name, norm in NORMS.items()}
   if args.small:

@@ -188,8 +188,8 @@ def fit(
     return 100 * jnp.mean(logits.argmax(-1) == y)
 
   variables = state.variables
-  known = jax.vmap(right)(variables, images, labels)
-  test = jax.vmap(right, (0, None, None))(
+  known = jax.jit(jax.vmap(right))(variables, images, labels)
+  test = jax.jit(jax.vmap(right, (0, None, None)))(
     variables, dataset.test_images, dataset.test_labels
   )
   return Trained(variables, np.asarray(known), np.asarray(test))

@@ -169,6 +169,7 @@ def update(
   return State(params, stats, moments), value
 
 
+@jax.jit
 def mean_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
   """The mean cross entropy, of logits or of their log-softmax."""
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
