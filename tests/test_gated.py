@@ -72,6 +72,7 @@ def run(last, size, where=None, **options):
     [False, True],
     [jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64],
     every=5,
+    keep=2,
   ),
 )
 def test_values_and_gradients(last, size, masked, dtype):

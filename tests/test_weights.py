@@ -182,6 +182,38 @@ def pulled(function):
   return lambda dy, *args: jax.vjp(function, *args)[1](dy)
 
 
+def directions(*args):
+  rng = np.random.default_rng(7)
+  return tuple(rng.standard_normal(np.shape(a)) for a in args)
+
+
+def check_forward_mode(function, dy, gradients, *args):
+  """Against gradients that are known to be right."""
+  moves = directions(*args)
+  _, pushed = jax.jit(lambda *args: jax.jvp(function, args, moves))(*args)
+  close(np.vdot(dy, pushed), sum(map(np.vdot, gradients, moves)), 1e-10)
+
+
+def check_second_derivative(function, dy, *args):
+  """By both modes, of a symmetric matrix, against differences."""
+  moves = directions(*args)
+  gradients = functools.partial(pulled(function), dy)
+
+  @jax.jit
+  def run(*args):
+    back = jax.vjp(gradients, *args)[1](moves)
+    return *jax.jvp(gradients, args, moves), back
+
+  ends = [
+    run(*(a + step * m for a, m in zip(args, moves, strict=True)))[0]
+    for step in (1e-5, -1e-5)
+  ]
+  _, forward, back = run(*args)
+  for above, below, *slopes in zip(*ends, forward, back, strict=True):
+    for slope in slopes:
+      close((above - below) / 2e-5, slope, 1e-7)
+
+
 def test_weight_norm_gradient():
   """Salimans and Kingma 2016, equation 3."""
   with jax.enable_x64(True):
@@ -190,7 +222,8 @@ def test_weight_norm_gradient():
     )
     dv, dg = compiled(pulled(weight_norm), dw, v, g)
     v, g, dw = wide(v), wide(g), wide(dw)
-    test_util.check_grads(jax.jit(weight_norm), (v, g), order=2)
+    check_second_derivative(weight_norm, dw, v, g)
+    check_forward_mode(weight_norm, dw, (dv, dg), v, g)
     length = np.sqrt(np.sum(v**2, axis=0))
     expected = np.sum(dw * v, axis=0) / length
     close(dg, expected, 1e-10)
@@ -248,12 +281,13 @@ def test_weight_standardize_gives_mean_and_variance(scaled):
 
 
 @both_forms
-@pytest.mark.parametrize('epsilon', [0.0, 0.5, 30.0])
-def test_weight_standardize_epsilon(scaled, epsilon):
+def test_weight_standardize_epsilon(scaled):
   """Added to the variance; scaled, the least of N times the variance."""
-  v, options = draw((8, 4)), {'scaled': scaled, 'epsilon': epsilon}
-  desired = weight_standardize_reference(v, **options)
-  close(compiled(weight_standardize, v, **options), desired)
+  v = draw((8, 4))
+  options = [{'scaled': scaled, 'epsilon': e} for e in (0.0, 0.5, 30.0)]
+  found = compiled(lambda v: [weight_standardize(v, **o) for o in options], v)
+  for w, given in zip(found, options, strict=True):
+    close(w, weight_standardize_reference(v, **given))
 
 
 @both_forms
@@ -307,7 +341,7 @@ def test_weight_standardize_gradient(scaled):
       weight_standardize, scaled=scaled, epsilon=0.0
     )
     dv, dg = compiled(pulled(standardize), dw, v, g)
-    test_util.check_grads(jax.jit(standardize), (wide(v), wide(g)), order=1)
+    check_forward_mode(standardize, dw, (dv, dg), v, g)
     n = wide(weight_standardize_reference(v, epsilon=0.0))
     root = np.sqrt(6) if scaled else 1.0
     close(dg, np.sum(wide(dw) * n, (0, 1)) / root, 1e-10)
@@ -388,6 +422,8 @@ def test_many_steps_give_the_singular_value(shape):
   close(abs(wide(state.u)[0] @ right[0]), 1.0)
   largest = np.linalg.norm(wide(ys[-1]).reshape(-1, shape[-1]), 2)
   close(largest, 1.0, 2e-6)
+  if shape != SHAPES[0]:
+    return
   y, at_once = spectral_norm(w, first, n_steps=100)  # one program is long
   close(y, ys[-1])
   close(at_once.sigma, state.sigma)
@@ -499,7 +535,7 @@ FLAX_AXES = [a for a in AXES if len(a[0]) > 1]
 
 
 @pytest.mark.parametrize(
-  ('axes', 'use_scale'), thinned(FLAX_AXES, [True, False], every=2)
+  ('axes', 'use_scale'), thinned(FLAX_AXES, [True, False], every=3, keep=2)
 )
 def test_weight_norm_is_that_of_linen(axes, use_scale):
   shape, feature_axes, features = axes
@@ -528,7 +564,7 @@ def test_weight_norm_is_that_of_linen(axes, use_scale):
 
 
 @pytest.mark.parametrize(
-  ('shape', 'steps'), thinned(SHAPES, STEPS, every=len(STEPS))
+  ('shape', 'steps'), thinned(SHAPES, STEPS, every=4, keep=2)
 )
 def test_spectral_norm_is_that_of_linen(shape, steps):
   n_steps, update = steps
@@ -562,7 +598,7 @@ def test_spectral_norm_is_that_of_linen(shape, steps):
 
 
 @pytest.mark.parametrize(
-  ('axes', 'use_scale'), thinned(FLAX_AXES, [True, False], every=2)
+  ('axes', 'use_scale'), thinned(FLAX_AXES, [True, False], every=3, keep=2)
 )
 def test_weight_norm_is_that_of_nnx(axes, use_scale):
   shape, feature_axes, features = axes
@@ -580,7 +616,7 @@ def test_weight_norm_is_that_of_nnx(axes, use_scale):
 
 
 @pytest.mark.parametrize(
-  ('shape', 'steps'), thinned(SHAPES, STEPS, every=len(STEPS))
+  ('shape', 'steps'), thinned(SHAPES, STEPS, every=4, keep=2)
 )
 def test_spectral_norm_is_that_of_nnx(shape, steps):
   n_steps, update = steps
@@ -783,7 +819,8 @@ def test_jit_takes_the_transform_as_static(transform):
     return transform.apply(params, state, weights, update=True)
 
   actual = apply(transform, params, state, weights)
-  desired = transform.apply(params, state, weights, update=True)
+  closed_over = functools.partial(transform.apply, update=True)
+  desired = compiled(closed_over, params, state, weights)
   jax.tree.map(close, actual, desired)
 
 
