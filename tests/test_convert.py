@@ -1067,6 +1067,7 @@ def test_equinox_net(mode):
     with pytest.raises(ValueError, match='never trained'):
       convert.from_equinox(there, template, state=state, **options)
 
+  @eqx.filter_jit
   def run(model, state):
     return jax.vmap(
       model, in_axes=(0, None), out_axes=(0, None), axis_name='batch'
@@ -1075,7 +1076,7 @@ def test_equinox_net(mode):
   _, state = run(there, state)
   expected, _ = run(eqx.nn.inference_mode(there), state)
   variables = convert.from_equinox(there, template, state=state, **options)
-  close(Here().apply(variables, channels_last(x)), expected, 1e-4)
+  close(jax.jit(Here().apply)(variables, channels_last(x)), expected, 1e-4)
 
 
 KERAS = """

@@ -62,6 +62,10 @@ def image(*shape, seed=1, dtype=jnp.float32):
   return jax.device_put(values.astype(dtype))
 
 
+def positive(*shape, seed=1):
+  return jax.device_put(1 + np.square(image(*shape, seed=seed)))
+
+
 def in_float64(call, variables, x):
   """What the model itself gives, in float64."""
 
@@ -72,6 +76,10 @@ def in_float64(call, variables, x):
   with jax.enable_x64(True):
     y = jax.jit(call)(*jax.tree.map(widen, (variables, x)))
     return jax.tree.map(np.asarray, y)
+
+
+def run(folded, x):
+  return jax.jit(folded.apply)(folded.params, x)
 
 
 def primitives(folded, x):
@@ -86,7 +94,7 @@ def check(model, x, rows, **options):
   folded = fold(model.apply, variables, x, **options)
   chex.assert_trees_all_equal(variables, copy)
   wanted = in_float64(model.apply, variables, x)
-  given = jax.jit(folded.apply)(folded.params, x)
+  given = run(folded, x)
   size = np.abs(wanted).max()
   chex.assert_trees_all_close(given / size, wanted / size, atol=3e-6)
   assert [(row.norm, row.layer) for row in folded.report.rows] == rows
@@ -208,7 +216,7 @@ def test_scale_alone_goes_through_padding():
   variables, x = {'kernel': kernel, 'gain': gain}, image(2, 4, 5, 5)
   folded = fold(call, variables, x)
   wanted = in_float64(call, variables, x)
-  y = jax.jit(folded.apply)(folded.params, x)
+  y = run(folded, x)
   chex.assert_trees_all_close(y, wanted.astype(np.float32), atol=1e-4)
   assert folded.report.rows == (('gain', 'kernel', ''),)
   assert primitives(folded, x) == ['conv_general_dilated']
@@ -227,7 +235,7 @@ def test_channels_first_and_kernels_left_of_the_input():
   variables = {
     'first': image(5, 3, 2, 2),
     'mean': image(5, seed=2),
-    'std': 1 + image(5, seed=3) ** 2,
+    'std': positive(5, seed=3),
     'second': image(4, 5, seed=4),
     'gain': image(4, seed=5),
   }
@@ -235,7 +243,7 @@ def test_channels_first_and_kernels_left_of_the_input():
   with jax.numpy_rank_promotion('allow'):
     folded = fold(call, variables, x)
     wanted = in_float64(call, variables, x)
-    given = jax.jit(folded.apply)(folded.params, x)
+    given = run(folded, x)
   chex.assert_trees_all_close(
     given, wanted.astype(np.float32), rtol=1e-4, atol=1e-4
   )
@@ -320,7 +328,7 @@ def test_residual_network(residual):
     assert row.norm in str(folded.report)
   wanted = in_float64(model.apply, variables, x)
   chex.assert_trees_all_close(
-    jax.jit(folded.apply)(folded.params, x),
+    run(folded, x),
     wanted.astype(np.float32),
     rtol=1e-4,
     atol=1e-4,
@@ -332,7 +340,7 @@ def test_other_batch_sizes(residual):
   model, variables, _, folded = residual
   x = image(5, 9, 9, 3, seed=7)
   chex.assert_trees_all_close(
-    jax.jit(folded.apply)(folded.params, x),
+    run(folded, x),
     jax.jit(model.apply)(variables, x),
     atol=1e-4,
   )
@@ -417,7 +425,7 @@ def test_nnx(kind):
     'out/kernel',
     'out/kernel:bias',
   ]
-  y = jax.jit(folded.apply)(folded.params, x)
+  y = run(folded, x)
   chex.assert_trees_all_close(y, call(model, x), rtol=1e-5, atol=1e-5)
   chex.assert_trees_all_equal(nnx.state(model, nnx.Param), before)
 
@@ -438,7 +446,7 @@ def test_half_precision(dtypes, out):
   x = image(2, 6, 5, 4, dtype=jnp.bfloat16)
   variables = drawn(model, x)
   folded = fold(model.apply, variables, x)
-  y = jax.jit(folded.apply)(folded.params, x)
+  y = run(folded, x)
   assert y.dtype == out
   wanted = in_float64(model.apply, variables, x)
   size = np.abs(wanted).max()
@@ -478,7 +486,7 @@ def test_kernels_that_overflow_stay():
   assert 'too large for the dtype' in folded.report.rows[0].reason
   for batch in (x, x[:1]):
     chex.assert_trees_all_close(
-      folded.apply(folded.params, batch), jax.jit(call)(v, batch), atol=1e-5
+      run(folded, batch), jax.jit(call)(v, batch), atol=1e-5
     )
 
 
@@ -601,9 +609,7 @@ def test_complex_gains_of_real_layers_stay():
   fates = [(row.norm, row.layer) for row in folded.report.rows]
   assert fates == [('gain', 'kernel'), ('phase', None)]
   wanted = np.asarray(x) @ v['kernel'] * v['gain'] * v['phase']
-  chex.assert_trees_all_close(
-    folded.apply(folded.params, x), np.complex64(wanted), atol=1e-5
-  )
+  chex.assert_trees_all_close(run(folded, x), np.complex64(wanted), atol=1e-5)
 
 
 @pytest.mark.parametrize('use_bias', [False, True])
@@ -635,7 +641,7 @@ def test_gains_of_places_stay():
   folded = fold(call, v, x)
   assert [row.layer for row in folded.report.rows] == [None, None]
   chex.assert_trees_all_close(
-    folded.apply(folded.params, x),
+    run(folded, x),
     np.float32(in_float64(call, v, x)),
     atol=1e-4,
   )
@@ -669,9 +675,7 @@ def test_layer_norm_gives_its_scale_to_the_next_layer():
   folded = fold(call, v, x)
   assert ('norm', 'kernel', '') in folded.report.rows
   wanted = in_float64(call, v, x)
-  chex.assert_trees_all_close(
-    folded.apply(folded.params, x), np.float32(wanted), atol=1e-5
-  )
+  chex.assert_trees_all_close(run(folded, x), np.float32(wanted), atol=1e-5)
 
 
 @pytest.mark.parametrize('norm', [nk.LayerNorm(), nk.GroupNorm(num_groups=2)])
@@ -692,7 +696,7 @@ def test_loops_are_reported():
   v = {
     'kernel': image(3, 4, 4),
     'mean': image(3, 1, 4, seed=2),
-    'var': 1 + image(3, 1, 4, seed=3) ** 2,
+    'var': positive(3, 1, 4, seed=3),
   }
   x = image(2, 4)
   folded = fold(call, v, x)
@@ -700,7 +704,7 @@ def test_loops_are_reported():
   assert row.layer is None
   assert 'loop' in row.reason
   chex.assert_trees_all_close(
-    folded.apply(folded.params, x),
+    run(folded, x),
     np.float32(in_float64(call, v, x)),
     atol=1e-5,
   )
@@ -733,7 +737,7 @@ def test_norms_inside_operations_are_reported(call, reason):
     'kernel': image(3, 2),
     'gain': image(1, 2, seed=2),
     'mean': image(1, 2, seed=3),
-    'var': 1 + image(1, 2, seed=4) ** 2,
+    'var': positive(1, 2, seed=4),
   }
   folded = fold(call, v, image(4, 3, seed=5))
   (row,) = folded.report.rows
@@ -753,16 +757,16 @@ def test_own_statistics_inside_operations():
 
 def test_inputs_far_from_zero_are_not_folded_forward():
   model = nn.Sequential([drop_in(), nn.Dense(4)])
-  x = image(64, 3) + 1e4
-  variables = model.init(jax.random.key(0), x)
-  stats = {'mean': x.mean(0), 'var': x.var(0)}
+  x = jax.device_put(np.asarray(image(64, 3)) + np.float32(1e4))
+  variables = drawn(model, x)
+  stats = jax.device_put({'mean': np.mean(x, 0), 'var': np.var(x, 0)})
   variables = {**variables, 'batch_stats': {'layers_0': stats}}
   folded = fold(model.apply, variables, x)
   (row,) = folded.report.rows
   assert row.layer is None
   assert 'far from zero' in row.reason
   chex.assert_trees_all_close(
-    folded.apply(folded.params, x), model.apply(variables, x), atol=1e-5
+    run(folded, x), jax.jit(model.apply)(variables, x), atol=1e-5
   )
 
 

@@ -75,12 +75,13 @@ def trained(data):
   variables = jax.jit(Net().init, static_argnums=2)(
     jax.random.key(0), data[0], False
   )
-  return fit(variables, data, optax.adamw(0.01))[0]
+  return fit(variables, data, optax.sgd(0.1))[0]
 
 
 @pytest.fixture(scope='module')
 def trained_nnx(data):
-  return fit_nnx(NnxNet(nnx.Rngs(0)), data, optax.adamw(0.01))
+  model = nnx.jit(lambda: NnxNet(nnx.Rngs(0)))()
+  return fit_nnx(model, data, optax.sgd(0.1))
 
 
 def cross_entropy(logits, labels):
@@ -88,28 +89,33 @@ def cross_entropy(logits, labels):
   return losses.mean()
 
 
-def fit(variables, data, tx, match=None, steps=5):
-  """Trains; returns the variables, and the first gradients."""
+@functools.cache
+def gradients(match):
+  """A program for all optimizers: gradients and new statistics."""
 
   def loss(params, stats, x, y):
     variables = {'params': params, 'batch_stats': stats}
     logits, updates = Net().apply(variables, x, True, mutable=['batch_stats'])
     return cross_entropy(logits, y), updates
 
+  chosen = loss if match is None else frozen(match)(loss)
+  return jax.jit(jax.grad(chosen, has_aux=True))
+
+
+def fit(variables, data, tx, match=None, steps=5):
+  """Trains; returns the variables, and the first gradients."""
+
   @jax.jit
-  def step(variables, opt):
-    chosen = loss if match is None else frozen(match)(loss)
-    grads, updates = jax.grad(chosen, has_aux=True)(*args(variables), *data)
-    moves, opt = tx.update(grads, opt, variables['params'])
-    params = optax.apply_updates(variables['params'], moves)
-    return {'params': params, **updates}, opt, grads, moves
+  def move(params, opt, grads):
+    moves, opt = tx.update(grads, opt, params)
+    return optax.apply_updates(params, moves), opt, moves
 
-  def args(variables):
-    return variables['params'], variables['batch_stats']
-
-  opt, first = tx.init(variables['params']), None
+  opt, first = jax.jit(tx.init)(variables['params']), None
   for _ in range(steps):
-    variables, opt, grads, moves = step(variables, opt)
+    params = variables['params']
+    grads, updates = gradients(match)(params, variables['batch_stats'], *data)
+    params, opt, moves = move(params, opt, grads)
+    variables = {'params': params, **updates}
     first = first or (grads, moves)
   return variables, *first
 
@@ -152,7 +158,7 @@ def test_statistics_and_parameters(trained, data, params):
     if not params or 'Dense' in n or 'head' in n
   }
   assert moved(trained['params'], after['params']) == wanted
-  assert jnp.any(grads['bn']['scale'] != 0)
+  assert np.any(grads['bn']['scale'])
   assert np.any(moves['bn']['scale']) != params
   if not params:
     with pytest.raises(AssertionError):
@@ -180,7 +186,7 @@ def test_zero_gradients_do_not_stop_weight_decay(trained, data):
 )
 def test_part_of_a_model(trained, data, match, wanted):
   mask = frozen_mask(trained, match)
-  tx = optax.selective_transform(optax.adamw(0.01), freeze_mask=mask)
+  tx = optax.selective_transform(optax.sgd(0.1), freeze_mask=mask)
   after, *_ = fit(trained, data, tx, match)
   assert_frozen(trained, after, match)
   layers = {'backbone/bn', 'backbone/told', 'bn', 'norm'}
@@ -197,11 +203,12 @@ def test_part_of_a_model(trained, data, match, wanted):
 
 def test_frozen_layers_evaluate(trained, data):
   x = data[0]
+  train = jax.jit(lambda v: Net().apply(v, x, True, mutable=['batch_stats']))
   with frozen():
-    y, updates = Net().apply(trained, x, True, mutable=['batch_stats'])
-  equal(y, Net().apply(trained, x, False))
+    y, updates = train(trained)
+  close(y, jax.jit(lambda v: Net().apply(v, x, False))(trained))
   equal(updates['batch_stats'], trained['batch_stats'])
-  again = Net().apply(trained, x, True, mutable=['batch_stats'])[0]
+  again = train(trained)[0]
   assert not np.allclose(y, again)
 
 
@@ -215,10 +222,11 @@ def test_against_numpy():
       return nn.BatchNorm(False, momentum=0.5, name='two')(x)
 
   x = np.random.default_rng(0).normal(1, 2, (16, 3)).astype(np.float32)
-  variables = Two().init(jax.random.key(0), x)
-  variables['batch_stats']['one']['mean'] += 2.0
+  variables = jax.jit(Two().init)(jax.random.key(0), x)
+  variables['batch_stats']['one']['mean'] = np.full(3, 2, np.float32)
+  apply = jax.jit(functools.partial(Two().apply, mutable=['batch_stats']))
   with frozen('one'):
-    y, updates = Two().apply(variables, x, mutable=['batch_stats'])
+    y, updates = apply(variables, x)
   middle = (np.float64(x) - 2) / np.sqrt(1 + 1e-5)
   mean, var = middle.mean(0), middle.var(0)
   close(y, (middle - mean) / np.sqrt(var + 1e-5))
@@ -250,7 +258,7 @@ def test_lifted(lift, data):
 
   x = data[0][:, 20:24]
   net = Outer()
-  variables = net.init(jax.random.key(0), x)
+  variables = jax.jit(net.init)(jax.random.key(0), x)
 
   @jax.jit
   def step(variables):
@@ -346,7 +354,7 @@ def test_nnx(trained_nnx, data, params):
 def test_part_of_an_nnx_model(trained_nnx, data):
   model = freeze(trained_nnx, 'norms/1')
   mask = frozen_mask(model, 'norms/1')
-  tx = optax.selective_transform(optax.adamw(0.01), freeze_mask=mask)
+  tx = optax.selective_transform(optax.sgd(0.1), freeze_mask=mask)
   fit_nnx(model, data, tx)
   assert_frozen(trained_nnx, model, 'norms/1')
   for other in (0, 2):

@@ -126,16 +126,18 @@ def test_any_input(norm, least_axes, data):
   x, dtype = values(data.draw, shape)
   where = masks(data.draw, shape)
   with precision(dtype):
-    x = jnp.asarray(x, dtype)
-    params, state = transform.init(x)
+    x = jax.device_put(x.astype(jnp.dtype(dtype)))
+    params, _ = jax.eval_shape(transform.init, x)
     params = jax.tree.map(lambda p: numbers(p.shape), params)
 
     @jax.jit
     def apply(x, where):
+      _, state = transform.init(x)
       y, new = transform.apply(params, state, x, train=True, where=where)
-      return y, new, transform.apply(params, new, x, train=False, where=where)
+      z, _ = transform.apply(params, new, x, train=False, where=where)
+      return state, y, new, z
 
-    y, new, (z, _) = apply(x, where)
+    state, y, new, z = apply(x, where)
     rounding = 64 * float(jnp.finfo(jnp.promote_types(dtype, jnp.float32)).eps)
   assert y.dtype == z.dtype == dtype
 

@@ -12,7 +12,6 @@ from flax import linen as nn, nnx
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec as P
-from jax.test_util import check_grads
 import numpy as np
 import pytest
 from tiers import second_tier
@@ -207,9 +206,9 @@ def test_batch_norm_values(max_length):
     (longer, np.full(BATCH, TIME + 2), False),
   ]
   with jax.enable_x64(True):
-    state = recurrent.init_batch_norm_lstm(HIDDEN, max_length)
     state = jax.tree.map(
-      lambda a: a.astype(float) if a.dtype == jnp.float32 else a, state
+      lambda a: np.asarray(a, float if a.dtype == jnp.float32 else a.dtype),
+      recurrent.init_batch_norm_lstm(HIDDEN, max_length),
     )
     desired_state = reference_state(max_length)
     run = jax.jit(run_function, static_argnums=0, static_argnames=STATIC)
@@ -235,6 +234,7 @@ def test_batch_norm_values(max_length):
         momentum=0.5,
       )
       where = np.arange(x.shape[1]) < np.asarray(lengths)[:, None]
+      y = np.asarray(y)
       np.testing.assert_allclose(y[where], desired[where], rtol=1e-10)
       for name, stats in desired_state.items():
         for got, want in zip(getattr(state, name), stats, strict=True):
@@ -245,7 +245,7 @@ def test_batch_norm_values(max_length):
 
 @pytest.mark.parametrize('kind', [*map(second_tier, CELLS[:2]), CELLS[2]])
 def test_gradients(kind):
-  """By finite differences, through time, of all that a cell is given."""
+  """Through time, of all that a cell is given, by a difference along them."""
   options, names = {}, ()
   if kind == 'BatchNormLSTMCell':
     options, names = {'train': True, 'lengths': LENGTHS}, ('state',)
@@ -256,13 +256,22 @@ def test_gradients(kind):
       where = np.arange(TIME) < np.asarray(LENGTHS)[:, None]
       weights = weights * where[..., None]
 
-    def loss(params, x):
-      y = run_function(kind, params, x, epsilon=0.1, **options)
+    @jax.jit
+    @jax.value_and_grad
+    def run(given):
+      y = run_function(kind, *given, epsilon=0.1, **options)
       return jnp.sum((y[0] if names else y) * weights)
 
-    params = jax.tree.map(jnp.asarray, draw_params(gates_of(kind)))
-    x = jnp.asarray(X, jnp.float64)
-    check_grads(jax.jit(loss), (params, x), 1, ['rev'], rtol=1e-5, atol=1e-5)
+    given = draw_params(gates_of(kind)), X.astype(np.float64)
+    leaves, tree = jax.tree.flatten(given)
+    moves = [1e-5 * draw(*a.shape, seed=50 + i) for i, a in enumerate(leaves)]
+    ends = [
+      run(tree.unflatten(map(move, leaves, moves)))[0]
+      for move in (np.add, np.subtract)
+    ]
+    slopes = jax.tree.leaves(run(given)[1])
+    expected = 2 * sum(map(np.vdot, slopes, moves))
+    np.testing.assert_allclose(ends[0] - ends[1], expected, rtol=1e-6)
 
 
 # Modules
@@ -280,17 +289,36 @@ def make_nnx(kind, **options):
   return getattr(kn, kind)(INPUTS, HIDDEN, rngs=nnx.Rngs(0), **options)
 
 
+def varied(key, shape, dtype):
+  """Kernels of which no random draw is compiled."""
+  del key
+  return jnp.asarray(draw(*shape), dtype)
+
+
+KERNELS = {'kernel_init': varied, 'recurrent_kernel_init': varied}
+
+
 @functools.cache
 def linen_init(kind):
-  return jax.jit(kl.RNN(make_linen(kind)).init)(KEY, X)
+  """The shapes of an RNN's variables; of its cell's, what is not random."""
+  init = functools.partial(kl.RNN(make_linen(kind)).init, KEY, X)
+
+  @jax.jit
+  def fixed():
+    variables = init()
+    cell = variables['params']['cell']
+    norms = {name: cell[name] for name in cell if name.startswith('norm')}
+    return norms, {n: v for n, v in variables.items() if n != 'params'}
+
+  return jax.eval_shape(init), *fixed()
 
 
 def linen_variables(kind):
   """Variables of an RNN, its parameters with nothing left at one or zero."""
-  tree = linen_init(kind)
-  leaves, treedef = jax.tree.flatten(tree['params'])
-  new = [jnp.float32(draw(*a.shape, seed=i)) for i, a in enumerate(leaves)]
-  return {**tree, 'params': treedef.unflatten(new)}
+  shapes, _, rest = linen_init(kind)
+  leaves, treedef = jax.tree.flatten(shapes['params'])
+  new = [np.float32(draw(*a.shape, seed=i)) for i, a in enumerate(leaves)]
+  return {'params': treedef.unflatten(new), **rest}
 
 
 @functools.cache
@@ -311,7 +339,7 @@ def linen_params(params):
   gates, biased = ('rzn', 'i') if 'ir' in params else ('ifgo', 'h')
 
   def join(prefix, name):
-    return jnp.concatenate([params[prefix + g][name] for g in gates], -1)
+    return np.concatenate([params[prefix + g][name] for g in gates], -1)
 
   norms = {
     name: NormParams(params[name]['scale'], params[name].get('bias'))
@@ -336,7 +364,7 @@ def nnx_params(state):
 
 def nnx_cell(kind):
   """A cell with the parameters of `linen_variables`."""
-  cell = make_nnx(kind)
+  cell = make_nnx(kind, **KERNELS)
   values = linen_params(linen_variables(kind)['params']['cell'])
   state = nnx.state(cell, nnx.Param)
   chex.assert_trees_all_equal_shapes(
@@ -398,7 +426,8 @@ def test_modules_agree(kind):
   modern_grads, (modern_carry, modern_y) = nnx_grads(modern)
   close(modern_carry, carry)
   hidden = carry if kind == 'LayerNormGRUCell' else carry[1]
-  np.testing.assert_array_equal(hidden, y[np.arange(BATCH), LENGTHS - 1])
+  last = np.asarray(y)[np.arange(BATCH), LENGTHS - 1]
+  np.testing.assert_array_equal(hidden, last)
   pure = nnx.to_pure_dict(modern_grads)['cell']
   close(nnx_params(pure), linen_params(grads['cell']))
   check_against_numpy(kind, (y, modern_y), train=True, **batch)
@@ -415,7 +444,7 @@ def test_modules_agree(kind):
   (_, y), after = evaluated({**variables, **updates}, X, LENGTHS)
   chex.assert_trees_all_equal(after, updates)
   rnn = kl.RNN(make_linen(kind, use_running_average=True))
-  fixed = rnn.apply({**variables, **updates}, X, seq_lengths=LENGTHS)
+  fixed = jax.jit(rnn.apply)({**variables, **updates}, X, seq_lengths=LENGTHS)
   np.testing.assert_allclose(fixed, y, rtol=1e-5, atol=1e-6)
   modern.eval()
   modern_y = nnx.jit(lambda rnn: rnn(X, seq_lengths=LENGTHS)[1])(modern)
@@ -425,7 +454,8 @@ def test_modules_agree(kind):
 @pytest.mark.parametrize('kind', CELLS)
 def test_names_of_flax(kind):
   """Flax's variables, of its shapes and initial values; the norms' beside."""
-  ours = dict(linen_init(kind)['params']['cell'])
+  shapes, values, _ = linen_init(kind)
+  ours = dict(shapes['params']['cell'])
   flax = nn.RNN((nn.GRUCell if 'GRU' in kind else nn.LSTMCell)(HIDDEN))
   theirs = jax.eval_shape(flax.init, KEY, X)['params']['cell']
   if 'GRU' in kind:
@@ -433,7 +463,8 @@ def test_names_of_flax(kind):
   norms = {n: ours.pop(n) for n in [*ours] if n.startswith('norm')}
   chex.assert_trees_all_equal_shapes_and_dtypes(ours, theirs)
   scale = 0.1 if 'Batch' in kind else 1
-  assert all(np.all(n['scale'] == np.float32(scale)) for n in norms.values())
+  assert norms.keys() == values.keys()
+  assert all(np.all(n['scale'] == np.float32(scale)) for n in values.values())
   biased = [n for n, p in norms.items() if 'bias' in p]
   assert biased == (['norm_c'] if 'Batch' in kind else [*norms])
   flax = nnx.GRUCell if 'GRU' in kind else nnx.OptimizedLSTMCell
@@ -493,10 +524,12 @@ def test_padding_enters_nothing(make_train, make_rnn):
   train = make_train(make_rnn, carry)
   plain = train(X, LENGTHS)
   padded = train(np.where(GOES_ON[..., None], X, np.float32(1e6)), LENGTHS)
-  np.testing.assert_array_equal(plain[0][GOES_ON], padded[0][GOES_ON])
+  ys = [np.asarray(y)[GOES_ON] for y, _ in (plain, padded)]
+  np.testing.assert_array_equal(*ys)
   chex.assert_trees_all_equal(plain[1], padded[1])
-  (_, full) = train(X, jnp.full(BATCH, TIME))
-  same = full['norm_i']['mean'] == plain[1]['norm_i']['mean']
+  (_, full) = train(X, np.full(BATCH, TIME))
+  means = [np.asarray(s['norm_i']['mean']) for s in (full, plain[1])]
+  same = np.equal(*means)
   assert np.all(same, -1).tolist() == [True, True, False, False, False]
 
 
@@ -530,18 +563,19 @@ def test_order_and_layout():
 def test_sequences_go_on():
   """Two calls, the carry between them, are one; so are their statistics."""
   kind = 'BatchNormLSTMCell'
-  variables, run = linen_variables(kind), linen_run(kind)
+  variables, run = linen_variables(kind), linen_run(kind, kl.RNN)
   (_, whole), stats = run(variables, X, LENGTHS)
   carry, pieces = None, []
   for start, stop in (0, 2), (2, TIME):
-    left = jnp.clip(LENGTHS - start, 0, stop - start)
+    left = np.clip(LENGTHS - start, 0, stop - start)
     options = {} if carry is None else {'initial_carry': carry}
     (carry, y), updates = run(variables, X[:, start:stop], left, **options)
     variables = {**variables, **updates}
     pieces.append(y)
-  close(np.concatenate(pieces, 1)[GOES_ON], whole[GOES_ON], 1e-5)
+  close(np.concatenate(pieces, 1)[GOES_ON], np.asarray(whole)[GOES_ON], 1e-5)
   close(updates, stats, 1e-5)
-  np.testing.assert_array_equal(carry.step[LENGTHS > 2], LENGTHS[LENGTHS > 2])
+  goes_on, step = LENGTHS > 2, np.asarray(carry.step)
+  np.testing.assert_array_equal(step[goes_on], LENGTHS[goes_on])
   assert carry.with_lengths(None).length is None
 
 
@@ -584,8 +618,8 @@ def test_dtypes(kind):
     options['recurrent_kernel_init'] = init
     rnn = kl.RNN(make_linen(kind, **options))
     y, variables = jax.eval_shape(rnn.init_with_output, KEY, x)
-    modern = kn.RNN(make_nnx(kind, **options))
-    modern_y = nnx.eval_shape(lambda rnn: rnn(x), modern)
+    make = functools.partial(make_nnx, kind, **options)
+    modern_y = nnx.eval_shape(lambda make=make: kn.RNN(make())(x))
     assert y.dtype == modern_y.dtype == param_dtype
     for leaf in jax.tree.leaves(variables['params']):
       assert leaf.dtype == param_dtype
@@ -630,7 +664,7 @@ def test_options_reach_the_cell(options):
 
 def start(kind, carry):
   """A carry whose hidden state differs between examples."""
-  h = jnp.float32(draw(BATCH, HIDDEN))
+  h = np.float32(draw(BATCH, HIDDEN))
   if kind == 'LayerNormGRUCell':
     return h
   return (h, h) if kind == 'LayerNormLSTMCell' else carry._replace(c=h, h=h)
@@ -638,21 +672,31 @@ def start(kind, carry):
 
 @functools.cache
 def linen_step(kind, **options):
-  cell = make_linen(kind, **options)
-  carry = start(kind, cell.initialize_carry(KEY, (BATCH, INPUTS)))
-  variables = cell.init(KEY, carry, X[:, 0])
-  (_, y), updates = cell.apply(
-    variables, carry, X[:, 0], mutable=['batch_stats']
-  )
-  return y, updates
+  cell = make_linen(kind, **KERNELS | options)
+
+  @jax.jit
+  def run():
+    carry = start(kind, cell.initialize_carry(KEY, (BATCH, INPUTS)))
+    variables = cell.init(KEY, carry, X[:, 0])
+    (_, y), updates = cell.apply(
+      variables, carry, X[:, 0], mutable=['batch_stats']
+    )
+    return y, updates
+
+  return run()
 
 
 @functools.cache
 def nnx_step(kind, **options):
-  cell = make_nnx(kind, **options)
-  carry = cell.initialize_carry((BATCH, INPUTS), nnx.Rngs(0))
-  _, y = cell(start(kind, carry), X[:, 0])
-  return y, statistics(cell)
+
+  @jax.jit
+  def run():
+    cell = make_nnx(kind, **KERNELS | options)
+    carry = cell.initialize_carry((BATCH, INPUTS), nnx.Rngs(0))
+    _, y = cell(start(kind, carry), X[:, 0])
+    return y, statistics(cell)
+
+  return run()
 
 
 # Errors
