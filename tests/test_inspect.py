@@ -169,7 +169,7 @@ def tiny():
   rng = np.random.default_rng(1)
   params = {
     'Dense_0': {'kernel': rng.normal(size=(3, 4))},
-    'BatchNorm_0': {'scale': rng.normal(1, 0.2, 4), 'bias': rng.normal(size=4)},
+    'BatchNorm_0': {'scale': rng.normal(1, 0.2, 4), 'bias': rng.normal(0, 3, 4)},
   }
   stats = {'mean': rng.normal(size=4), 'var': rng.uniform(1, 2, 4)}
   parts = [rng.normal(size=(n, 3)) for n in (6, 9, 6)]
@@ -221,6 +221,7 @@ def test_numbers(tiny_found):
     np.concatenate(a)
     for a in zip(*[reference(params, x) for x in parts], strict=True)
   )
+  assert np.any(abs(y) > 3)
   chex.assert_trees_all_close(
     [row.batch_mean, row.batch_var, row.positive, row.saturated],
     [h.mean(0), h.var(0), (y > 0).mean(0), (abs(y) > 3).mean(0)],
