@@ -22,17 +22,15 @@ ROWS = [(case.name, case) for case in CASES]
 NORMS = [(case.name, case) for case in cases.NORMS]
 # Those whose gradients finite differences find: not r and d of renorm.
 DERIVATIVES = [row for row in ROWS if row[1].reference.is_derivative]
-# Of batches, of rows, of groups: without a mask too in the first tier.
-KINDS = 'batch_norm', 'layer_norm', 'group_norm'
 DTYPES = [
   ('bfloat16', jnp.bfloat16, 1e-2),
   ('float16', jnp.float16, 2e-3),
-  ('float32', jnp.float32, 1e-5),
-  ('complex64', jnp.complex64, 1e-5),
   ('float64', jnp.float64, 1e-12),
+  ('complex64', jnp.complex64, 1e-5),
   ('complex128', jnp.complex128, 1e-12),
 ]
-WIDE = [row for row in DTYPES if row[0] in ('float32', 'complex64', 'float64')]
+SINGLE = ('float32', jnp.float32, 1e-5)
+WIDE = [SINGLE, *(r for r in DTYPES if r[0] in ('float64', 'complex64'))]
 AVERAGES = [
   (case.name, case)
   for case in CASES
@@ -45,11 +43,13 @@ def is_one_each(row, *_):
   return row in {case.name for case in cases.NORMS}
 
 
-def rows(*columns, first=lambda *names: True, every=1):
+def rows(*columns, first=lambda *names: True, every=1, others=1):
   """One test for each combination of rows, named after them.
 
   Of the first tier are those whose names `first` takes, and of these one in
-  `every` of them, on diagonals, so that rows take turns.
+  `every` of them, on diagonals, so that rows take turns. Rows that are not a
+  norm's first have one in `others` of the combinations, so that each value
+  of another column comes with each norm, and each row with some value.
   """
 
   def decorate(test):
@@ -57,6 +57,8 @@ def rows(*columns, first=lambda *names: True, every=1):
     for row in itertools.product(*map(enumerate, columns)):
       positions, parts = zip(*row, strict=True)
       ids = [part[0] for part in parts]
+      if not is_one_each(*ids) and sum(positions) % others:
+        continue
       is_first = first(*ids) and sum(positions) % every == 0
       make = pytest.param if is_first else second_tier
       values = (value for part in parts for value in part[1:])
@@ -94,17 +96,20 @@ def train(case):
 
 
 @functools.cache
-def pull(case):
-  """The vector-Jacobian product in training."""
+def use(case):
+  """Output and state of training, its gradients, and the output after it."""
 
   @jax.jit
-  def gradients(params, state, x, where, dy):
-    def apply(params, x):
-      return case.transform.apply(params, state, x, train=True, where=where)[0]
+  def run(params, state, x, where, dy):
+    def apply(params, x, state=state, train=True):
+      return case.transform.apply(params, state, x, train=train, where=where)
 
-    return jax.vjp(apply, params, x)[1](dy)
+    y, pull, new = jax.vjp(apply, params, x, has_aux=True)
+    # Without a state evaluation is training, as `test_values` shows.
+    z = apply(params, x, new, train=False)[0] if jax.tree.leaves(new) else y
+    return ((y, z), new), pull(dy)
 
-  return gradients
+  return run
 
 
 def train_and_eval(case):
@@ -129,16 +134,17 @@ def assert_close(actual, desired, tolerance=1e-5):
 
 
 def assert_gradients(case, args, tolerance=1e-5):
-  """Holds the vector-Jacobian product in training to the closed form."""
+  """Holds the gradients in training to the closed form; returns the rest."""
   params, _, x, where = args
   dy = draw(x.shape, x.dtype, seed=9)
-  dparams, dx = pull(case)(*args, dy)
+  found, (dparams, dx) = use(case)(*args, dy)
   desired = case.reference.gradients(params, x, dy, where)
   tolerance = max(tolerance, case.reference.gradient_error)
   for actual, value in zip((dx, *dparams), desired, strict=True):
     if actual is not None:
       scale = max(1, np.abs(value).max())
       assert_close(np.asarray(actual) / scale, value / scale, tolerance)
+  return found
 
 
 def is_refused(case, dtype):
@@ -171,30 +177,32 @@ def without_device(function):
   return lambda *args: function(*jax.device_get(args))
 
 
-# Without a mask `check_norm` has the others: eagerly, and under pmap.
+# Without a mask: `test_gradients`, and eagerly `check_norm`.
 VARIANTS = [
-  ('with_jit', False, jax.jit),
-  ('masked-with_jit', True, jax.jit),
-  ('masked-without_jit', True, lambda function: function),
-  ('masked-without_device', True, without_device),
-  ('masked-with_pmap', True, with_pmap),
+  ('with_jit', jax.jit),
+  ('without_jit', lambda function: function),
+  ('without_device', without_device),
+  ('with_pmap', with_pmap),
 ]
 
 
-@rows(
-  ROWS,
-  VARIANTS,
-  first=lambda row, variant: (
-    variant == 'masked-with_jit' or (variant == 'with_jit' and row in KINDS)
-  ),
-)
-def test_values(case, masked, variant):
-  args = inputs(case, masked=masked)
-  function = variant(train_and_eval(case))
-  assert_close(function(*args), expected(case, *args))
+@rows(ROWS, VARIANTS[:1])
+def test_values(case, variant):
+  args = inputs(case, masked=True)
+  outputs, state = variant(train_and_eval(case))(*args)
+  chex.assert_type(outputs, jnp.float32)
+  chex.assert_trees_all_equal_shapes_and_dtypes(state, args[1])
+  assert_close((outputs, state), expected(case, *args))
 
 
-@rows(ROWS, DTYPES, every=14)
+@pytest.mark.second_tier
+@rows(ROWS, VARIANTS[1:], others=3)
+def test_values_otherwise(case, variant):
+  args = inputs(case, masked=True)
+  assert_close(variant(train_and_eval(case))(*args), expected(case, *args))
+
+
+@rows(ROWS, DTYPES, every=24, others=3)
 def test_dtypes(case, dtype, tolerance):
   with precision(dtype):
     if is_refused(case, dtype):
@@ -210,10 +218,12 @@ def test_dtypes(case, dtype, tolerance):
 
 @rows(ROWS, first=is_one_each)
 def test_gradients(case):
-  assert_gradients(case, inputs(case))
+  """Without a mask; and the values that come with them."""
+  args = inputs(case)
+  assert_close(assert_gradients(case, args), expected(case, *args))
 
 
-@rows(ROWS, WIDE, every=16)
+@rows(ROWS, WIDE, every=16, others=2)
 def test_gradients_masked(case, dtype, tolerance):
   with precision(dtype):
     if is_refused(case, dtype):
@@ -221,7 +231,7 @@ def test_gradients_masked(case, dtype, tolerance):
     assert_gradients(case, inputs(case, dtype, masked=True), tolerance)
 
 
-@rows(NORMS, every=18)
+@rows(NORMS, first=('layer_norm',).__contains__)
 def test_second_derivatives(case):
   with precision(jnp.float64):
     params, state, x, where = inputs(case, jnp.float64, masked=True)
@@ -260,14 +270,26 @@ def test_bfloat16_under_shard_map(case):
 GROWING = nk.GlobalResponseNorm, nk.GatedRMSNorm
 
 
-@rows(DERIVATIVES, first=('batch_norm', 'group_norm').__contains__)
+def alone(case):
+  """Whether no other row is of the same norm."""
+  return sum(type(c.transform) is type(case.transform) for c in CASES) == 1
+
+
+@rows(
+  [row for row in DERIVATIVES if row in NORMS],
+  first=('batch_norm',).__contains__,
+)
 def test_check_norm(case):
   x, grows = draw(case.shape), isinstance(case.transform, GROWING)
   testing.check_norm(case.transform, x, case.reference, normalizes=not grows)
 
 
-@rows(NORMS, first=('layer_norm',).__contains__)
+@rows(
+  [row for row in DERIVATIVES if row not in NORMS or alone(row[1])],
+  first=('rms_norm_first_axis',).__contains__,
+)
 def test_check_norm_masked(case):
+  """Each norm and each of its options."""
   x, grows = draw(case.shape), isinstance(case.transform, GROWING)
   options = {'where': draw_mask(case.shape), 'normalizes': not grows}
   testing.check_norm(case.transform, x, case.reference, **options)
@@ -315,18 +337,16 @@ def test_weights_of_averages(case):
     assert_close(state.var[feature], np.average(var, weights=weights))
 
 
-@rows(ROWS, first=is_one_each, every=4)
+@rows(ROWS, every=16)
 def test_nothing_left(case):
   """All masked: zeros, then the bias; state and gradients untouched."""
   params, state, x, _ = inputs(case)
   where = np.zeros(case.shape, bool)
-  apply = train(case)
-  y, after = apply(params, state, x, where)
+  (y, _), after = assert_gradients(case, (params, state, x, where))
   desired, _ = case.reference(params, state, x, True, where)
   if case.reference.is_masked:
     chex.assert_trees_all_equal(y, np.asarray(desired, y.dtype))
   testing.assert_state_unchanged(state, after)
-  assert_gradients(case, (params, state, x, where))
 
 
 @rows(ROWS, first=is_one_each, every=2)
@@ -334,10 +354,9 @@ def test_constant(case):
   """No variance: the outputs and gradients are finite, and exact."""
   params, state, x, _ = inputs(case)
   args = params, state, np.ones_like(x), None
-  apply = train(case)
+  (y, _), after = assert_gradients(case, args)
   desired = case.reference(*args[:3], True, None)
-  assert_close(apply(*args), desired, 2e-4)  # 1e-7 / sqrt(epsilon)
-  assert_gradients(case, args)
+  assert_close((y, after), desired, 2e-4)  # 1e-7 / sqrt(epsilon)
 
 
 @rows(ROWS, first=is_one_each)
@@ -345,7 +364,7 @@ def test_far_from_zero(case):
   """A mean of a thousand deviations costs three digits, not all of them."""
   params, state, x, _ = inputs(case)
   args = params, state, np.asarray(x) + 4096, None
-  y, after = train(case)(*args)
+  ((y, _), after), _ = use(case)(*args, x)
   desired, desired_state = case.reference(*args[:3], True, None)
   assert_close(y, desired, 2e-3)
   assert_close(after, desired_state, 1e-5)
