@@ -70,11 +70,11 @@ ALONE = [c for c in cases.CASES if not isinstance(c.transform, cases.SelfGated)]
 
 
 @pytest.mark.parametrize(
-  ('case', 'kind', 'masked'),
-  thinned(ALONE, GRADIENTS, [False, True], every=25),
-  ids=case_name,
+  ('case', 'kind'), thinned(ALONE, GRADIENTS, every=16), ids=case_name
 )
-def test_one_rounding(case, kind, masked):
+def test_one_rounding(case, kind):
+  """Every other one with a mask; each kind of gradient has both."""
+  masked = (ALONE.index(case) + list(GRADIENTS).index(kind)) % 2 == 0
   x, dy = given(kind, case.shape)
   params, state, _, where = inputs(case, masked=masked)
   apply = train(case)
@@ -91,7 +91,7 @@ def test_one_rounding(case, kind, masked):
 
 
 @pytest.mark.parametrize(
-  ('kind', 'last'), thinned(GRADIENTS, [True, False], every=2)
+  ('kind', 'last'), thinned(GRADIENTS, [True, False], every=3)
 )
 def test_one_rounding_with_a_gate(kind, last):
   x, dy = given(kind, (6, 40))
@@ -125,9 +125,9 @@ def test_one_rounding_by_kernel(name, of, kind):
 
 
 @pytest.mark.parametrize(
-  'implementation', ['xla', None, 'triton', 'mosaic_tpu']
+  ('center', 'implementation'),
+  thinned([True, False], ['xla', None, 'triton', 'mosaic_tpu'], every=2),
 )
-@pytest.mark.parametrize('center', [True, False], ids=['layer', 'rms'])
 def test_sums(center, implementation, request):
   """y is the norm of the sum unrounded, and gradients are of what is kept."""
   if implementation in ('triton', 'mosaic_tpu'):
@@ -208,7 +208,7 @@ SCALED = {
 SCALES = 1e-15, 1e-13, 1e13, 1e15
 
 
-@pytest.mark.parametrize(('kind', 'scale'), thinned(SCALED, SCALES, every=4))
+@pytest.mark.parametrize(('kind', 'scale'), thinned(SCALED, SCALES, every=6))
 def test_extreme_scales(kind, scale):
   """The norm of s x is that of x, so that its gradient is 1 / s of that."""
   transform, exact = SCALED[kind]
@@ -262,7 +262,7 @@ def test_extreme_scales_of_weights(norm, center, scale):
   np.testing.assert_allclose(found / size, desired / size, atol=2e-6)
 
 
-@pytest.mark.parametrize('scale', thinned(SCALES, every=3))
+@pytest.mark.parametrize('scale', thinned(SCALES, every=4))
 def test_extreme_scales_of_whitening(scale):
   """Its epsilon is small beside the variances, at each scale."""
   x, dy = draw((16, 4)), draw((16, 4), seed=9)
