@@ -144,7 +144,7 @@ def run_linen(package: Any, use: Use, start: Any) -> tuple[Arrays, Any]:
     y, new = module.apply(given, x, mutable=['batch_stats'], **use.flags)
     return loss_of(y), (y, new)
 
-  run = jax.value_and_grad(loss, (0, 1), has_aux=True)
+  run = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
   (_, (y, new)), (grads, dx) = run(variables['params'], x)
   flat = {
     prefix: parts(prefix, traverse_util.flatten_dict(tree, sep='/'))
@@ -170,7 +170,7 @@ def run_nnx(package: Any, use: Use, start: Any) -> tuple[Arrays, Any]:
     y = module(x, **use.flags)
     return loss_of(y), y
 
-  run = nnx.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+  run = nnx.jit(nnx.value_and_grad(loss, argnums=(0, 1), has_aux=True))
   (_, y), (grads, dx) = run(module, jnp.asarray(input_of(use)))
   found |= parts('new ', arrays(nnx.state(module))) | parts('d', arrays(grads))
   return as_numpy(found | {'y': y, 'dx': dx}), None

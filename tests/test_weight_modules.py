@@ -30,8 +30,19 @@ from normkit import linen as kl, nnx as kn, weights
 
 KEY = jax.random.key(0)
 NORMS = wrappers.NORMS
-# Of each module; `python -m benchmarks dropin` compares more.
-USES = [2, second_tier(4)]
+# Of each norm, then of each module others; `python -m benchmarks dropin`
+# compares more.
+USES = [
+  *(
+    (family, norm, 1, 2)
+    for family, norm in zip(wrappers.PACKAGES, NORMS, strict=True)
+  ),
+  *(
+    second_tier(family, norm, 3, 3)
+    for family in wrappers.PACKAGES
+    for norm in NORMS
+  ),
+]
 PACKAGES = (nnx, kn), (kn, nnx), (kn, kn)
 HALF = jnp.bfloat16
 
@@ -54,17 +65,16 @@ def close(actual, desired, tolerance=2e-5):
   chex.assert_trees_all_close(*wide, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize('uses', USES)
-@pytest.mark.parametrize('norm', NORMS)
-@pytest.mark.parametrize('family', wrappers.PACKAGES)
-def test_random_uses(family, norm, uses):
-  count = dropin.measure(family, norm, uses, seed=2)
+@pytest.mark.parametrize(('family', 'norm', 'uses', 'seed'), USES)
+def test_random_uses(family, norm, uses, seed):
+  count = dropin.measure(family, norm, uses, seed)
   assert not count.unexplained, '\n'.join(count.unexplained)
   assert count.compared > count.raised
 
 
-@pytest.mark.parametrize('norm', NORMS)
-@pytest.mark.parametrize('family', wrappers.PACKAGES)
+@pytest.mark.parametrize(
+  ('family', 'norm'), thinned(wrappers.PACKAGES, NORMS, every=2)
+)
 def test_the_comparison_can_fail(family, norm, monkeypatch):
   """Another epsilon than the one given is neither Flax's nor the reference."""
   run, theirs, ours = wrappers.PACKAGES[family]
@@ -291,7 +301,7 @@ def vmap(module):
   ('lift', 'norm'),
   [
     second_tier(scan, 'WeightNorm'),
-    (scan, 'SpectralNorm'),
+    second_tier(scan, 'SpectralNorm'),
     second_tier(vmap, 'SpectralNorm'),
     (nn.remat, 'WeightNorm'),
   ],
@@ -607,7 +617,7 @@ def test_nnx_transforms(norm, graph):
   assert nnx.eval_shape(call, shapes, X).shape == y.shape
 
 
-@pytest.mark.parametrize('norm', NORMS)
+@pytest.mark.parametrize('norm', thinned(NORMS, every=2))
 def test_nnx_stacks(norm):
   """Layers made by vmap, called one after the other by scan."""
 
@@ -758,7 +768,7 @@ def both(norm, layer_dtype=jnp.float32, shape=(6, 5), **options):
 
 @pytest.mark.parametrize(
   ('shape', 'dtype'),
-  thinned([(6, 5), (3, 2, 4), (2, 2, 3, 4)], [jnp.float32, HALF], every=2),
+  thinned([(6, 5), (3, 2, 4), (2, 2, 3, 4)], [jnp.float32, HALF], every=3),
 )
 def test_references(shape, dtype):
   """NumPy in float64, of half-precision weights too."""
@@ -794,8 +804,9 @@ def test_sums_are_float32():
   np.testing.assert_allclose(got[kl], 1 / 64, rtol=4e-3)
 
 
-@pytest.mark.parametrize('epsilon', [0.0, 1e-12])
-@pytest.mark.parametrize('norm', NORMS)
+@pytest.mark.parametrize(
+  ('norm', 'epsilon'), thinned(NORMS, [0.0, 1e-12], every=2)
+)
 def test_zeros(norm, epsilon):
   """Zeros give zeros, and leave u as it was."""
   rngs = nnx.Rngs(0)
