@@ -115,7 +115,7 @@ def assert_norm(norm, arrays, reference, tolerance):
       )
     ),
   ],
-  ids=str,
+  ids=lambda value: getattr(value, '__name__', str(value)),
 )
 def test_values_and_gradients(interpreted, shape, is_last, activation, dtype):
   """Rows of a part of a warp, of a warp, of one warpgroup and of several."""
