@@ -454,12 +454,6 @@ EXTRAS = {
   'gelu': ({'activation': 'gelu'}, 0, 0),
   'residual': ({'residual': True}, 2, 1),
 }
-# Where a row leaves no room for as much as should be on its way.
-SHORT = [
-  ('h200', 'forward', 16_384, 'float32', 'residual'),
-  ('b200', 'forward', 16_384, 'float32', 'residual'),
-  ('b200', 'backward', 12_288, 'float32', 'residual'),
-]
 FIRST = [
   ('h200', 'backward', 768, 'float32', 'nothing'),
   ('h200', 'forward', 1000, 'bfloat16', 'nothing'),
@@ -525,25 +519,13 @@ def test_compiled(target, kind, size, dtype, extra):
   if size * jnp.dtype(dtype).itemsize % 16 == 0:
     assert found.moved <= LIMITS[kind] + added[kind == 'backward']
   assert_wide(found.code)
-  is_short = found.under_way < configs.CHIPS[CHIPS[target]].under_way
-  assert is_short == ((target, kind, size, dtype, extra) in SHORT)
+  assert found.under_way >= configs.CHIPS[CHIPS[target]].under_way
 
 
 LIMITS_OF_GROUPS = {
   'forward': 2.01,
   'training forward': 2.03,
   'backward': 3.03,
-}
-# The same, and on which chips: one task comes while the last one's results go.
-SHORT_GROUPS = {
-  ('forward', (56, 56, 16), 'float32'): CHIPS,
-  ('training forward', (56, 56, 16), 'float32'): CHIPS,
-  ('backward', (56, 56, 16), 'bfloat16'): CHIPS,
-  ('backward', (56, 56, 16), 'float16'): CHIPS,
-  ('backward', (56, 56, 8), 'float32'): CHIPS,
-  ('backward', (32, 32, 20), 'float32'): CHIPS,
-  ('backward', (32, 32, 20), 'bfloat16'): ['b200'],
-  ('backward', (32, 32, 20), 'float16'): ['b200'],
 }
 
 
@@ -560,8 +542,7 @@ def test_compiled_groups(target, kind, size, dtype):
   case = configs.groups_of((1, *size), 1, [dtype], [dtype])
   vectors = config.width // math.prod(case.lanes(config.width))
   assert_copied(found.code, vectors * (1 if kind == 'backward' else 2))
-  is_short = found.under_way < configs.CHIPS[CHIPS[target]].under_way
-  assert is_short == (target in SHORT_GROUPS.get((kind, size, dtype), ()))
+  assert found.under_way >= configs.CHIPS[CHIPS[target]].under_way
 
 
 def assert_copied(code, most):
@@ -662,13 +643,13 @@ def test_lowered_statistics(size):
   ('size', 'norm', 'activation', 'calls'),
   [
     (20_480, nk.add_rms_norm, None, 2),
-    (20_480, nk.add_layer_norm, None, 1),
-    (8192, nk.add_layer_norm, jax.nn.gelu, 2),
-    (16_384, nk.add_layer_norm, jax.nn.gelu, 1),
+    (65_536, nk.add_layer_norm, None, 2),
+    (49_152, nk.add_layer_norm, jax.nn.gelu, 2),
+    (65_536, nk.add_layer_norm, jax.nn.gelu, 1),
   ],
 )
 def test_longest_backward(size, norm, activation, calls):
-  """Longer without a bias, shorter with an activation; beyond it is XLA's."""
+  """Shorter with an activation; beyond it is XLA's."""
   x = jax.ShapeDtypeStruct((3, size), jnp.bfloat16)
   parameters = [jnp.ones(size)] * (2 if norm is nk.add_layer_norm else 1)
 
@@ -750,7 +731,7 @@ def test_refused_sets(shape, of, name, match):
 
 REFUSED = {
   'activation': (dict(activation=jax.nn.softplus), 'an activation that'),
-  'fit': (dict(x=jnp.ones((1, 65_536))), 'shared memory'),
+  'length': (dict(x=jnp.ones((1, 65_537))), '65,536'),
 }
 
 
@@ -769,7 +750,7 @@ def test_refused(given, match):
 
 
 REFUSED_GROUPS = {
-  'fit': ((1, 2**15, 8), 'shared memory'),
+  'fit': ((1, 2**18, 8), 'shared memory'),
   'line': ((1, 4, 520), 'multiples of 16 bytes in more than 256 channels'),
 }
 
@@ -806,7 +787,8 @@ def test_groups_that_are_taken_fit(dtype, capability):
           tiles = config.warpgroups * config.rows * config.width
           buffers = [tiles * config.stages * d.itemsize for d in read]
           buffers += [tiles * 2 * d.itemsize for d in written]
-          buffers.append(64 * config.warpgroups * config.width)
+          groups = config.members * config.warpgroups
+          buffers.append(64 * groups * config.width)
           barriers = 8 * (config.warpgroups * config.stages + 1)
           held = sum(-(-b // 1024) * 1024 for b in buffers) + barriers
           assert held * config.resident <= shared

@@ -4,11 +4,11 @@ Nothing here needs Pallas. `MEASURED` is for what a device has shown to be
 better than the rule; none has yet.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -20,6 +20,7 @@ LEAST = 64  # elements of a tile's rows: 128 bytes of scale and bias
 WARPS = 4  # of a warpgroup
 BUFFERS = 2  # of what the warps of a program tell each other
 BARRIERS = 32  # at most in one array
+MEMBERS = 1, 2, 4, 8  # of a cluster; more are not in every chip
 THREADS = 128  # of a warpgroup
 # Sums for scale and bias that a thread may keep in registers, by the bytes of
 # an element: with more the assembler spills, for H200 or B200.
@@ -33,6 +34,8 @@ SUMS_OF_ONE = {2: 40, 4: 32}  # of rows that are longer, then
 SUMS_OF_SETS = {2: 40, 4: 24}  # the same with sets
 SUMS_OF_ACTIVATED = 32  # and for the smallest tiles; or with a gate
 SUMS_OF_ACTIVATED_SETS = 24  # of one sum, with sets
+# In a cluster: warpgroups, and numbers of each sum.
+OF_MEMBERS, OF_ACTIVATED_MEMBERS = (4, 16), (3, 16)
 
 
 class Chip(NamedTuple):
@@ -40,18 +43,21 @@ class Chip(NamedTuple):
 
   Attributes:
     processors: multiprocessors.
+    in_clusters: of these, how many clusters of more than two surely have: parts
+      of the chip with 16 to 20 each. Fewer are enough for the memory bus.
     shared: bytes of shared memory of each that programs may use.
     under_way: bytes that each must have under way to fill the memory bus.
   """
 
   processors: int
+  in_clusters: int
   shared: int
   under_way: int
 
 
 CHIPS = {
-  9: Chip(132, 227 * 1024, 36 * 1024),  # H200
-  10: Chip(148, 227 * 1024, 54 * 1024),  # B200
+  9: Chip(132, 112, 227 * 1024, 36 * 1024),  # H200
+  10: Chip(148, 128, 227 * 1024, 54 * 1024),  # B200
 }
 
 
@@ -68,6 +74,7 @@ class Config:
     stages: tiles that a warpgroup has in its ring.
     resident: programs on each multiprocessor.
     holds_parameters: whether scale and bias lie in shared memory.
+    members: programs that share a row or a group, each with a part of it.
   """
 
   rows: int
@@ -78,13 +85,32 @@ class Config:
   stages: int
   resident: int
   holds_parameters: bool
+  members: int = 1
 
   @property
   def row_width(self) -> int:
     """Elements of a row, filled up."""
     if self.is_shared:
-      return self.warpgroups * self.tiles * self.rows * self.width
+      return self.members * self.tiles * self.tile_width
     return self.tiles * self.width
+
+  @property
+  def tile_width(self) -> int:
+    """Elements of a row in a tile of each warpgroup of a program."""
+    if self.is_shared:
+      return self.warpgroups * self.rows * self.width
+    return self.width
+
+  def firsts(self, size: int) -> int:
+    """Elements of a row of `size` in the first tiles."""
+    each, most = self.tiles * self.tile_width, self.tile_width
+    left = (size - each * member for member in range(self.members))
+    return sum(min(max(n, 0), most) for n in left)
+
+  def clusters(self, chip: Chip) -> int:
+    """Programs, or clusters of these, that are on a chip at once."""
+    processors = chip.in_clusters if self.members > 2 else chip.processors
+    return self.resident * (processors // self.members)
 
   @property
   def groups_an_array(self) -> int:
@@ -181,11 +207,10 @@ def config(case: Case, capability: int = 9) -> Config | None:
   """What a program holds, or None where a row does not fit.
 
   The first choice whose ring has room for three rows and for the bytes that
-  are to be under way; or for these; or else the one with most of them.
+  are to be under way; or for these; or else the one with most of them. And the
+  fewest programs to a row for which there is one of the first two.
   """
-  if (measured := MEASURED.get((capability, case))) is not None:
-    return measured
-  return _best(case, _choices(case, CHIPS[capability]), CHIPS[capability])
+  return _config(case, capability, _choices)
 
 
 def groups_of(
@@ -210,10 +235,23 @@ def groups(case: Groups, capability: int = 9) -> Config | None:
 
   A tile is places by channels, which are whole groups next to each other.
   """
+  return _config(case, capability, _choices_of_groups)
+
+
+def _config(
+  case: Any, capability: int, choices: Callable[..., list[Config]]
+) -> Config | None:
   if (measured := MEASURED.get((capability, case))) is not None:
     return measured
-  chip = CHIPS[capability]
-  return _best(case, _choices_of_groups(case, chip), chip)
+  chip, best, most = CHIPS[capability], None, -1
+  for members in MEMBERS:
+    found = _best(case, choices(case, chip, members), chip)
+    ahead = -1 if found is None else under_way(case, found, found.resident)
+    if ahead > most:
+      best, most = found, ahead
+    if most >= chip.under_way:
+      break
+  return best
 
 
 def _best(
@@ -228,10 +266,10 @@ def _best(
   return found[ahead.index(max(ahead))] if found else None
 
 
-def _choices(case: Case, chip: Chip) -> list[Config]:
+def _choices(case: Case, chip: Chip, members: int) -> list[Config]:
   """Many warpgroups on a multiprocessor first, but as registers allow."""
   found = []
-  for tile in _tiles(case):
+  for tile in _tiles(case, members):
     groups = tile.warpgroups
     is_heavy = case.sums > 0 or (tile.is_shared and tile.rows > 4)
     most = max((4 if is_heavy else 8) // groups, 1)
@@ -246,9 +284,13 @@ def _choices(case: Case, chip: Chip) -> list[Config]:
   return found
 
 
-def _tiles(case: Case) -> list[Config]:
+def _tiles(case: Case, members: int) -> list[Config]:
   """Tiles and warpgroups, the rest to be filled in."""
   itemsize, vector = jnp.dtype(case.inputs[0]).itemsize, case.vector
+  # The gradient of a gate has not been tried in a cluster.
+  has_gate = case.sums > 0 and len(case.outputs) > 1
+  if (case.size <= IN_WARP or has_gate) and members > 1:
+    return []
   if case.size <= IN_WARP:
     width = max(min(_power_of_2(case.size), PIECE), LEAST)
     rows = 4 * 32 // min(32, width // vector)
@@ -265,32 +307,41 @@ def _tiles(case: Case) -> list[Config]:
       for groups in range(most, 1, -1)
     ]
   if not case.sums:
-    rows, groups = 16 // itemsize, min(-(-case.size // 4096), 4)
-    return [_shared(case.size, groups, rows)]
+    rows, groups = 16 // itemsize, min(-(-case.size // (4096 * members)), 4)
+    return [_shared(case.size, groups, rows, members)]
   # Each program writes out its sums over rows, so programs are few and large.
   high = 4 if case.is_activated else 16 // itemsize
+  groups, most = _most_sums(case, itemsize, members)
   choices = [
-    _shared(case.size, groups, rows)
-    for groups in (4, 3, 2, 1)
+    _shared(case.size, number, rows, members)
+    for number in range(groups, 0, -1)
     for rows in range(high, 3, -4)
   ]
-  of_one = SUMS_OF_SETS if case.has_sets else SUMS_OF_ONE
-  most = (of_one if case.sums == 1 else SUMS)[itemsize]
-  if case.is_activated:
-    is_more = case.has_sets and case.sums == 1
-    most = SUMS_OF_ACTIVATED_SETS if is_more else SUMS_OF_ACTIVATED
-  most = most * THREADS // (case.sums * PIECE)
+  most = most * THREADS // PIECE
   choices = [c for c in choices if c.tiles * c.rows <= most]
   return sorted(choices, key=lambda c: c.row_width)[:1]
 
 
-def _shared(size: int, groups: int, rows: int) -> Config:
+def _most_sums(case: Case, itemsize: int, members: int) -> tuple[int, int]:
+  """Warpgroups, and numbers of each sum that a thread may keep."""
+  if members > 1:
+    return OF_ACTIVATED_MEMBERS if case.is_activated else OF_MEMBERS
+  if case.is_activated:
+    is_more = case.has_sets and case.sums == 1
+    most = SUMS_OF_ACTIVATED_SETS if is_more else SUMS_OF_ACTIVATED
+    return 4, most // case.sums
+  if case.sums > 1:
+    return 4, SUMS[itemsize] // case.sums
+  return 4, (SUMS_OF_SETS if case.has_sets else SUMS_OF_ONE)[itemsize]
+
+
+def _shared(size: int, groups: int, rows: int, members: int) -> Config:
   """Warpgroups that share a row."""
-  tiles = -(-size // (rows * PIECE * groups))
-  return Config(rows, PIECE, tiles, groups, True, 0, 0, False)
+  tiles = -(-size // (rows * PIECE * groups * members))
+  return Config(rows, PIECE, tiles, groups, True, 0, 0, False, members)
 
 
-def _choices_of_groups(case: Groups, chip: Chip) -> list[Config]:
+def _choices_of_groups(case: Groups, chip: Chip, members: int) -> list[Config]:
   """Lines of 64 bytes of memory first, and many programs."""
   found = []
   for width in widths(case):
@@ -302,11 +353,14 @@ def _choices_of_groups(case: Groups, chip: Chip) -> list[Config]:
         for r in range(least, PIECE + 1, least)
         if r * width <= most or r == least
       ]
-      tiles = {r: -(-case.places // (r * warpgroups)) for r in rows}
+      teams = warpgroups * members
+      tiles = {r: -(-case.places // (r * teams)) for r in rows}
       # Each tile costs as much again as some elements.
       rows.sort(key=lambda r: tiles[r] * (r * width + 8 * THREADS))
       for r in rows:
-        one = Config(r, width, tiles[r], warpgroups, True, 0, resident, False)
+        one = Config(
+          r, width, tiles[r], warpgroups, True, 0, resident, False, members
+        )
         room = _room_of_groups(case, chip, one)
         stages = _stages(
           room // (warpgroups * _bytes(case, one)), chip, one, case
@@ -331,16 +385,18 @@ def _room(case: Case, chip: Chip, found: Config) -> int:
   fixed = found.warpgroups * of_tile * outputs
   if found.holds_parameters:
     itemsizes = sum(jnp.dtype(d).itemsize for d in case.parameters)
-    fixed += found.row_width * itemsizes
+    fixed += found.row_width // found.members * itemsizes
   if case.sums and not found.is_shared:
     fixed += found.warpgroups * of_tile * 4
+  # Of the sums of the others.
+  fixed += 16 * (found.members - 1) * found.warpgroups * found.rows
   return chip.shared // found.resident - fixed - SLACK
 
 
 def _room_of_groups(case: Groups, chip: Chip, found: Config) -> int:
   """Bytes for the rings of a program."""
   outputs = OUTPUT_TILES * sum(jnp.dtype(d).itemsize for d in case.outputs)
-  parts = 4 * math.prod((BUFFERS, BUFFERS, WARPS, found.width))
+  parts = 4 * math.prod((BUFFERS, BUFFERS, found.members, WARPS, found.width))
   fixed = found.warpgroups * (found.rows * found.width * outputs + parts)
   # Rings, outputs and sums lie in several buffers, at multiples of 1,024.
   return chip.shared // found.resident - fixed - SLACK - 2048

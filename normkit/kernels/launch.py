@@ -11,36 +11,38 @@ from jax.experimental.pallas import mosaic_gpu as gpu
 import numpy as np
 
 from normkit._types import Array
-from normkit.kernels import dispatch
+from normkit.kernels import clusters, dispatch
 from normkit.kernels.configs import OUTPUT_TILES, Config
 from normkit.kernels.warpgroups import INPUTS, OUTPUTS, Arrays
 
 
 def launch(
-  body: Callable[[Arrays], None],
+  body: Callable[[Arrays, clusters.Place], None],
   name: str,
   arguments: Arrays,
   outs: Arrays,
   scratch: Arrays,
   programs: int,
-  warpgroups: int,
+  config: Config,
   interpret: bool,
 ) -> Arrays:
   """Runs `body` on references, by name, to these arrays and this memory."""
 
   def kernel(*refs: Any) -> None:
     names = (*arguments, *outs, *scratch)
-    body(dict(zip(names, refs, strict=True)))
+    at = clusters.Place(config, interpret)
+    body(at.own(dict(zip(names, refs, strict=True)), scratch), at)
 
   kernel.__name__ = name
+  memory = clusters.memory(scratch, config, interpret)
   run = gpu.kernel(
     kernel,
     out_type=tuple(outs.values()),
     grid=(programs,),
     grid_names=('program',),
-    num_threads=warpgroups,
     thread_name='warpgroup',
-    scratch_types=tuple(scratch.values()),
+    scratch_types=tuple(memory.values()),
+    **clusters.options(config, interpret),
     **_options(interpret),
   )
   if interpret:
@@ -71,7 +73,8 @@ def rings(
     found[f'arrived {index}'] = gpu.Barrier(
       num_arrivals=copies, num_barriers=barriers
     )
-  return found | {'met': gpu.Barrier(num_arrivals=groups)}
+  everyone = config.members * groups
+  return found | {clusters.MET: gpu.Barrier(num_arrivals=everyone)}
 
 
 def _options(interpret: bool) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as gpu
 import jax.numpy as jnp
 
 from normkit.kernels import activations, configs, mosaic_groups, plans, rows
+from normkit.kernels.clusters import Place
 from normkit.kernels.configs import PIECE, Case, Config
 from normkit.kernels.launch import capability, launch, rings
 from normkit.kernels.rows import Spec
@@ -106,12 +107,12 @@ def _call(
   outs |= dict.fromkeys(sums, rows.result(x, partial, jnp.float32))
   scratch = _scratch(case, config, arguments, outs, sums)
 
-  def run(refs: Arrays) -> None:
-    body(Work(refs, config, case, plan, spec, interpret))
+  def run(refs: Arrays, at: Place) -> None:
+    body(Work(refs, at, case, plan, spec, interpret))
 
   name = f'normkit{body.__name__}'
-  size_of_grid = plan.programs, config.warpgroups
-  named = launch(run, name, arguments, outs, scratch, *size_of_grid, interpret)
+  grid = plan.programs, config
+  named = launch(run, name, arguments, outs, scratch, *grid, interpret)
   found = {n: plan.like_x(named[n], x.shape) for n in results}
   found |= {n: plan.statistics(named[n], x.shape) for n in stats}
   like = {n: shapes.get(n[1:], x.shape[-1:]) for n in sums}
@@ -132,14 +133,15 @@ def _scratch(
     copies *= config.rows
   found = rings(config, arguments, outs, copies)
   if config.is_shared:
-    parts = 2, 2, groups * config.rows
+    parts = 2, 2, config.members * groups * config.rows
     found['parts'] = gpu.SMEM(parts, jnp.float32)
   elif sums:
     found['fold'] = gpu.SMEM((groups, *tile), jnp.float32)
   if config.holds_parameters:
     parameters = {n: a for n, a in arguments.items() if n in PARAMETERS}
     for name, a in parameters.items():
-      found[f'{name} held'] = gpu.SMEM(a.shape[1:], a.dtype)
+      held = a.shape[1] // config.members, *a.shape[2:]
+      found[f'{name} held'] = gpu.SMEM(held, a.dtype)
     found['loaded'] = gpu.Barrier(num_arrivals=len(parameters))
   return found
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from normkit._types import Array
 from normkit.kernels import configs, rows
+from normkit.kernels.clusters import Place
 from normkit.kernels.configs import BUFFERS, WARPS, Config, Groups
 from normkit.kernels.launch import capability, launch, rings
 from normkit.kernels.plans import Sets, padded
@@ -98,7 +99,7 @@ def _plan(
     shape = batch, places, bundles * config.width
   tasks = batch * bundles
   chip = configs.CHIPS[capability()]
-  programs = min(config.resident * chip.processors, tasks)
+  programs = min(config.clusters(chip), tasks)
   steady = programs - programs % bundles
   is_steady = has_sums and steady >= STEADY * programs
   programs = steady if is_steady else programs
@@ -137,13 +138,14 @@ def _call(
   each = plan.tasks, config.width // case.size
   outs |= dict.fromkeys(stats, rows.result(x, each, jnp.float32))
   scratch = rings(config, arguments, outs, len(inputs))
-  parts = BUFFERS, BUFFERS, config.warpgroups, WARPS, config.width
+  team = config.members * config.warpgroups
+  parts = BUFFERS, BUFFERS, team, WARPS, config.width
   scratch['parts'] = gpu.SMEM(parts, jnp.float32)
   each = plan.programs if plan.is_steady else plan.tasks, config.width
   outs |= dict.fromkeys(sums, rows.result(x, each, jnp.float32))
 
-  def run(refs: Arrays) -> None:
-    body(GroupWork(refs, config, case, plan, spec, interpret))
+  def run(refs: Arrays, at: Place) -> None:
+    body(GroupWork(refs, at, case, plan, spec, interpret))
 
   found = launch(
     run,
@@ -152,7 +154,7 @@ def _call(
     outs,
     scratch,
     plan.programs,
-    config.warpgroups,
+    config,
     interpret,
   )
   for name in results:
@@ -170,14 +172,14 @@ class GroupWork(Work):
   def __init__(
     self,
     refs: Arrays,
-    config: Config,
+    at: Place,
     case: Groups,
     plan: Plan,
     spec: Spec,
     interpret: bool,
   ) -> None:
     self.of = case
-    super().__init__(refs, config, case, plan, spec, interpret)
+    super().__init__(refs, at, case, plan, spec, interpret)
     self.of_channels = self.layout.reduce((0, 1))
 
   def tiled(self) -> tuple[tuple[int, ...], Any]:
@@ -253,21 +255,23 @@ class GroupWork(Work):
     """Sums over the places of a task, one for each channel."""
     buffer = lax.rem(turn * self.meetings + self.sums_so_far, BUFFERS)
     self.sums_so_far += 1
-    parts = self.refs['parts']
+    parts, of_each = self.at.parts(self.refs['parts'])
     for index, value in enumerate(values):
-      self.store(parts.at[buffer, index, self.group], jnp.sum(value, 1))
+      found = jnp.sum(value, 1)
+      for of_member in of_each:
+        self.store(of_member.at[buffer, index, self.at.number], found)
     self.meet()
 
-    def total(index: int) -> Array:
-      return rows.added(
-        [
-          self.part(parts, (buffer, index, group, warp), self.of_channels)
-          for group in range(self.config.warpgroups)
-          for warp in range(WARPS)
-        ]
-      )
+    def total(index: int, member: Any) -> Array:
+      first = member * self.config.warpgroups
+      found = [
+        self.part(parts, (buffer, index, first + group, warp), self.of_channels)
+        for group in range(self.config.warpgroups)
+        for warp in range(WARPS)
+      ]
+      return rows.added(found)
 
-    return [total(index) for index in range(len(values))]
+    return self.at.added(total, len(values))
 
   def mean(self, sums: Array) -> Array:
     """From sums of channels to the mean of the group of each, or of all."""
@@ -309,7 +313,7 @@ class GroupWork(Work):
   def write_sums(self, index: Any, sums: Arrays) -> None:
     """Of the channels of a task, or of a program."""
 
-    @pl.when(self.group == 0)
+    @pl.when(self.at.is_first)
     def _() -> None:
       for name, value in sums.items():
         self.store(self.refs[name].at[index], value)
@@ -321,7 +325,7 @@ class GroupWork(Work):
       return
     task, size = self.task(turn), self.of.size
 
-    @pl.when(self.group == 0)
+    @pl.when(self.at.is_first)
     def _() -> None:
       for name, value in zip(names, values, strict=True):
         if size == 1:

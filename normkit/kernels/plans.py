@@ -172,8 +172,7 @@ def _shares(
 ) -> tuple[int, int]:
   """Tasks of a program, and programs: as many of each set, if few are idle."""
   workers = config.workers
-  programs = config.resident * configs.CHIPS[chip].processors
-  programs = min(programs, -(-tasks // workers))
+  programs = min(config.clusters(configs.CHIPS[chip]), -(-tasks // workers))
   if sets.number == 1:
     return 0, programs
   if programs % sets.number <= programs // 8:

@@ -7,6 +7,7 @@ warpgroups of a program share one long row, pieces of that.
 from collections.abc import Callable
 import functools
 import inspect
+import math
 from typing import Any
 
 from jax import lax
@@ -15,8 +16,9 @@ from jax.experimental.pallas import mosaic_gpu as gpu
 import jax.numpy as jnp
 
 from normkit._types import Array
-from normkit.kernels import rows
-from normkit.kernels.configs import OUTPUT_TILES, Case, Config, Groups
+from normkit.kernels import layouts, rows
+from normkit.kernels.clusters import Place
+from normkit.kernels.configs import OUTPUT_TILES, Case, Groups
 from normkit.kernels.rows import Spec
 
 # `load` wants an index in JAX 0.10, and a part of the array later.
@@ -30,36 +32,26 @@ Arrays = dict[str, Any]
 Tile = Any
 
 
-def _layout(width: int, vector: int) -> Any:
-  """Each row of a tile in the lanes of a warp, in vectors of 16 bytes."""
-  lanes = min(32, width // vector)
-  most, high = lanes * vector, 32 // lanes
-  if high == 1:
-    tiling = gpu.Tiling(((4, most), (vector,)))
-    return gpu.Layout.TILED(tiling, (-3,), (-2,), -1)
-  tiling = gpu.Tiling(((4 * high, most), (high, most), (vector,)))
-  return gpu.Layout.TILED(tiling, (-5,), (-3, -2), -1)
-
-
 class Work:
   """What a warpgroup has at hand: arrays, shared memory, its place."""
 
   def __init__(
     self,
     refs: Arrays,
-    config: Config,
+    at: Place,
     case: Case | Groups,
     plan: Any,
     spec: Spec,
     interpret: bool,
   ) -> None:
-    self.refs, self.config, self.spec = refs, config, spec
+    self.refs, self.at, self.spec = refs, at, spec
+    self.config = config = at.config
     self.interpret = interpret
     self.case: Any = case
     self.plan: Any = plan
     self.tile, self.layout = self.tiled()
     self.program = lax.axis_index('program')
-    self.group = lax.axis_index('warpgroup')
+    self.group = at.group
     place = 0 if config.is_shared else self.group
     self.set = jnp.int32(0)
     if plan.sets.number == 1:
@@ -80,7 +72,9 @@ class Work:
   def tiled(self) -> tuple[tuple[int, ...], Any]:
     """The shape of a tile, and where the threads have it."""
     config = self.config
-    return (config.rows, config.width), _layout(config.width, self.case.vector)
+    return (config.rows, config.width), layouts.of_rows(
+      config.width, self.case.vector
+    )
 
   def cast(self, value: Tile, layout: Any = None) -> Tile:
     """The interpreter knows no layouts."""
@@ -127,8 +121,14 @@ class Work:
     @pl.when(self.group == 0)
     def _() -> None:
       for name in self.parameters:
-        of, held = self.refs[name].at[self.set], self.refs[f'{name} held']
-        gpu.copy_gmem_to_smem(of, held, self.refs['loaded'])
+        held = self.refs[f'{name} held']
+        of = self.refs[name].at[self.set, self.at.share(held.shape[0])]
+        gpu.copy_gmem_to_smem(of, held, self.at.barrier(self.refs['loaded']))
+
+  def wait_held(self) -> None:
+    """Until what `hold` has brought is there."""
+    if self.config.holds_parameters:
+      gpu.barrier_wait(self.at.barrier(self.refs['loaded']))
 
   def fetch(self, index: Array) -> None:
     """Has a tile brought, of all this warpgroup's the so-manieth."""
@@ -153,7 +153,8 @@ class Work:
     each = config.groups_an_array
     place = lax.rem(self.group, each) * config.stages + slot
     for index in range(config.barrier_arrays):
-      barrier = self.refs[f'arrived {index}'].at[place]
+      count = min(config.warpgroups, each) * config.stages
+      barrier = self.at.barrier(self.refs[f'arrived {index}'], place, count)
       if config.barrier_arrays == 1:
         run(barrier)
       else:
@@ -162,6 +163,13 @@ class Work:
 
   def number(self, block: Any) -> Any:
     """Of a row's tiles, which is this warpgroup's so-manieth."""
+    number, config = self.own_number(block), self.config
+    if config.members > 1:
+      number += self.at.member * (config.tiles * config.warpgroups)
+    return number
+
+  def own_number(self, block: Any) -> Any:
+    """Of those of the tiles that this program has."""
     if not self.config.is_shared:
       return block
     return block * self.config.warpgroups + self.group
@@ -240,7 +248,7 @@ class Work:
       layout = layout.reduce(0)
     at, held = (self.set, number), name
     if self.config.holds_parameters:
-      at, held = number, f'{name} held'
+      at, held = self.own_number(block), f'{name} held'
     value = self.part(self.refs[held], at, layout).astype(jnp.float32)
     if not self.config.is_shared:
       value = self.cast(lax.broadcast_in_dim(value, self.tile, (1,)))
@@ -281,7 +289,9 @@ class Work:
     if config.is_shared:
       first = self.number(block) * (config.rows * config.width)
       at = axes[0] * config.width + axes[1] + first
-    return jnp.where(at < size, value, self.full(0))
+    # One comparison of what lies side by side in a thread: fewer registers.
+    last = math.gcd(size, self.case.vector) - 1
+    return jnp.where((at | last) < size, value, self.full(0))
 
   def added(self, turn: Any, *values: Tile) -> list[Array]:
     """Sums over each row: an array of them, or the one of a shared row."""
@@ -290,31 +300,27 @@ class Work:
       return sums
     # Each warpgroup writes what it has, and reads what all have, in one of two
     # buffers, of which the other may still be read.
-    height, groups = self.config.rows, self.config.warpgroups
+    height = self.config.rows
     buffer = lax.rem(turn * self.meetings + self.sums_so_far, 2)
     self.sums_so_far += 1
+    parts, of_each = self.at.parts(self.refs['parts'])
     for index, value in enumerate(sums):
-      for group in range(groups):
 
-        @pl.when(self.group == group)
-        def _(index: int = index, value: Array = value, g: int = group) -> None:
-          place = pl.ds(g * height, height)
-          self.refs['parts'][buffer, index, place] = value
+      def write(number: Any, index: int = index, value: Array = value) -> None:
+        for of_member in of_each:
+          of_member[buffer, index, pl.ds(number * height, height)] = value
 
+      self.at.by_number(write)
     self.meet()
-    every = gpu.Replicated
-    layout = gpu.Layout.TILED(
-      gpu.Tiling(((4,),)), (every(4),), (every(32),), -1
-    )
+    layout = layouts.of_all()
     return [
-      jnp.sum(self.part(self.refs['parts'], (buffer, index), layout))
+      jnp.sum(self.part(parts, (buffer, index), layout))
       for index in range(len(sums))
     ]
 
   def meet(self) -> None:
-    """All warpgroups of the program come here before one goes on."""
-    gpu.barrier_arrive(self.refs['met'])
-    gpu.barrier_wait(self.refs['met'])
+    """All warpgroups come here before one goes on."""
+    self.at.meet(self.refs['met'])
 
   def spread(self, value: Array) -> Tile:
     """One number a row, or one, to all of a tile."""
@@ -352,7 +358,7 @@ class Work:
           self.set_part(self.refs[name], task, value)
           continue
 
-        @pl.when(self.group == 0)
+        @pl.when(self.at.is_first)
         def _(name: str = name, value: Array = value) -> None:
           self.refs[name][row] = value
 
@@ -367,7 +373,7 @@ class Work:
 
     The carry starts and is finished with each set.
     """
-    self.meetings, config = meetings, self.config
+    self.meetings = meetings
     sets, of_set = self.plan.sets, self.plan.of_set
 
     def one(turn: Any, carry: Any) -> Any:
@@ -379,8 +385,7 @@ class Work:
       self.set = index
       self.meet()  # what is held of the last set is read no more
       self.hold()
-      if config.holds_parameters:
-        gpu.barrier_wait(self.refs['loaded'])
+      self.wait_held()
       first = self.turns_before(jnp.maximum(index * of_set, self.begin))
       end = jnp.minimum((index + 1) * of_set, self.end)
       turns = first, self.turns_before(end)
@@ -390,8 +395,7 @@ class Work:
       self.hold()
     self.start()
     if sets.number == 1:
-      if config.holds_parameters:
-        gpu.barrier_wait(self.refs['loaded'])
+      self.wait_held()
       finish(lax.fori_loop(0, self.turns, one, carry()))
     else:
       last = lax.div(self.end - 1, of_set)
@@ -407,9 +411,8 @@ class Statistics:
     config, size = work.config, work.case.size
     self.center = work.spec.center
     if self.center:
-      first = config.row_width // config.tiles
       (part,) = work.added(turn, work.masked(x(jnp.int32(0)), jnp.int32(0)))
-      self.pivot = part / min(first, size)
+      self.pivot = part / config.firsts(size)
     self.pivots = work.spread(self.pivot) if self.center else None
 
     def add(block: Any, sums: Any) -> Any:
