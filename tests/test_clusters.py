@@ -162,8 +162,6 @@ COMPILED = [
       ('backward', 30_000, 'float16', True),
       ('backward', 65_536, 'bfloat16', False),
       ('backward', 30_000, 'float32', True),
-      ('backward', 65_536, 'float32', True),
-      ('training forward', 65_536, 'float32', True),
     ]
   ),
 ]
