@@ -169,7 +169,10 @@ def tiny():
   rng = np.random.default_rng(1)
   params = {
     'Dense_0': {'kernel': rng.normal(size=(3, 4))},
-    'BatchNorm_0': {'scale': rng.normal(1, 0.2, 4), 'bias': rng.normal(0, 3, 4)},
+    'BatchNorm_0': {
+      'scale': rng.normal(1, 0.2, 4),
+      'bias': rng.normal(0, 3, 4),
+    },
   }
   stats = {'mean': rng.normal(size=4), 'var': rng.uniform(1, 2, 4)}
   parts = [rng.normal(size=(n, 3)) for n in (6, 9, 6)]

@@ -77,7 +77,7 @@ LAYERS = (
   ('kernels.launch',),
   ('kernels.dispatch', 'kernels.warpgroups'),
   ('kernels.cases', 'kernels.rows'),
-  ('kernels.plans', 'kernels.activations'),
+  ('kernels.plans', 'kernels.activations', 'kernels.clusters'),
   ('kernels.configs', 'kernels.record'),
   ('kernels',),
   ('closures',),
