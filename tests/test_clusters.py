@@ -162,6 +162,9 @@ COMPILED = [
       ('backward', 30_000, 'float16', True),
       ('backward', 65_536, 'bfloat16', False),
       ('backward', 30_000, 'float32', True),
+      ('backward', 10_000, 'bfloat16', True),
+      ('backward', 13_000, 'bfloat16', True),
+      ('backward', 10_000, 'float32', False),
     ]
   ),
 ]

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import operator
 
 from cases import draw
 import chex
@@ -374,10 +373,7 @@ def test_what_is_taken_fits(dtype, capability):
           arrays = (*x * 2, out), results, (wide,)
           assert fits(size, *arrays, 1, has_sets, True)
           assert fits(size, *arrays[:2], (), 0, has_sets, True)
-  most = (
-    (32_768, 16_384, 12_288) if dtype.itemsize == 2 else (20_480, *[8192] * 2)
-  )
-  assert all(map(operator.ge, taken.values(), most))
+  assert [*taken.values()] == [65_536, 49_152, 49_152]
 
 
 LIMITS = {'forward': 3.01, 'training forward': 3.1, 'backward': 5.1}
@@ -385,15 +381,14 @@ FIRST = [
   ('forward', 768, 'bfloat16', 'first', 'feature'),
   ('backward', 4096, 'bfloat16', 'last', 'feature'),
 ]
-# KiB of long rows in float32: shared memory holds no more of those to come.
-LITTLE = {'forward': 32, 'training forward': 32, 'backward': 48}
+SHORT = 'b200', 'backward', 15_000, 'bfloat16'
 # In CI one of five is compiled.
 LATER = pytest.mark.second_tier, pytest.mark.table
 CHOSEN = [
   pytest.param(*row, marks=() if row in FIRST else LATER[: 1 + at % 5])
   for at, row in enumerate(
     [
-      *itertools.product(ENDS, [*SIZES, 20_480], SOME, GATES, ['feature']),
+      *itertools.product(ENDS, [*SIZES, 15_000], SOME, GATES, ['feature']),
       *itertools.product(KINDS[1:2], SIZES[2:5], SOME, GATES[:1], ['feature']),
       *itertools.product(KINDS[2:], [256, 5120, 12_288], SOME, GATES, ['head']),
     ]
@@ -413,8 +408,8 @@ def test_compiled(target, kind, size, dtype, gate, of):
     assert found.moved <= LIMITS[kind]
   assert_wide(found.code)
   wanted = configs.CHIPS[CHIPS[target]].under_way
-  if dtype == 'float32' and size >= 8192:
-    wanted = min(wanted, LITTLE[kind] * 1024)
+  if (target, kind, size, dtype) == SHORT:
+    wanted = 48 * 1024
   assert found.under_way >= wanted
 
 

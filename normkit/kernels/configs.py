@@ -287,9 +287,7 @@ def _choices(case: Case, chip: Chip, members: int) -> list[Config]:
 def _tiles(case: Case, members: int) -> list[Config]:
   """Tiles and warpgroups, the rest to be filled in."""
   itemsize, vector = jnp.dtype(case.inputs[0]).itemsize, case.vector
-  # The gradient of a gate has not been tried in a cluster.
-  has_gate = case.sums > 0 and len(case.outputs) > 1
-  if (case.size <= IN_WARP or has_gate) and members > 1:
+  if case.size <= IN_WARP and members > 1:
     return []
   if case.size <= IN_WARP:
     width = max(min(_power_of_2(case.size), PIECE), LEAST)
@@ -307,7 +305,10 @@ def _tiles(case: Case, members: int) -> list[Config]:
       for groups in range(most, 1, -1)
     ]
   if not case.sums:
-    rows, groups = 16 // itemsize, min(-(-case.size // (4096 * members)), 4)
+    # A mask takes registers.
+    is_tight = case.is_activated and case.size % PIECE > 0
+    rows = 4 if is_tight else 16 // itemsize
+    groups = min(-(-case.size // (4096 * members)), 4)
     return [_shared(case.size, groups, rows, members)]
   # Each program writes out its sums over rows, so programs are few and large.
   high = 4 if case.is_activated else 16 // itemsize
@@ -317,8 +318,14 @@ def _tiles(case: Case, members: int) -> list[Config]:
     for number in range(groups, 0, -1)
     for rows in range(high, 3, -4)
   ]
-  most = most * THREADS // PIECE
-  choices = [c for c in choices if c.tiles * c.rows <= most]
+  # In the sums' place a mask needs some, which members of a cluster have left.
+  masked = most if members > 1 else most // 2
+  choices = [
+    c
+    for c in choices
+    if c.tiles * c.rows * PIECE
+    <= THREADS * (most if c.row_width == case.size else masked)
+  ]
   return sorted(choices, key=lambda c: c.row_width)[:1]
 
 
