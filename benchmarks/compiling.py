@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 import functools
 import json
+import os
 import pathlib
 import statistics
 import subprocess
@@ -28,21 +29,28 @@ IMPORTS = (
 
 
 def import_seconds(statement: str) -> float:
-  """Seconds that an import takes in a fresh interpreter."""
+  """Seconds that an import takes in a fresh interpreter, of bytecode."""
   code = f'import time; t = time.perf_counter(); {statement}; '
   code += 'print(time.perf_counter() - t)'
+  environment = dict(os.environ)
+  environment.pop('PYTHONDONTWRITEBYTECODE', None)
   out = subprocess.run(
-    [sys.executable, '-c', code], capture_output=True, check=True, text=True
+    [sys.executable, '-c', code],
+    capture_output=True,
+    check=True,
+    env=environment,
+    text=True,
   )
   return float(out.stdout)
 
 
 def table_of_imports(runs: int) -> list[list[str]]:
-  """Medians, the statements taken in turn."""
+  """Medians, the statements taken in turn; the first round is left out."""
   times: dict[str, list[float]] = {statement: [] for statement in IMPORTS}
-  for _ in track(range(runs), 'imports'):
+  for _ in track(range(runs + 1), 'imports'):
     for statement, found in times.items():
       found.append(import_seconds(statement))
+  times = {statement: found[1:] for statement, found in times.items()}
   base = statistics.median(times[IMPORTS[0]])
   return [
     [
