@@ -76,7 +76,7 @@ def _bind(
     forms=forms,
     linear=tuple(map(jax.typeof, linear)),
     results=tuple(results),
-    is_wide=jax.config.jax_enable_x64,
+    is_wide=bool(jax.enable_x64.value),
   )
 
 
