@@ -135,3 +135,27 @@ def importable(tmp_path, monkeypatch) -> Callable[[str, str], pathlib.Path]:
     return tmp_path
 
   return write
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+  """The kernels of Mosaic GPU run interpreted on the CPU."""
+  dispatch = importlib.import_module('normkit.kernels.dispatch')
+  jax.clear_caches()
+  monkeypatch.setattr(dispatch, 'interpreted', 'mosaic_gpu')
+  yield
+  jax.clear_caches()
+
+
+@pytest.fixture
+def races(monkeypatch):
+  """The interpreter looks for races; whether it has found one."""
+  callbacks = importlib.import_module(
+    'jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks'
+  )
+  launch = importlib.import_module('normkit.kernels.launch')
+  made = launch.interpreter(detect_races=True)
+  monkeypatch.setattr(launch, 'interpreter', lambda: made)
+  jax.clear_caches()
+  yield lambda: callbacks.get_races().races_found
+  jax.clear_caches()

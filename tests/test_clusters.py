@@ -4,7 +4,6 @@ The interpreter has no clusters: it gets the members as more threads of one
 program. More that compiles for H200 and B200 is held in `test_mosaic_gpu.py`.
 """
 
-import importlib
 import itertools
 import re
 
@@ -17,7 +16,7 @@ from test_mosaic_gpu import COMPILERS, LIMITS, SomeRows
 from tiers import second_tier
 
 from benchmarks.registers import CHIPS, report
-from normkit.kernels import configs, launch, mosaic_gpu
+from normkit.kernels import configs, mosaic_gpu
 from normkit.kernels.rows import Spec
 
 WANTED = 'dx', 'dscale', 'dbias'
@@ -33,17 +32,6 @@ def chips(monkeypatch):
   jax.clear_caches()
   yield
   jax.clear_caches()
-
-
-@pytest.fixture
-def races(monkeypatch):
-  """The interpreter looks for races; whether it has found one."""
-  callbacks = importlib.import_module(
-    'jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks'
-  )
-  made = launch.interpreter(detect_races=True)
-  monkeypatch.setattr(launch, 'interpreter', lambda: made)
-  return lambda: callbacks.get_races().races_found
 
 
 def config(members, warpgroups=1, tiles=1, stages=3, holds=True, **tile):

@@ -17,19 +17,10 @@ from tiers import second_tier, thinned
 from benchmarks import targets, traffic
 from benchmarks.registers import CHIPS, GATES, KINDS, SIZES, is_taken, report
 import normkit as nk
-from normkit.kernels import cases, configs, dispatch, mosaic_gpu
+from normkit.kernels import cases, configs, mosaic_gpu
 from normkit.kernels.rows import Gate, Spec
 
 ORDERS = {'norm_first': True, 'gate_first': False}
-
-
-@pytest.fixture
-def interpreted(monkeypatch):
-  """Its kernels run interpreted on the CPU."""
-  jax.clear_caches()
-  monkeypatch.setattr(dispatch, 'interpreted', NAME)
-  yield
-  jax.clear_caches()
 
 
 def sigmoid(z):

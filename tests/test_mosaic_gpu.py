@@ -8,7 +8,6 @@ they load and store.
 
 import dataclasses
 import functools
-import importlib
 import itertools
 import math
 import re
@@ -54,21 +53,11 @@ from normkit.kernels import (
   cases,
   configs,
   dispatch,
-  launch,
   mosaic_gpu,
 )
 from normkit.kernels.rows import Gate, Spec
 
 NAME = 'mosaic_gpu'
-
-
-@pytest.fixture
-def interpreted(monkeypatch):
-  """Its kernels run interpreted on the CPU."""
-  jax.clear_caches()
-  monkeypatch.setattr(dispatch, 'interpreted', NAME)
-  yield
-  jax.clear_caches()
 
 
 @pytest.mark.parametrize(
@@ -391,20 +380,6 @@ def run_all(shape, of):
   given, wanted = given | {'dy': x}, ('dx', 'dgate', 'dscale')
   gated.append(mosaic_gpu.backward(given, spec, wanted, interpret=True))
   jax.block_until_ready((found, gated))
-
-
-@pytest.fixture
-def races(monkeypatch):
-  """The interpreter looks for races; whether it has found one."""
-  callbacks = importlib.import_module(
-    'jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks'
-  )
-  options = {'detect_races': True}
-  made = launch.interpreter(**options)
-  monkeypatch.setattr(launch, 'interpreter', lambda: made)
-  jax.clear_caches()
-  yield lambda: callbacks.get_races().races_found
-  jax.clear_caches()
 
 
 @pytest.mark.second_tier
