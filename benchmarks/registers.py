@@ -67,44 +67,55 @@ class Report(NamedTuple):
   config: configs.Config
 
 
-def is_taken(
-  kind: str,
-  size: Size,
-  dtype: str,
-  of: str = 'feature',
-  activation: str | None = None,
-  residual: bool = False,
-  gate: str | None = None,
-) -> bool:
-  case: tuple[Any, ...] = NAME, (2, size), jnp.dtype(dtype)
+class Kernel(NamedTuple):
+  """A kernel of layer, group or, without a bias, RMS norm; in some dtype.
+
+  Attributes:
+    kind: one of `KINDS`.
+    size: of a row, or of a group.
+    dtype: of x; parameters are in float32.
+    of: one of `OF`.
+    activation: after the norm, one of `jax.nn`.
+    residual: whether one is added before the norm.
+    center: whether it is not RMS norm; which it is with a gate.
+    gate: one of `GATES`, or None.
+  """
+
+  kind: str
+  size: Size
+  dtype: str
+  of: str = OF[0]
+  activation: str | None = None
+  residual: bool = False
+  center: bool = True
+  gate: str | None = None
+
+  @property
+  def has_bias(self) -> bool:
+    return self.center and self.gate is None
+
+
+def is_taken(*given: Any, **options: Any) -> bool:
+  """Whether there is a `Kernel(*given, **options)`."""
+  kernel = Kernel(*given, **options)
+  size, dtype = kernel.size, jnp.dtype(kernel.dtype)
+  case: tuple[Any, ...] = NAME, (2, size), dtype
   if isinstance(size, tuple):
-    case = NAME, shapes(size, 'group')[0], jnp.dtype(dtype), COUNT
-  has = {'residual': residual, 'gate': gate is not None}
-  if kind != 'backward':
+    case = NAME, shapes(size, 'group')[0], dtype, COUNT
+  has = {'residual': kernel.residual, 'gate': kernel.gate is not None}
+  if kernel.kind != 'backward':
     return cases.refusal(*case, **has) is None
-  more = {
-    **has,
-    'has_sets': of in ('example', 'head'),
-    'sums': 1 if gate else 2,
+  has |= {
+    'activation': kernel.activation is not None,
+    'has_sets': kernel.of in ('example', 'head'),
   }
-  return cases.has_backward(*case, activation=activation is not None, **more)
+  return cases.has_backward(*case, sums=1 if kernel.gate else 2, **has)
 
 
-def report(
-  target: str,
-  kind: str,
-  size: Size,
-  dtype: str,
-  of: str = 'feature',
-  activation: str | None = None,
-  residual: bool = False,
-  center: bool = True,
-  gate: str | None = None,
-) -> Report:
-  """Of layer, group or (without a bias) RMS norm; parameters in float32."""
-  given = target, kind, size, dtype, of, activation, residual
-  more = center and not gate, gate
-  return compiler(target).submit(_report, *given, *more).result()
+def report(target: str, *given: Any, **options: Any) -> Report:
+  """Of a `Kernel(*given, **options)`."""
+  kernel = Kernel(*given, **options)
+  return compiler(target).submit(_report, target, kernel).result()
 
 
 @functools.cache
@@ -149,62 +160,59 @@ def shapes(size: Size, of: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
   return (rows, size), (size,)
 
 
-def _report(
-  target: str,
-  kind: str,
-  size: Size,
-  dtype: str,
-  of: str,
-  activation: str | None,
-  residual: bool,
-  center: bool,
-  gate: str | None,
-) -> Report:
-  shape, of_scale = shapes(size, of)
-  x = jax.ShapeDtypeStruct(shape, dtype)
+def _program(
+  kernel: Kernel,
+) -> tuple[Any, dict[str, Any], configs.Case | configs.Groups]:
+  """What is compiled, for which arrays, and the case of its config."""
+  size, is_backward = kernel.size, kernel.kind == 'backward'
+  shape, of_scale = shapes(size, kernel.of)
+  x = jax.ShapeDtypeStruct(shape, kernel.dtype)
   scale = jax.ShapeDtypeStruct(of_scale, jnp.float32)
-  run_after = getattr(jax.nn, activation) if activation else None
+  run_after = getattr(jax.nn, kernel.activation) if kernel.activation else None
   groups = COUNT if isinstance(size, tuple) else None
-  gating = Gate(jax.nn.silu, gate == 'last') if gate else None
-  spec = Spec(1e-6, center, x.dtype, run_after, groups, gate=gating)
+  gate = Gate(jax.nn.silu, kernel.gate == 'last') if kernel.gate else None
+  spec = Spec(1e-6, kernel.has_bias, x.dtype, run_after, groups, gate=gate)
   one, wide = (x.dtype,), (scale.dtype,)
-  given = {'x': x, 'scale': scale} | ({'bias': scale} if center else {})
+  given = {'x': x, 'scale': scale}
+  given |= {'bias': scale} if kernel.has_bias else {}
   inputs, outputs, sums, parameters = 1, 1, 0, len(given) - 1
-  if kind == 'backward':
-    inputs, sums, parameters = 2, parameters, parameters if activation else 1
+  if is_backward:
+    inputs, sums, parameters = 2, parameters, parameters if run_after else 1
     given['dy'] = x
     wanted = ('dx', 'dscale', 'dbias')[: 1 + sums]
     if gate:
       wanted, outputs = (*wanted, 'dgate'), 2
     run = functools.partial(mosaic_gpu.backward, spec=spec, wanted=wanted)
   else:
-    options = {'with_statistics': kind == 'training forward'}
+    options = {'with_statistics': kernel.kind == 'training forward'}
     run = functools.partial(mosaic_gpu.forward, spec=spec, **options)
-  if residual:
-    given['dtotal' if kind == 'backward' else 'residual'] = x
-    inputs, outputs = inputs + 1, outputs + (kind != 'backward')
+  if kernel.residual:
+    given['dtotal' if is_backward else 'residual'] = x
+    inputs, outputs = inputs + 1, outputs + (not is_backward)
   if gate:
     given['gate'], inputs = x, inputs + 1
+  if groups:
+    return run, given, configs.groups_of(shape, groups, one * inputs, one)
+  more = sums, kernel.of != OF[0], bool(run_after or gate)
+  arrays = one * inputs, one * outputs, wide * parameters
+  return run, given, configs.Case(size, *arrays, *more)
+
+
+def _report(target: str, kernel: Kernel) -> Report:
+  run, given, case = _program(kernel)
   compiled, said = _said_by(lambda: targets.compile_for(target, run, given))
   (found,) = re.findall(
     r'(\d+) bytes spill stores, (\d+) bytes spill loads.*\n.*Used (\d+) reg',
     said,
   )
   stores, loads, registers = map(int, found)
-  moved = traffic.measure(compiled.as_text()).bytes
-  case: configs.Case | configs.Groups
-  if isinstance(size, tuple):
-    case = configs.groups_of(shape, COUNT, one * inputs, one)
-    config = configs.groups(case, CHIPS[target])
-  else:
-    more = of != 'feature', bool(activation or gate)
-    arrays = one * inputs, one * outputs, wide * parameters
-    case = configs.Case(size, *arrays, sums, *more)
-    config = configs.config(case, CHIPS[target])
+  of = configs.groups if isinstance(case, configs.Groups) else configs.config
+  config = of(case, CHIPS[target])
   assert config is not None
   threads = config.warpgroups * configs.THREADS
   fit = 65_536 // (-(-registers // 8) * 8 * threads)
-  resident = min(config.resident, fit)
+  resident, x = min(config.resident, fit), given['x']
+  moved = traffic.measure(compiled.as_text()).bytes
   return Report(
     moved / (x.size * x.dtype.itemsize),
     stores + loads,
