@@ -10,7 +10,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 
-from normkit import _shards, _types, platforms
+from normkit import _rules, _shards, _types, platforms
 from normkit._types import Array, DType, Scalar
 from normkit.centred import Centred
 from normkit.closures import traced_once
@@ -184,21 +184,15 @@ def _of_rows(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:
   evaluate = jax.custom_jvp(functools.partial(run, _by_steps))
 
   def derive(primals: Any, tangents: Any) -> tuple[Array, Any]:
-    moved = [
-      i for i, t in enumerate(tangents) if not isinstance(t, SymbolicZero)
-    ]
+    moved = _rules.moved(tangents)
 
     def along(form: Callable[..., Array], *leaves: Array) -> Array:
       primals: list[Any] = [*leaves[:held]]
       given = leaves[held:]
       if held < len(tangents):
         primals.append(jnp.zeros_like(given[-1]) if held in moved else None)
-
-      def of_moved(*values: Array) -> Array:
-        new = dict(zip(moved, values, strict=True))
-        return run(form, *(new.get(i, p) for i, p in enumerate(primals)))
-
-      y: Array = jax.jvp(of_moved, tuple(primals[i] for i in moved), given)[1]
+      of_leaves = functools.partial(run, form)
+      y: Array = _rules.along(of_leaves, primals, moved, given)[1]
       return y
 
     y = evaluate(*primals)
@@ -314,18 +308,14 @@ def _outer_product_jvp(primals: Any, tangents: Any) -> tuple[Array, Any]:
   (rows, columns), y = primals, _outer_product(*primals)
   drows, dcolumns = tangents
   terms = []
-  if _moves(drows):
+  if _rules.moved(drows):
     terms.append(_by_dot(_instantiated(drows, rows), columns))
-  if _moves(dcolumns):
+  if _rules.moved(dcolumns):
     terms.append(_by_dot_of_columns(rows, _instantiated(dcolumns, columns)))
   return y, sum(terms[1:], terms[0]) if terms else jnp.zeros_like(y)
 
 
 _outer_product.defjvp(_outer_product_jvp, symbolic_zeros=True)
-
-
-def _moves(tangents: list[Any]) -> bool:
-  return not all(isinstance(t, SymbolicZero) for t in tangents)
 
 
 def _instantiated(tangents: list[Any], primals: list[Array]) -> list[Array]:

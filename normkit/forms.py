@@ -13,6 +13,7 @@ from jax import lax
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
+from normkit import _primitives, _rules
 from normkit._types import Array
 
 Function = Callable[..., Any]
@@ -80,14 +81,6 @@ def _bind(
   )
 
 
-def _impl(*arguments: Array, **params: Any) -> list[Array]:
-  """As JAX runs its own primitives: compiled, under `jax.disable_jit` too."""
-  run = jax.jit(lambda *a: form_p.bind(*a, **params))
-  with jax.disable_jit(False):
-    found: list[Array] = run(*arguments)
-  return found
-
-
 def _abstract_eval(*_: Any, results: Any, **__: Any) -> Any:
   return results
 
@@ -122,13 +115,7 @@ def _derivative(form: Function, moved: Sequence[int]) -> Function:
 
   def derivative(*leaves: Array) -> Any:
     count = len(leaves) - len(moved)
-    primals, tangents = leaves[:count], leaves[count:]
-
-    def of_moved(*values: Array) -> Any:
-      new = dict(zip(moved, values, strict=True))
-      return form(*(new.get(i, p) for i, p in enumerate(primals)))
-
-    return jax.jvp(of_moved, tuple(primals[i] for i in moved), tangents)[1]
+    return _rules.along(form, leaves[:count], moved, leaves[count:])[1]
 
   return derivative
 
@@ -141,10 +128,7 @@ def _transpose(
   given = [ad.instantiate_zeros(c) for c in cotangents]
   results = [a.to_ct_aval() for a in linear]
   found = _bind(forms, arguments[:count], given, results)
-  unknown = map(ad.is_undefined_primal, arguments[count:])
-  return [None] * count + [
-    c if u else None for c, u in zip(found, unknown, strict=True)
-  ]
+  return _primitives.transposed(arguments, found)
 
 
 def _transposed(form: Function, count: int, linear: Any) -> Function:
@@ -163,9 +147,7 @@ def _batch(
 ) -> Any:
   """Each form under `vmap`; whatever is linear gets the new axis."""
   count = len(arguments) - len(linear)
-  pairs = list(zip(arguments, axes, strict=True))
-  size = next(a.shape[d] for a, d in pairs if d is not None)
-  given = [batching.bdim_at_front(a, d, size) for a, d in pairs[count:]]
+  given = _primitives.batched(arguments, axes, count)
   places = *axes[:count], *[0] * len(given)
   forms = forms.map(lambda form: jax.vmap(form, places))
   operands = arguments[:count]
@@ -174,7 +156,7 @@ def _batch(
   return found, [0] * len(found)
 
 
-form_p.def_impl(_impl)
+form_p.def_impl(_primitives.compiled(form_p))
 form_p.def_abstract_eval(_abstract_eval)
 mlir.register_lowering(form_p, _lower)
 ad.primitive_jvps[form_p] = _jvp

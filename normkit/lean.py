@@ -11,9 +11,9 @@ import functools
 from typing import Any
 
 import jax
-from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 
+from normkit import _rules
 from normkit._types import Array, DType, is_known, ruled
 from normkit.centred import STATISTICS
 from normkit.closures import traced_once
@@ -59,16 +59,10 @@ def _lean(run: Callable[..., Any], dtype: DType, x: Array, *given: Any) -> Any:
     return run(x.astype(dtype), *given)
 
   def derive(primals: Any, tangents: Any) -> Any:
-    moved = [
-      i for i, t in enumerate(tangents) if not isinstance(t, SymbolicZero)
-    ]
+    moved = _rules.moved(tangents)
 
     def along(primals: Any, given: Any) -> Any:
-      def of_moved(*values: Array) -> Any:
-        new = dict(zip(moved, values, strict=True))
-        return whole(*(new.get(i, p) for i, p in enumerate(primals)))
-
-      return jax.jvp(of_moved, [primals[i] for i in moved], given)
+      return _rules.along(whole, primals, moved, given)
 
     if not moved:
       results = evaluate(*primals)

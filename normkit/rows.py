@@ -98,7 +98,9 @@ def normalize_rows(
   given |= {} if gate is None else {'gate': gate[0]}
   shape = (1, *x.shape)[-max(x.ndim, 2) :]
   case = {**given, 'x': jax.ShapeDtypeStruct(shape, x.dtype)}
-  case |= _parameters(args, _kind)
+  case |= {
+    n: jax.ShapeDtypeStruct(_shape(a), a.dtype) for n, a in _given(args).items()
+  }  # nothing is traced for what is not chosen
   is_chosen = implementation is not None or bool(_names(case, spec, None))
   if not is_chosen and residual is None:
     return None
@@ -170,22 +172,19 @@ def _refusal(
   return next((why for why, holds in reasons.items() if holds), None)
 
 
-def _parameters(
-  args: Arguments, reshape: Callable[..., Any] = jnp.reshape
-) -> dict[str, Any]:
-  """Of one axis; of x's rank those of an example, or of a head."""
+def _given(args: Arguments) -> Arrays:
   given = {'scale': args.scale, 'bias': args.bias}
-  return {
-    n: reshape(a, -1) if a.shape[:-1] == (1,) * (a.ndim - 1) else a
-    for n, a in given.items()
-    if a is not None
-  }
+  return {n: a for n, a in given.items() if a is not None}
 
 
-def _kind(a: Array, size: int) -> jax.ShapeDtypeStruct:
-  """What a choice needs to know of a parameter: no operation is traced."""
-  del size
-  return jax.ShapeDtypeStruct(a.shape[-1:], a.dtype)
+def _shape(parameter: Array) -> tuple[int, ...]:
+  """Of one axis; of x's rank those of an example, or of a head."""
+  shape = parameter.shape
+  return shape[-1:] if shape[:-1] == (1,) * (len(shape) - 1) else shape
+
+
+def _parameters(args: Arguments) -> Arrays:
+  return {n: a.reshape(_shape(a)) for n, a in _given(args).items()}
 
 
 def _lies_with(p: Array, x: Array) -> bool:

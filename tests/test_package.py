@@ -83,7 +83,8 @@ LAYERS = (
   ('closures',),
   ('_shards', '_groups', 'platforms'),
   ('forms',),
-  ('_lazy', '_types', '_words'),
+  ('_primitives',),
+  ('_lazy', '_rules', '_types', '_words'),
 )
 DEPTH = {name: depth for depth, row in enumerate(LAYERS) for name in row}
 LONGEST = 450  # lines of a file

@@ -74,12 +74,16 @@ def slope(run: Activation, y: Array) -> Array:
 
 def with_slope(run: Activation, y: Array) -> list[Array]:
   """Both."""
-  return _run_all(lambda y: jax.jvp(run, (y,), (jnp.ones_like(y),)), y)
+  return _run_all(functools.partial(_with_slope, run), y)
+
+
+def _with_slope(run: Activation, y: Array) -> tuple[Array, Array]:
+  found: tuple[Array, Array] = jax.jvp(run, (y,), (jnp.ones_like(y),))
+  return found
 
 
 def _slope(run: Activation, y: Array) -> Array:
-  found: Array = jax.jvp(run, (y,), (jnp.ones_like(y),))[1]
-  return found
+  return _with_slope(run, y)[1]
 
 
 def _run(run: Activation, y: Array) -> Array:

@@ -286,24 +286,9 @@ def _choices(case: Case, chip: Chip, members: int) -> list[Config]:
 
 def _tiles(case: Case, members: int) -> list[Config]:
   """Tiles and warpgroups, the rest to be filled in."""
-  itemsize, vector = jnp.dtype(case.inputs[0]).itemsize, case.vector
-  if case.size <= IN_WARP and members > 1:
-    return []
+  itemsize = jnp.dtype(case.inputs[0]).itemsize
   if case.size <= IN_WARP:
-    width = max(min(_power_of_2(case.size), PIECE), LEAST)
-    rows = 4 * 32 // min(32, width // vector)
-    tiles = -(-case.size // width)
-    # An activation takes registers: as few elements a thread as of float32.
-    least = 4096 // (4 if case.is_activated else itemsize)
-    while tiles == 1 and rows * width < least:
-      rows *= 2
-    # Sets take some registers, and fewer warpgroups have more of them.
-    is_more = tiles > 3 or (tiles > 1 and (case.has_sets or case.is_activated))
-    most = 3 if is_more and case.sums else 4
-    return [
-      Config(rows, width, tiles, groups, False, 0, 0, False)
-      for groups in range(most, 1, -1)
-    ]
+    return _tiles_in_warp(case, itemsize) if members == 1 else []
   if not case.sums:
     # A mask takes registers.
     is_tight = case.is_activated and case.size % PIECE > 0
@@ -327,6 +312,24 @@ def _tiles(case: Case, members: int) -> list[Config]:
     <= THREADS * (most if c.row_width == case.size else masked)
   ]
   return sorted(choices, key=lambda c: c.row_width)[:1]
+
+
+def _tiles_in_warp(case: Case, itemsize: int) -> list[Config]:
+  """The same for rows that a warp takes by itself."""
+  width = max(min(_power_of_2(case.size), PIECE), LEAST)
+  rows = 4 * 32 // min(32, width // case.vector)
+  tiles = -(-case.size // width)
+  # An activation takes registers: as few elements a thread as of float32.
+  least = 4096 // (4 if case.is_activated else itemsize)
+  while tiles == 1 and rows * width < least:
+    rows *= 2
+  # Sets take some registers, and fewer warpgroups have more of them.
+  is_more = tiles > 3 or (tiles > 1 and (case.has_sets or case.is_activated))
+  most = 3 if is_more and case.sums else 4
+  return [
+    Config(rows, width, tiles, groups, False, 0, 0, False)
+    for groups in range(most, 1, -1)
+  ]
 
 
 def _most_sums(case: Case, itemsize: int, members: int) -> tuple[int, int]:

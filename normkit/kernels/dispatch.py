@@ -24,6 +24,7 @@ import jax
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
+from normkit import _primitives
 from normkit._types import Array, Implementation
 
 Function = Callable[..., Any]
@@ -141,15 +142,7 @@ def _flat(run: Function, tree: Any) -> Function:
   return flat
 
 
-def _impl(*arguments: Array, **params: Any) -> list[Array]:
-  """As JAX runs its own primitives: compiled, under `jax.disable_jit` too."""
-  run = jax.jit(lambda *a: choice_p.bind(*a, **params))
-  with jax.disable_jit(False):
-    found: list[Array] = run(*arguments)
-  return found
-
-
-choice_p.def_impl(_impl)
+choice_p.def_impl(_primitives.compiled(choice_p))
 
 
 def _abstract_eval(*_: Any, plain: Any, **__: Any) -> Any:
@@ -298,23 +291,14 @@ def _transpose(cotangents: Any, *arguments: Any, **params: Any) -> Any:
   count = len(arguments) - params['linear']
   given = [ad.instantiate_zeros(c) for c in cotangents]
   found = params['transpose'](*arguments[:count], *given)
-  unknown = map(ad.is_undefined_primal, arguments[count:])
-  return [None] * count + [
-    c if u else None for c, u in zip(found, unknown, strict=True)
-  ]
+  return _primitives.transposed(arguments, found)
 
 
 def _batch(arguments: Any, axes: Any, **params: Any) -> Any:
   """Each form under `vmap`; whatever is linear gets the new axis."""
   count = len(arguments) - params['linear']
-  residuals, linear = arguments[:count], arguments[count:]
-  size = next(
-    a.shape[d] for a, d in zip(arguments, axes, strict=True) if d is not None
-  )
-  linear = [
-    batching.bdim_at_front(a, d, size)
-    for a, d in zip(linear, axes[count:], strict=True)
-  ]
+  residuals = arguments[:count]
+  linear = _primitives.batched(arguments, axes, count)
   fixed = tuple(axes[:count])
   plain, transpose = core.jaxpr_as_fun(params['plain']), params['transpose']
   results = len(params['plain'].out_avals)
@@ -329,7 +313,7 @@ def _batch(arguments: Any, axes: Any, **params: Any) -> Any:
     {n: _on_lists(batched(k, len(linear))) for n, k in params['kernels']},
     transpose and _on_lists(batched(transpose, results)),
     (list(residuals),),
-    (list(linear),),
+    (linear,),
     params['required'],
     params['chips'],
   )

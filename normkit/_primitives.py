@@ -1,0 +1,42 @@
+"""What the primitives of JAX have in common that are made here.
+
+Their last arguments are what they are linear in.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.interpreters import ad, batching
+
+from normkit._types import Array
+
+
+def compiled(primitive: Any) -> Callable[..., list[Array]]:
+  """Runs it as JAX its own: compiled, under `jax.disable_jit` too."""
+
+  def run(*arguments: Array, **params: Any) -> list[Array]:
+    jitted = jax.jit(lambda *a: primitive.bind(*a, **params))
+    with jax.disable_jit(False):
+      found: list[Array] = jitted(*arguments)
+    return found
+
+  return run
+
+
+def transposed(arguments: Sequence[Any], found: Sequence[Any]) -> list[Any]:
+  """What a rule of transposition returns, of cotangents for the last ones."""
+  count = len(arguments) - len(found)
+  unknown = map(ad.is_undefined_primal, arguments[count:])
+  return [None] * count + [
+    c if u else None for c, u in zip(found, unknown, strict=True)
+  ]
+
+
+def batched(
+  arguments: Sequence[Any], axes: Sequence[Any], count: int
+) -> list[Any]:
+  """The arguments from `count` on, the axis of `vmap` at the front of each."""
+  pairs = list(zip(arguments, axes, strict=True))
+  size = next(a.shape[d] for a, d in pairs if d is not None)
+  return [batching.bdim_at_front(a, d, size) for a, d in pairs[count:]]
