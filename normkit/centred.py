@@ -58,9 +58,10 @@ class Sets(NamedTuple):
     shape.insert(self.channel, self.groups)
     return total.reshape(shape).sum(self.channel + 1)
 
-  def mean(self, values: Array, count: Array) -> Array:
-    """The mean of each set; zero for one without elements."""
-    return self.sum(values) / jnp.maximum(count, 1)
+  def means(self, count: Array, *values: Array) -> list[Array]:
+    """The mean of each set, of each; zero for one without elements."""
+    size = jnp.maximum(count, 1)
+    return [self.sum(v) / size for v in values]
 
   def spread(self, values: Array, x: Array) -> Array:
     """Gives what belongs to a set to each of its channels in x."""
@@ -73,8 +74,9 @@ def spread(values: Array, channel: int, num_channels: int) -> Array:
   """Gives each channel the value of its group."""
   shape = list(values.shape)
   shape.insert(channel + 1, num_channels // values.shape[channel])
-  spread = jnp.broadcast_to(lax.expand_dims(values, [channel + 1]), shape)
-  return lax.collapse(spread, channel, channel + 2)
+  axes = [a for a in range(len(shape)) if a != channel + 1]
+  repeated = lax.broadcast_in_dim(values, shape, axes)
+  return lax.collapse(repeated, channel, channel + 2)
 
 
 def of_channels(stats: Centred, channel: int, num_channels: int) -> Centred:
@@ -144,7 +146,12 @@ class Form(NamedTuple):
   platform: str | None
 
 
-@functools.partial(jax.jit, static_argnums=(1, 3, 4, 5))
+# Into what is being traced, or it is differentiated and transposed as a function
+# of its own; newer JAX means by True: when it is lowered.
+INLINE: Any = jax.Inline.JAX_EARLY if hasattr(jax, 'Inline') else True
+
+
+@functools.partial(jax.jit, static_argnums=(1, 3, 4, 5), inline=INLINE)
 def _centred(
   x: Array,
   sets: Sets,
@@ -171,7 +178,7 @@ def _mean_square(
   sets: Sets,
   dtype: DType,
 ) -> Array:
-  return sets.mean(square(_valid(x.astype(dtype), where)), count)
+  return sets.means(count, square(_valid(x.astype(dtype), where)))[0]
 
 
 @_mean_square.defjvp
@@ -181,7 +188,7 @@ def _mean_square_jvp(
   x, where, count = primals
   var = named(_mean_square(x, where, count, sets, dtype))
   d, dx = (_valid(a.astype(dtype), where) for a in (x, tangents[0]))
-  return var, 2 * sets.mean((d.conj() * dx).real, count)
+  return var, 2 * sets.means(count, (d.conj() * dx).real)[0]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
@@ -220,9 +227,8 @@ def about(
 ) -> tuple[Array, Array, Array]:
   """Pivot, offset and variance, about a pivot that is given."""
   d = _valid(x.astype(pivot.dtype) - sets.spread(pivot, x), where)
-  offset = sets.mean(d, count)
-  var = sets.mean(square(d), count) - square(offset)
-  return pivot, offset, jnp.maximum(var, 0)
+  offset, second = sets.means(count, d, square(d))
+  return pivot, offset, jnp.maximum(second - square(offset), 0)
 
 
 def _pivot(
@@ -293,8 +299,8 @@ def changes(
   dx = _valid(dx.astype(dtype), where)
   pivot, offset = (sets.spread(s, x) for s in (stats.pivot, stats.offset))
   d = _valid((x.astype(dtype) - pivot) - offset, where)
-  dvar = 2 * sets.mean((d.conj() * dx).real, stats.count)
-  return sets.mean(dx, stats.count), dvar
+  doffset, dsecond = sets.means(stats.count, dx, (d.conj() * dx).real)
+  return doffset, 2 * dsecond
 
 
 def _mean_of_sample(x: Array, count: Array, sets: Sets, dtype: DType) -> Array:
@@ -302,7 +308,7 @@ def _mean_of_sample(x: Array, count: Array, sets: Sets, dtype: DType) -> Array:
   del count
   sample = _sample(x, sets.axes).astype(dtype)
   size = counts(sample, sets, None, _types.real_dtype(dtype))
-  return fixed(sets.mean(sample, size))
+  return fixed(sets.means(size, sample)[0])
 
 
 def _own_mean(
@@ -313,7 +319,7 @@ def _own_mean(
   where: Array | None = None,
 ) -> Array:
   """The mean, whose rounding error the offset holds."""
-  return fixed(sets.mean(_valid(x.astype(dtype), where), count))
+  return fixed(sets.means(count, _valid(x.astype(dtype), where))[0])
 
 
 def _zero(x: Array, count: Array, sets: Sets, dtype: DType) -> Array:
