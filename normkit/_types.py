@@ -6,6 +6,7 @@ argument, what was given, what is accepted and how to mend it.
 
 from collections.abc import Iterable, Sequence
 import functools
+import inspect
 import math
 import operator
 import sys
@@ -125,7 +126,7 @@ def ruled(function: Any, *args: Any, **options: Any) -> Any:
   if jet := sys.modules.get('jax.experimental.jet'):
     leaves = jax.tree.leaves((args, options))
     if any(isinstance(leaf, jet.JetTracer) for leaf in leaves):
-      function = function.__wrapped__
+      function = inspect.unwrap(function)
   return function(*args, **options)
 
 

@@ -146,8 +146,8 @@ class Form(NamedTuple):
   platform: str | None
 
 
-# Into what is being traced, or it is differentiated and transposed as a function
-# of its own; newer JAX means by True: when it is lowered.
+# Into what is being traced, or it is differentiated and transposed as a
+# function of its own; newer JAX means by True: when it is lowered.
 INLINE: Any = jax.Inline.JAX_EARLY if hasattr(jax, 'Inline') else True
 
 

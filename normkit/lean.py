@@ -11,11 +11,12 @@ import functools
 from typing import Any
 
 import jax
+from jax.extend import core
 import jax.numpy as jnp
 
 from normkit import _rules
 from normkit._types import Array, DType, is_known, ruled
-from normkit.centred import STATISTICS
+from normkit.centred import INLINE, STATISTICS
 from normkit.closures import traced_once
 
 COLLECTIVES = (
@@ -54,19 +55,21 @@ def _lean(run: Callable[..., Any], dtype: DType, x: Array, *given: Any) -> Any:
   size = x.size  # x itself, held by a rule, would be a leaked tracer
   leaves, tree = jax.tree.flatten((x, given))
 
+  @functools.partial(jax.jit, inline=INLINE)
   def whole(*leaves: Array) -> Any:
     x, given = jax.tree.unflatten(tree, leaves)
     return run(x.astype(dtype), *given)
 
   def derive(primals: Any, tangents: Any) -> Any:
     moved = _rules.moved(tangents)
-
-    def along(primals: Any, given: Any) -> Any:
-      return _rules.along(whole, primals, moved, given)
-
     if not moved:
       results = evaluate(*primals)
       return results, jax.tree.map(jnp.zeros_like, results)
+    again = functools.partial(_run, whole.trace(*primals))
+
+    def along(primals: Any, given: Any) -> Any:
+      return _rules.along(again, primals, moved, given)
+
     kept = functools.partial(is_kept, size)
     along = jax.checkpoint(along, prevent_cse=False, policy=kept)
     return along(primals, [tangents[i] for i in moved])
@@ -74,6 +77,12 @@ def _lean(run: Callable[..., Any], dtype: DType, x: Array, *given: Any) -> Any:
   evaluate = jax.custom_jvp(whole)
   evaluate.defjvp(derive, symbolic_zeros=True)
   return ruled(evaluate, *leaves)
+
+
+def _run(traced: Any, *leaves: Array) -> Any:
+  """Runs what `jax.jit` has traced: half the work of tracing it again."""
+  results = core.jaxpr_as_fun(traced.jaxpr)(*leaves)
+  return jax.tree.unflatten(jax.tree.structure(traced.out_info), results)
 
 
 def is_kept(size: int, primitive: Any, *avals: Any, **params: Any) -> bool:
