@@ -429,8 +429,6 @@ EXTRAS = {
   'gelu': ({'activation': 'gelu'}, 0, 0),
   'residual': ({'residual': True}, 2, 1),
 }
-# Where eight members leave no room for as much as should be on its way.
-SHORT = [('b200', 'backward', 65_536, 'float32', 'residual')]
 FIRST = [
   ('h200', 'backward', 768, 'float32', 'nothing'),
   ('h200', 'forward', 1000, 'bfloat16', 'nothing'),
@@ -496,8 +494,7 @@ def test_compiled(target, kind, size, dtype, extra):
   if size * jnp.dtype(dtype).itemsize % 16 == 0:
     assert found.moved <= LIMITS[kind] + added[kind == 'backward']
   assert_wide(found.code)
-  is_short = found.under_way < configs.CHIPS[CHIPS[target]].under_way
-  assert is_short == ((target, kind, size, dtype, extra) in SHORT)
+  assert found.under_way >= configs.CHIPS[CHIPS[target]].under_way
 
 
 LIMITS_OF_GROUPS = {

@@ -201,6 +201,7 @@ class Groups:
 MEASURED: dict[tuple[int, Case | Groups], Config] = {}
 OUTPUT_TILES = 2  # of each output, written in turn
 SLACK = 3 * 1024  # barriers, sums of warps, and what alignment loses
+SPARE = 2 * 1024  # of these, for a ring where it decides
 
 
 def config(case: Case, capability: int = 9) -> Config | None:
@@ -208,9 +209,14 @@ def config(case: Case, capability: int = 9) -> Config | None:
 
   The first choice whose ring has room for three rows and for the bytes that
   are to be under way; or for these; or else the one with most of them. And the
-  fewest programs to a row for which there is one of the first two.
+  fewest programs to a row for which there is one of the first two; if there is
+  none, memory is shared out to the last KiB.
   """
-  return _config(case, capability, _choices)
+  chip = CHIPS[capability]
+  found = _config(case, capability, _choices)
+  if found is None or under_way(case, found, found.resident) >= chip.under_way:
+    return found
+  return _config(case, capability, _choices, SPARE)
 
 
 def groups_of(
@@ -239,11 +245,15 @@ def groups(case: Groups, capability: int = 9) -> Config | None:
 
 
 def _config(
-  case: Any, capability: int, choices: Callable[..., list[Config]]
+  case: Any,
+  capability: int,
+  choices: Callable[..., list[Config]],
+  spare: int = 0,
 ) -> Config | None:
   if (measured := MEASURED.get((capability, case))) is not None:
     return measured
   chip, best, most = CHIPS[capability], None, -1
+  chip = chip._replace(shared=chip.shared + spare)
   for members in MEMBERS:
     found = _best(case, choices(case, chip, members), chip)
     ahead = -1 if found is None else under_way(case, found, found.resident)
