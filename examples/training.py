@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from flax import linen as nn
 import jax
+from jax.extend import core
+from jax.interpreters.partial_eval import dce_jaxpr
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -114,8 +116,12 @@ def initial(model: nn.Module, key: jax.Array, *inputs: Any) -> Any:
   Of the network nothing is run; a program draws the weights of a shape, in
   whatever network, so that there is little to compile.
   """
-  shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs)
-  return model.lazy_init(key, *shapes, train=False)
+  init = functools.partial(model.init, train=False)
+  traced, shapes = jax.make_jaxpr(init, return_shape=True)(key, *inputs)
+  leaves, tree = jax.tree.flatten(shapes)
+  draws, (is_random, *_) = dce_jaxpr(traced.jaxpr, [True] * len(leaves))
+  draw = core.jaxpr_as_fun(core.ClosedJaxpr(draws, traced.consts))
+  return tree.unflatten(draw(*[key] * is_random))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -1,7 +1,9 @@
 """The examples in a small setting: their files, messages and numbers."""
 
+import contextlib
 import csv
 import gzip
+import io
 import os
 import pathlib
 import re
@@ -17,6 +19,8 @@ import pytest
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / 'examples'
 STEPS = 20
+LAYERS = (16, True), (32, True)
+SHORT = f'--steps={STEPS}', '--seeds=1', '--lr=0.03'
 
 
 @pytest.fixture(scope='module')
@@ -26,7 +30,11 @@ def data(example):
 
 @pytest.fixture(scope='module')
 def train_cnn(example):
-  return example('train_cnn')
+  """The script, whose network has here two convolutions."""
+  module = example('train_cnn')
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(module, 'LAYERS', LAYERS)
+    yield module
 
 
 # Files in the formats of MNIST and CIFAR-10.
@@ -231,8 +239,8 @@ def test_a_directory_that_is_not_there(data, tmp_path):
 # The scripts.
 
 
-def run_script(name, *flags):
-  """Runs a script in a process of its own; returns what it printed."""
+def run_alone(*command):
+  """Runs Python in a process of its own; returns what it printed."""
   # Compiled as quickly as here, and shared.
   env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
   env |= {
@@ -244,7 +252,7 @@ def run_script(name, *flags):
     'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
   }
   done = subprocess.run(
-    [sys.executable, EXAMPLES / f'{name}.py', *flags],
+    [sys.executable, *command],
     env=env,
     capture_output=True,
     text=True,
@@ -254,10 +262,24 @@ def run_script(name, *flags):
   return done.stdout
 
 
-def run(out, *flags):
+def run(train_cnn, out, *flags):
   """Runs train_cnn.py for a few steps; returns what it printed."""
-  flags = [*flags, f'--steps={STEPS}', '--seeds=1', f'--out={out}']
-  return run_script('train_cnn', *flags)
+  printed = io.StringIO()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv('COLUMNS', '200')
+    with contextlib.redirect_stdout(printed):
+      cells.run(train_cnn, f'--out={out}', *SHORT, *flags)
+  return printed.getvalue()
+
+
+# As above, where there is one device until the script asks for more.
+ALONE = f"""
+import sys
+sys.path[:0] = {str(EXAMPLES)!r}, {str(EXAMPLES.parent / 'tests')!r}
+import cells, train_cnn
+train_cnn.LAYERS = {LAYERS}
+cells.run(train_cnn, *sys.argv[1:])
+"""
 
 
 def losses(out):
@@ -283,10 +305,11 @@ def norms(request):
 
 
 @pytest.fixture(scope='module')
-def everything(norms, tmp_path_factory):
+def everything(train_cnn, norms, tmp_path_factory):
   """What the script prints and writes."""
   out = tmp_path_factory.mktemp('everything')
-  return run(out, *(['--norm=batch'] if len(norms) == 1 else [])), out
+  flags = ['--norm=batch'] if len(norms) == 1 else []
+  return run(train_cnn, out, *flags), out
 
 
 def test_norms_are_compared(everything, norms):
@@ -327,21 +350,22 @@ def test_checkpoint_predicts_as_the_table_says(train_cnn, data, everything):
 
 @pytest.mark.second_tier
 def test_two_devices_give_the_losses_of_one(everything, tmp_path):
+  """Two that are made before JAX starts, in a process of their own."""
   _, out = everything
-  run(tmp_path, '--norm=batch', '--devices=2')
+  flags = '--norm=batch', '--devices=2', f'--out={tmp_path}'
+  run_alone('-c', ALONE, *SHORT, *flags)
   np.testing.assert_allclose(
     losses(tmp_path)['batch'], losses(out)['batch'], rtol=1e-5
   )
 
 
 @pytest.mark.second_tier
-def test_mnist_trains(tmp_path):
+def test_mnist_trains(train_cnn, tmp_path):
   folder = tmp_path / 'mnist'
   folder.mkdir()
   write(folder, {f'{name}.gz': content for name, content in mnist().items()})
-  printed = run(
-    tmp_path / 'out', f'--data={folder}', '--norm=group', '--batch-size=9'
-  )
+  flags = f'--data={folder}', '--norm=group', '--batch-size=9'
+  printed = run(train_cnn, tmp_path / 'out', *flags)
   assert '36 train, 4 validation, 12 test images' in printed
   assert list(accuracies(printed)) == ['group']
   assert len(losses(tmp_path / 'out')['group']) == STEPS
@@ -422,7 +446,7 @@ def test_few_or_small_images_are_refused(train_cnn, tmp_path, capsys):
 @pytest.mark.second_tier
 def test_pooling(tmp_path):
   """How many means each form uses, and whose mean is off under a mask."""
-  printed = run_script('pooling', '--out', tmp_path)
+  printed = run_alone(EXAMPLES / 'pooling.py', '--out', tmp_path)
   counts = re.findall(r'^(.*): (\d+) means$', printed, re.MULTILINE)
   alone = {
     'pmap, groups of four': 2,
