@@ -207,12 +207,12 @@ def train(
   return jax.vmap(one)(variables, batches, rates)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def initialize(model: nn.Module, seeds: int, *inputs: Any) -> Any:
   """The variables of each seed, (seeds, ...)."""
   # Of JAX's generators this one compiles fastest.
   keys = jax.random.split(jax.random.key(0, impl='rbg'), seeds)
-  init = functools.partial(training.initial, model)
-  return jax.jit(jax.vmap(lambda key: init(key, *inputs)))(keys)
+  return jax.vmap(lambda key: training.initial(model, key, *inputs))(keys)
 
 
 # %% [markdown]
@@ -462,14 +462,14 @@ def first_gradients(
 def temporaries(model: Transformer, text: np.ndarray) -> float:
   """What a gradient of one batch holds beside its results, in MiB."""
   x = windows(text, np.arange(BATCH))
-  variables = initialize(model, 1, x[:1, :-1])
+  init = functools.partial(model.init, train=False)
+  params = jax.eval_shape(init, jax.random.key(0), x[:1, :-1])['params']
 
   def loss(params):
     logits = model.apply({'params': params}, x[:, :-1], train=False)
     return training.mean_loss(logits, x[:, 1:])
 
-  one = jax.tree.map(lambda a: a[0], variables['params'])
-  program = jax.jit(jax.grad(loss)).lower(one).compile()
+  program = jax.jit(jax.grad(loss)).lower(params).compile()
   return program.memory_analysis().temp_size_in_bytes / 2**20
 
 

@@ -81,14 +81,21 @@ def start(
   keys = jax.vmap(jax.random.key)(jnp.arange(seeds))
   variables = jax.vmap(lambda key: training.initial(model, key, images))(keys)
 
+  each = Setting(*(jnp.array(field) for field in zip(*settings, strict=True)))
+  return begin(each, variables)
+
+
+@jax.jit
+def begin(settings: Setting, variables: Any) -> training.State:
+  """The states of settings, (settings,), and variables, (seeds, ...)."""
+
   def one(setting: Setting, variables: Any) -> training.State:
     params = scale_weights(variables['params'], setting.scale)
     stats = variables.get('batch_stats', {})
     state = training.State(params, stats, OPTIMIZER.init(params))
     return with_rate(state, setting.rate)
 
-  each = Setting(*(jnp.array(field) for field in zip(*settings, strict=True)))
-  return jax.jit(jax.vmap(jax.vmap(one, (None, 0)), (0, None)))(each, variables)
+  return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(settings, variables)
 
 
 def with_rate(state: training.State, rate: float | jax.Array) -> training.State:

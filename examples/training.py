@@ -116,12 +116,21 @@ def initial(model: nn.Module, key: jax.Array, *inputs: Any) -> Any:
   Of the network nothing is run; a program draws the weights of a shape, in
   whatever network, so that there is little to compile.
   """
+  like = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (key, *inputs))
+  draw, tree = traced_draws(model, *like)
+  return tree.unflatten(draw(key))
+
+
+@functools.cache
+def traced_draws(model: nn.Module, *like: jax.ShapeDtypeStruct) -> Any:
+  """A function from a key to the initial variables' leaves, and their tree."""
   init = functools.partial(model.init, train=False)
-  traced, shapes = jax.make_jaxpr(init, return_shape=True)(key, *inputs)
+  traced, shapes = jax.make_jaxpr(init, return_shape=True)(*like)
   leaves, tree = jax.tree.flatten(shapes)
-  draws, (is_random, *_) = dce_jaxpr(traced.jaxpr, [True] * len(leaves))
-  draw = core.jaxpr_as_fun(core.ClosedJaxpr(draws, traced.consts))
-  return tree.unflatten(draw(*[key] * is_random))
+  draws, _ = dce_jaxpr(
+    traced.jaxpr, [True] * len(leaves), [True] + [False] * (len(like) - 1)
+  )
+  return core.jaxpr_as_fun(core.ClosedJaxpr(draws, traced.consts)), tree
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
