@@ -18,6 +18,7 @@ from flax import linen as nn, nnx
 import jax
 from jax import export
 from jax.experimental import jet
+from jax.extend.core import jaxpr_as_fun
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
@@ -91,7 +92,8 @@ def of_linen(name: str, shape: tuple[int, ...], **options: Any) -> Use:
   call = {'use_running_average': True} if has_state else {}
 
   def make():
-    return jax.jit(lambda x: module.init(KEY, x, **call))(np.zeros(shape))
+    init = jax.jit(lambda key, x: module.init(key, x, **call))
+    return init(KEY, np.zeros(shape))
 
   return Use(f'linen.{name}', shape, make, run)
 
@@ -179,6 +181,18 @@ def assert_near(actual, expected):
     np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
 
 
+def assert_same(one, other, *calls):
+  """Two functions near each other, at each of the arguments.
+
+  In one program, in which what both have alike is compiled once.
+  """
+
+  def both(calls):
+    return [[function(*args) for args in calls] for function in (one, other)]
+
+  assert_near(*jax.jit(both)(calls))
+
+
 # Exported, with sizes that are symbols.
 
 
@@ -194,10 +208,9 @@ def check_symbol(use, train, masked):
     return gradients(use, variables, x, train, where if masked else None)
 
   exported = export.export(jax.jit(run))(specs(use.variables), x, where)
-  for size in sizes:
-    shape = size * multiple, *use.shape[1:]
-    given = use.variables, draw(shape), draw_mask(shape)
-    assert_near(exported.call(*given), jax.jit(run)(*given))
+  shapes = [(size * multiple, *use.shape[1:]) for size in sizes]
+  given = [(use.variables, draw(shape), draw_mask(shape)) for shape in shapes]
+  assert_same(exported.call, run, *given)
 
 
 @rows(first=[ROWS], second=(*TRANSFORMS, *MODULES[::3]))
@@ -249,9 +262,9 @@ def test_all_sizes_may_be_symbols(transform, symbols):
     ]
 
   exported = export.export(jax.jit(run))(x, where)
-  for shape in ((2, 1, 4), (4, 9, 40)):
-    given = draw(shape), draw_mask(shape)
-    assert_near(exported.call(*given), jax.jit(run)(*given))
+  shapes = (2, 1, 4), (4, 9, 40)
+  given = [(draw(shape), draw_mask(shape)) for shape in shapes]
+  assert_same(exported.call, run, *given)
 
 
 def test_moments_take_symbols():
@@ -263,7 +276,7 @@ def test_moments_take_symbols():
 
   saved = export.export(jax.jit(run))(x, where).serialize()
   given = draw((70, 3)), draw_mask((70, 3))
-  assert_near(export.deserialize(saved).call(*given), jax.jit(run)(*given))
+  assert_same(export.deserialize(saved).call, run, given)
 
 
 def test_a_count_of_symbols_does_not_overflow():
@@ -327,7 +340,7 @@ def test_gradients_exported_for_gpus_are_saved(use, platforms, monkeypatch):
   assert 'triton' not in exported.mlir_module()
   saved = export.deserialize(exported.serialize())
   if 'cpu' in platforms:
-    assert_near(saved.call(*given), jax.jit(run)(*given))
+    assert_same(saved.call, run, given)
 
 
 def groups_of(use):
@@ -345,10 +358,17 @@ def test_programs_are_saved_with_their_gradients(use):
   platforms = 'cpu', 'cuda'
   exported = export.export(jax.jit(run), platforms=platforms)(*specs(given))
   saved = export.deserialize(exported.serialize(vjp_order=1))
-  y, pull = jax.vjp(run, *given)
-  assert_near(saved.call(*given), y)
-  dx = saved.vjp().call(*jax.tree.leaves((given, y)))[-1]  # in one list
-  assert_near(dx, pull(y)[1])
+
+  def found(*given):
+    y = saved.call(*given)
+    dx = saved.vjp().call(*jax.tree.leaves((given, y)))[-1]  # in one list
+    return y, dx
+
+  def expected(*given):
+    y, pull = jax.vjp(run, *given)
+    return y, pull(y)[1]
+
+  assert_same(found, expected, given)
 
 
 def test_a_kernel_that_is_named_is_exported():
@@ -376,22 +396,21 @@ class Patches(nn.Module):
 def test_gradients_of_a_model_are_exported():
   """In training, for any batch, for CPUs and GPUs, saved."""
   model, x = Patches(), draw((2, 8, 8, 3))
-  variables = model.init(KEY, x, train=False)
+  variables = jax.jit(lambda k, x: model.init(k, x, train=False))(KEY, x)
 
   def loss(params, x):
     given = {**variables, 'params': params}
     y, updates = model.apply(given, x, train=True, mutable=['batch_stats'])
     return jnp.sum(jnp.sin(y)), updates
 
-  gradient = jax.jit(jax.grad(loss, has_aux=True))
+  gradient = jax.grad(loss, has_aux=True)
   shape = jax.ShapeDtypeStruct(export.symbolic_shape('b, 8, 8, 3'), x.dtype)
-  exported = export.export(gradient, platforms=['cpu', 'cuda'])(
+  exported = export.export(jax.jit(gradient), platforms=['cpu', 'cuda'])(
     specs(variables['params']), shape
   )
   saved = export.deserialize(exported.serialize())
-  for size in (1, 5):
-    given = variables['params'], draw((size, 8, 8, 3))
-    assert_near(saved.call(*given), gradient(*given))
+  given = [(variables['params'], draw((size, 8, 8, 3))) for size in (1, 5)]
+  assert_same(saved.call, gradient, *given)
 
 
 @rows(second=TRANSFORMS)
@@ -405,12 +424,23 @@ def test_parameters_and_states_are_saved(use):
 # Run without `jit`, under checks, with other promotion.
 
 
+def steps(use, variables, x):
+  """What two steps give, the second with the variables of the first."""
+  first = gradients(use, variables, x)
+  return first, gradients(use, first[1][1], x)
+
+
+@functools.cache
+def expected_steps(use):
+  run = jax.jit(functools.partial(steps, use))
+  return run(use.variables, draw(use.shape))
+
+
 @rows(first=MODULE)
 def test_without_jit(use):
-  given = use.variables, draw(use.shape)
-  expected = jax.jit(lambda v, x: gradients(use, v, x))(*given)
   with jax.disable_jit():
-    assert_near(gradients(use, *given), expected)
+    found = gradients(use, use.variables, draw(use.shape))
+  assert_near(found, expected_steps(use)[0])
 
 
 CHECKS = (
@@ -421,9 +451,9 @@ CHECKS = (
 )
 
 
-@rows(first=MODULE)
-def test_under_checks(use):
-  """All of them at once, for one compilation.
+@functools.cache
+def checked(use):
+  """The gradients under all checks at once, for one compilation.
 
   To look for leaks, JAX collects garbage at each trace: not that of before.
   """
@@ -433,20 +463,27 @@ def test_under_checks(use):
     for check in CHECKS:
       stack.enter_context(check())
     run = jax.jit(lambda v, x, w: gradients(use, v, x, where=w))
-    run(use.variables, draw(use.shape), draw_mask(use.shape))
+    return run(use.variables, draw(use.shape), draw_mask(use.shape))
+
+
+@rows(first=MODULE)
+def test_under_checks(use):
+  checked(use)
+
+
+def twice(tree):
+  return jax.tree.map(lambda a: np.stack([a, a]), tree)
 
 
 @rows(first=MODULE)
 def test_arrays_of_numpy_mapped_inside_of_jit(use):
-  x, where = (np.stack([draw(use.shape, seed=i)] * 2) for i in range(2))
-  where = where > 0
-  variables = jax.tree.map(lambda a: np.stack([a, a]), use.variables)
+  given = twice((use.variables, draw(use.shape), draw_mask(use.shape)))
 
   def run(v, x, w):
     return gradients(use, v, x, where=w)
 
-  found = jax.jit(lambda: jax.vmap(run)(variables, x, where))()
-  assert_near(found, jax.jit(jax.vmap(run))(variables, x, where))
+  found = jax.jit(lambda: jax.vmap(run)(*given))()
+  assert_near(found, twice(checked(use)))
 
 
 @rows()
@@ -469,13 +506,16 @@ def test_jet(use):
   def apply(x):
     return use.run(use.variables, x, True)[0]
 
-  def line(t):
-    return apply(x + t * v)
+  @jax.jit
+  def both(x, v, t):
+    def slope(t):
+      return jax.jvp(lambda t: apply(x + t * v), (t,), (1.0,))
 
-  terms = jax.jit(lambda x: jet.jet(apply, (x,), ((v, jnp.zeros_like(v)),)))(x)
-  slope = jax.jit(lambda t: jax.jvp(line, (t,), (1.0,))[1])
-  bend = jax.jvp(slope, (0.0,), (1.0,))[1]
-  desired = jax.jit(line)(0.0), [slope(0.0), bend]
+    terms = jet.jet(apply, (x,), ((v, jnp.zeros_like(v)),))
+    (y, first), (_, second) = jax.jvp(slope, (t,), (1.0,))
+    return terms, (y, [first, second])
+
+  terms, desired = both(x, v, 0.0)
   chex.assert_trees_all_close(terms, desired, atol=1e-4, rtol=1e-4)
 
 
@@ -513,17 +553,11 @@ def test_meshes(use, kind):
   """With variables from outside of the mesh, and a second step."""
   grid = jax.make_mesh((2,), ('d',), axis_types=(kind,))
   x = draw(use.shape)
-
-  def steps(variables, x):
-    for _ in range(2):
-      found, (y, variables) = gradients(use, variables, x)
-    return found, y, variables
-
   axis = next(i for i, size in enumerate(x.shape) if size % 2 == 0)
   spec = P(*(None,) * axis, 'd')
   placed = jax.device_put(x, NamedSharding(grid, spec))
-  found = jax.jit(steps)(use.variables, placed)
-  assert_near(found, jax.jit(steps)(use.variables, x))
+  found = jax.jit(functools.partial(steps, use))(use.variables, placed)
+  assert_near(found, expected_steps(use))
 
 
 @pytest.mark.parametrize('dtype', ['float32', second_tier('bfloat16')])
@@ -535,12 +569,14 @@ def test_for_one_platform(use, dtype):
   def run(variables, x):
     return gradients(use, variables, x)
 
-  expected = jax.jit(lambda *a: run(*a))(use.variables, x)
   with nk.for_platform('cpu'):
     program = jax.make_jaxpr(run)(use.variables, x)
-    found = jax.jit(run)(use.variables, x)
   assert 'normkit_form' not in str(program)
-  assert_near(found, expected)
+
+  def found(*given):
+    return jaxpr_as_fun(program)(*jax.tree.leaves(given))
+
+  assert_same(found, run, (use.variables, x))
 
 
 def test_platforms_choose_their_forms():
@@ -607,13 +643,19 @@ def test_options_may_be_arrays(use):
       outputs = outputs[:2]
     return sum(jnp.sum(a) for a in jax.tree.leaves(outputs))
 
-  arrays = jax.tree.map(jnp.asarray, numbers)
-  assert_near(jax.jit(run)(arrays), jax.jit(lambda: run(numbers))())
-  slopes, value = jax.jit(jax.grad(total))(arrays), jax.jit(total)
+  @jax.jit
+  def all_of_it(options):
+    return (run(options), run(numbers)), jax.value_and_grad(total)(options)
+
+  def value(options):
+    return float(all_of_it(jax.tree.map(jnp.asarray, options))[1][0])
+
+  both, (_, slopes) = all_of_it(jax.tree.map(jnp.asarray, numbers))
+  assert_near(*both)
   for name in numbers:
     step = {**numbers, name: numbers[name] + 1e-2}
     back = {**numbers, name: numbers[name] - 1e-2}
-    expected = (float(value(step)) - float(value(back))) / 2e-2
+    expected = (value(step) - value(back)) / 2e-2
     np.testing.assert_allclose(slopes[name], expected, rtol=2e-2, atol=2e-2)
 
 
