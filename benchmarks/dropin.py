@@ -9,13 +9,14 @@ is left unexplained.
 
 import argparse
 from collections.abc import Callable
-import concurrent.futures
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 import warnings
 
 from flax import linen as nn, nnx
 import jax
+from jax.extend.core import jaxpr_as_fun
 import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
@@ -50,6 +51,7 @@ ACCIDENTS = (
   AssertionError,
 )
 Outcome = dict[str, Any] | Exception
+Traced = jax.stages.Traced | Exception
 
 
 class Family(NamedTuple):
@@ -140,19 +142,26 @@ def compare(case: Case, ours: Any = None) -> Verdict:
   both = family.peer, ours or family.ours
   verdict = Verdict(set(), [])
   with jax.enable_x64(case.wide), jax.numpy_rank_promotion('allow'):
-    functions = [initialiser(family, case, layers) for layers in both]
-    found = run_both(case, functions, case.x)
-    variables = start(case, found)
-    judge(case, 'initialise', found, verdict, variables)
-    if variables is None:
+    first = [initialiser(family, case, layers) for layers in both]
+    uses = {'initialise': trace_both(case, first, case.x)}
+    template = jax.eval_shape(
+      functools.partial(start, case),
+      [u.out_info for u in uses['initialise'] if not isinstance(u, Exception)],
+    )
+    if template is None:
+      judge(case, 'initialise', uses['initialise'], verdict, None)
       return verdict
-    given = checkpoint(case, variables)
-    arguments = given['params'], case.x, given['batch_stats'], case.dy
+    given = checkpoint(case, template)
+    arguments = case.x, given['params'], given['batch_stats'], case.dy
     for stage in ('train', 'evaluate')[: 1 + (case.norm == 'BatchNorm')]:
       train = stage == 'train'
       functions = [user(family, case, layers, train) for layers in both]
-      found = run_both(case, functions, *arguments)
-      judge(case, stage, found, verdict, given)
+      uses[stage] = trace_both(case, functions, *arguments)
+    found = run_all(uses, *arguments)
+    first = start(case, found['initialise'])
+    for stage, outcomes in found.items():
+      variables = first if stage == 'initialise' else given
+      judge(case, stage, outcomes, verdict, variables)
   return verdict
 
 
@@ -183,7 +192,7 @@ def user(
       lambda x, mask: family.apply(layers, case, train, variables, x, mask),
     )(x)
 
-  def use(params, x, stats, dy):
+  def use(x, params, stats, dy):
     inputs = (params, x)[: 1 + jnp.issubdtype(x.dtype, jnp.inexact)]
     y, pull, new = jax.vjp(
       lambda params, x=x: forward(params, x, stats), *inputs, has_aux=True
@@ -208,44 +217,57 @@ def like(dy: Any, y: Any) -> Any:
   return (dy if jnp.iscomplexobj(y) else dy.real).astype(y.dtype)
 
 
-def run_both(
+def trace_both(
   case: Case, functions: list[Callable[..., Any]], *arguments: Any
-) -> list[Outcome]:
-  """What Flax's and normkit's return, or the errors that tracing them raises.
+) -> list[Traced]:
+  """Flax's and normkit's use, traced, or the errors that this raises.
 
   normkit's warnings count as errors; not those by which nnx, too, says that it
   keeps the real part of a complex number.
   """
   actions = 'ignore', 'ignore' if expected.narrows(case) else 'error'
-  traced = [
+  return [
     trace(function, action, *arguments)
     for function, action in zip(functions, actions, strict=True)
   ]
-  with concurrent.futures.ThreadPoolExecutor() as pool:
-    programs = list(pool.map(compiled, traced))
-  return [
-    p if isinstance(p, Exception) else jax.tree.map(np.asarray, p(*arguments))
-    for p in programs
-  ]
 
 
-def trace(
-  function: Callable[..., Any], action: str, *arguments: Any
-) -> jax.stages.Lowered | Exception:
+def trace(function: Callable[..., Any], action: str, *arguments: Any) -> Traced:
   with warnings.catch_warnings():
     warnings.simplefilter(action)
     try:
-      return jax.jit(function).lower(*arguments)
+      return jax.jit(function).trace(*arguments)
     except Exception as error:
       return error
 
 
-def compiled(
-  program: jax.stages.Lowered | Exception,
-) -> jax.stages.Compiled | Exception:
-  if isinstance(program, Exception):
-    return program
-  return program.compile(COMPILER_OPTIONS)
+def run_all(
+  uses: dict[str, list[Traced]], *arguments: Any
+) -> dict[str, list[Outcome]]:
+  """What the uses of each stage return, errors as they are.
+
+  They are one program, in which the compiler finds what they have alike.
+  """
+
+  def run(*arguments):
+    return [
+      call(use, arguments[:1] if stage == 'initialise' else arguments)
+      for stage, both in uses.items()
+      for use in both
+      if not isinstance(use, Exception)
+    ]
+
+  program = jax.jit(run).lower(*arguments).compile(COMPILER_OPTIONS)
+  found = iter(jax.tree.map(np.asarray, program(*arguments)))
+  return {
+    stage: [use if isinstance(use, Exception) else next(found) for use in both]
+    for stage, both in uses.items()
+  }
+
+
+def call(use: jax.stages.Traced, arguments: tuple[Any, ...]) -> Any:
+  results = jaxpr_as_fun(use.jaxpr)(*jax.tree.leaves(arguments))
+  return jax.tree.unflatten(jax.tree.structure(use.out_info), results)
 
 
 def start(case: Case, outcomes: list[Outcome]) -> dict[str, Any] | None:
