@@ -152,6 +152,23 @@ def rows(first=FIRST, second=SECOND):
   )
 
 
+def rows_with(name, values, first=FIRST):
+  """Uses with each of two values; the first tier has the first alone.
+
+  A transform takes both; of the two modules of a norm each takes one.
+  """
+  made = []
+  for use in SECOND:
+    index = MODULES.index(use) if use in MODULES else None
+    for position, value in enumerate(values):
+      if index is not None and (index + index // 2 + position) % 2:
+        continue
+      is_first = use in first and not position
+      param = pytest.param if is_first else second_tier
+      made.append(param(use, value, id=f'{use.name}-{value}'))
+  return pytest.mark.parametrize(('use', name), made)
+
+
 def gradients(use: Use, variables: Any, x: Any, train=True, where=None) -> Any:
   """Gradients of variables and x, the output and the new variables."""
   leaves, tree = jax.tree.flatten(variables)
@@ -545,10 +562,7 @@ def test_strict_promotion_where_numbers_are_wide(use):
   assert found[0][1].dtype == x.dtype
 
 
-@pytest.mark.parametrize(
-  'kind', [second_tier(AxisType.Auto), AxisType.Explicit]
-)
-@rows(first=MODULE)
+@rows_with('kind', (AxisType.Explicit, AxisType.Auto), first=MODULE)
 def test_meshes(use, kind):
   """With variables from outside of the mesh, and a second step."""
   grid = jax.make_mesh((2,), ('d',), axis_types=(kind,))
@@ -560,8 +574,7 @@ def test_meshes(use, kind):
   assert_near(found, expected_steps(use))
 
 
-@pytest.mark.parametrize('dtype', ['float32', second_tier('bfloat16')])
-@rows()
+@rows_with('dtype', ('float32', 'bfloat16'))
 def test_for_one_platform(use, dtype):
   """For tools that read the program: no choice is left in it."""
   x = draw(use.shape, dtype)
