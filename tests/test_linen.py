@@ -81,11 +81,11 @@ def pair(name, options):
   return getattr(linen, name)(**options), getattr(nn, name)(**options)
 
 
-def init(module, x, key=KEY, **options):
+def init(module, x, key=KEY, then=lambda tree: tree, **options):
   """The variables; compiled, they cost nothing that does not reach them."""
   if isinstance(module, (linen.BatchNorm, nn.BatchNorm)):
     options = {'use_running_average': False}
-  return jax.jit(lambda x: module.init(key, x, **options))(x)
+  return jax.jit(lambda x: then(module.init(key, x, **options)))(x)
 
 
 def moved(variables):
@@ -129,7 +129,7 @@ def test_same_results(row, masked):
   ours, theirs = pair(name, options)
   x = draw(shape)
   mask = np.random.default_rng(1).random(shape) < 0.8 if masked else None
-  variables = moved(init(theirs, x))
+  variables = init(theirs, x, then=moved)
   tolerance = 2e-3 if options.get('dtype') == jnp.float16 else 2e-5
   modes = (True, False) if name == 'BatchNorm' else (True,)
 
@@ -183,7 +183,7 @@ def test_checkpoints_load(saved, loaded):
   """Bytes that a model with one library's norms wrote, read by the other's."""
   x = draw((2, 5, 4))
   model, other = Model(saved), Model(loaded)
-  variables = moved(init(model, x, train=True))
+  variables = init(model, x, then=moved, train=True)
   template = init(other, x, jax.random.key(1), train=True)
   again = serialization.from_bytes(template, serialization.to_bytes(variables))
   testing.assert_state_unchanged(variables, jax.tree.map(jnp.asarray, again))
