@@ -143,13 +143,12 @@ def compare(case: Case, ours: Any = None) -> Verdict:
   verdict = Verdict(set(), [])
   with jax.enable_x64(case.wide), jax.numpy_rank_promotion('allow'):
     first = [initialiser(family, case, layers) for layers in both]
-    uses = {'initialise': trace_both(case, first, case.x)}
-    template = jax.eval_shape(
-      functools.partial(start, case),
-      [u.out_info for u in uses['initialise'] if not isinstance(u, Exception)],
-    )
+    traced = trace_both(case, first, case.x)
+    uses = {'initialise': traced}
+    shapes = [u.out_info for u in traced if not isinstance(u, Exception)]
+    template = jax.eval_shape(functools.partial(start, case), shapes)
     if template is None:
-      judge(case, 'initialise', uses['initialise'], verdict, None)
+      judge(case, 'initialise', traced, verdict, None)
       return verdict
     given = checkpoint(case, template)
     arguments = case.x, given['params'], given['batch_stats'], case.dy
@@ -158,10 +157,9 @@ def compare(case: Case, ours: Any = None) -> Verdict:
       functions = [user(family, case, layers, train) for layers in both]
       uses[stage] = trace_both(case, functions, *arguments)
     found = run_all(uses, *arguments)
-    first = start(case, found['initialise'])
+    variables = {'initialise': start(case, found['initialise'])}
     for stage, outcomes in found.items():
-      variables = first if stage == 'initialise' else given
-      judge(case, stage, outcomes, verdict, variables)
+      judge(case, stage, outcomes, verdict, variables.get(stage, given))
   return verdict
 
 
@@ -226,10 +224,8 @@ def trace_both(
   keeps the real part of a complex number.
   """
   actions = 'ignore', 'ignore' if expected.narrows(case) else 'error'
-  return [
-    trace(function, action, *arguments)
-    for function, action in zip(functions, actions, strict=True)
-  ]
+  both = zip(functions, actions, strict=True)
+  return [trace(function, action, *arguments) for function, action in both]
 
 
 def trace(function: Callable[..., Any], action: str, *arguments: Any) -> Traced:
@@ -244,10 +240,7 @@ def trace(function: Callable[..., Any], action: str, *arguments: Any) -> Traced:
 def run_all(
   uses: dict[str, list[Traced]], *arguments: Any
 ) -> dict[str, list[Outcome]]:
-  """What the uses of each stage return, errors as they are.
-
-  They are one program, in which the compiler finds what they have alike.
-  """
+  """What the uses of each stage return, as one program; errors as they are."""
 
   def run(*arguments):
     return [
