@@ -47,12 +47,13 @@ class Gated:
 def start(transform: Norm, x: Array) -> tuple[Any, Any]:
   """Parameters, a little off those of `init`, and the state."""
   params, state = transform.init(x)
-  return _moved(params), state
 
+  def moved(p: Array) -> Array:
+    a = np.asarray(p) + 0.1 * _waves(p)
+    step: Array = jax.device_put(a.astype(p.dtype))
+    return step
 
-@jax.jit
-def _moved(params: Any) -> Any:
-  return jax.tree.map(lambda p: p + 0.1 * _waves(p), params)
+  return jax.tree.map(moved, params), state
 
 
 def times(factor: ArrayLike, x: Array, plus: float = 0.0) -> Array:
@@ -88,12 +89,15 @@ def loss_of(out: dict[str, Any]) -> Array:
   return jnp.stack([jnp.sum(_waves(a) * a).real for a in leaves]).sum()
 
 
-def _waves(x: Array) -> Array:
-  """Fixed numbers of size one at most, of the shape and dtype of x."""
-  steps = jnp.arange(1.0, x.size + 1).reshape(x.shape)
-  if jnp.iscomplexobj(x):
-    return jnp.exp(1j * steps).astype(x.dtype)
-  return jnp.cos(steps).astype(x.dtype)
+def _waves(x: Array) -> np.ndarray[Any, Any]:
+  """Fixed numbers of size one at most, of the shape and dtype of x.
+
+  They are NumPy's, so that no program computes them.
+  """
+  steps = np.arange(1.0, x.size + 1).reshape(x.shape)
+  waves = np.exp(1j * steps) if jnp.iscomplexobj(x) else np.cos(steps)
+  given: np.ndarray[Any, Any] = waves.astype(x.dtype)
+  return given
 
 
 @contextlib.contextmanager

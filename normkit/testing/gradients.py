@@ -129,7 +129,7 @@ def _check_reached(found: dict[str, Any]) -> None:
   """Raises for a parameter whose gradient is zero throughout."""
   params = {'params': found['gradient of params']}
   for name, gradient in leaves(params).items():
-    if not np.any(gradient):
+    if not np.asarray(gradient).any():  # np.any(gradient) would compile
       raise AssertionError(
         f'{name} changes nothing: its gradient is zero. Use it in '
         'apply, or give None in its place.'
