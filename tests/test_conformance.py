@@ -25,12 +25,9 @@ DERIVATIVES = [row for row in ROWS if row[1].reference.is_derivative]
 DTYPES = [
   ('bfloat16', jnp.bfloat16, 1e-2),
   ('float16', jnp.float16, 2e-3),
-  ('float64', jnp.float64, 1e-12),
-  ('complex64', jnp.complex64, 1e-5),
   ('complex128', jnp.complex128, 1e-12),
 ]
-SINGLE = ('float32', jnp.float32, 1e-5)
-WIDE = [SINGLE, *(r for r in DTYPES if r[0] in ('float64', 'complex64'))]
+WIDE = [('float64', jnp.float64, 1e-12), ('complex64', jnp.complex64, 1e-5)]
 AVERAGES = [
   (case.name, case)
   for case in CASES
@@ -178,28 +175,41 @@ def without_device(function):
 
 
 # Without a mask: `test_gradients`, and eagerly `check_norm`.
-VARIANTS = [
-  ('with_jit', jax.jit),
-  ('without_jit', lambda function: function),
-  ('without_device', without_device),
-  ('with_pmap', with_pmap),
-]
+OTHERWISE = {
+  'without_device': without_device,
+  'with_pmap': with_pmap,
+  'without_jit': lambda function: function,
+}
 
 
-@rows(ROWS, VARIANTS[:1])
-def test_values(case, variant):
+@rows(ROWS)
+def test_values(case):
   args = inputs(case, masked=True)
-  outputs, state = variant(train_and_eval(case))(*args)
+  outputs, state = jax.jit(train_and_eval(case))(*args)
   chex.assert_type(outputs, jnp.float32)
   chex.assert_trees_all_equal_shapes_and_dtypes(state, args[1])
   assert_close((outputs, state), expected(case, *args))
 
 
 @pytest.mark.second_tier
-@rows(ROWS, VARIANTS[1:], others=3)
-def test_values_otherwise(case, variant):
+@rows([(*row, turn % 2) for turn, row in enumerate(ROWS)])
+def test_values_otherwise(case, turn):
+  """Each norm in each way; options take turns at the first two."""
   args = inputs(case, masked=True)
-  assert_close(variant(train_and_eval(case))(*args), expected(case, *args))
+  desired = expected(case, *args)
+  ways = list(OTHERWISE.values())
+  for way in ways if case in cases.NORMS else ways[turn : turn + 1]:
+    assert_close(way(train_and_eval(case))(*args), desired)
+
+
+def assert_of_dtype(case, args, found, tolerance):
+  """Asserts dtypes and values of outputs and state."""
+  outputs, state = found
+  chex.assert_type(outputs, args[2].dtype)
+  chex.assert_trees_all_equal_shapes_and_dtypes(state, args[1])
+  desired, desired_state = expected(case, *args)
+  assert_close(outputs, desired, tolerance)
+  assert_close(state, desired_state, min(tolerance, 1e-5))
 
 
 @rows(ROWS, DTYPES, every=24, others=3)
@@ -208,37 +218,96 @@ def test_dtypes(case, dtype, tolerance):
     if is_refused(case, dtype):
       return
     args = inputs(case, dtype, masked=True)
-    outputs, state = jax.jit(train_and_eval(case))(*args)
-    chex.assert_type(outputs, dtype)
-    chex.assert_trees_all_equal_shapes_and_dtypes(state, args[1])
-    desired, desired_state = expected(case, *args)
-    assert_close(outputs, desired, tolerance)
-    assert_close(state, desired_state, min(tolerance, 1e-5))
+    found = jax.jit(train_and_eval(case))(*args)
+    assert_of_dtype(case, args, found, tolerance)
+
+
+@rows(ROWS, WIDE, every=16, others=2)
+def test_gradients_of_dtypes(case, dtype, tolerance):
+  """Masked; and the values that come with them."""
+  with precision(dtype):
+    if is_refused(case, dtype):
+      return
+    args = inputs(case, dtype, masked=True)
+    found = assert_gradients(case, args, tolerance)
+    assert_of_dtype(case, args, found, tolerance)
 
 
 @rows(ROWS, first=is_one_each)
 def test_gradients(case):
-  """Without a mask; and the values that come with them."""
+  """Without a mask; and the values that come with them. One program."""
   args = inputs(case)
   assert_close(assert_gradients(case, args), expected(case, *args))
+  assert_exact_for_a_constant(case, args)
+  assert_exact_far_from_zero(case, args)
 
 
-@rows(ROWS, WIDE, every=16, others=2)
-def test_gradients_masked(case, dtype, tolerance):
-  with precision(dtype):
-    if is_refused(case, dtype):
-      return
-    assert_gradients(case, inputs(case, dtype, masked=True), tolerance)
+def assert_exact_for_a_constant(case, args):
+  """No variance: the outputs and gradients are finite, and exact."""
+  params, state, x, _ = args
+  args = params, state, np.ones_like(x), None
+  (y, _), after = assert_gradients(case, args)
+  desired = case.reference(*args[:3], True, None)
+  assert_close((y, after), desired, 2e-4)  # 1e-7 / sqrt(epsilon)
+
+
+def assert_exact_far_from_zero(case, args):
+  """A mean of a thousand deviations costs three digits, not all of them."""
+  params, state, x, _ = args
+  args = params, state, np.asarray(x) + 4096, None
+  ((y, _), after), _ = use(case)(*args, x)
+  desired, desired_state = case.reference(*args[:3], True, None)
+  assert_close(y, desired, 2e-3)
+  assert_close(after, desired_state, 1e-5)
+
+
+@rows(ROWS, every=16)
+def test_gradients_masked(case):
+  """Some or all masked, by one program."""
+  args = inputs(case, masked=True)
+  assert_close(assert_gradients(case, args), expected(case, *args))
+  assert_nothing_left(case, args)
+
+
+def assert_nothing_left(case, args):
+  """All masked: zeros, then the bias; state and gradients untouched."""
+  params, state, x, _ = args
+  where = np.zeros(case.shape, bool)
+  (y, _), after = assert_gradients(case, (params, state, x, where))
+  desired, _ = case.reference(params, state, x, True, where)
+  if case.reference.is_masked:
+    chex.assert_trees_all_equal(y, np.asarray(desired, y.dtype))
+  testing.assert_state_unchanged(state, after)
 
 
 @rows(NORMS, first=('layer_norm',).__contains__)
 def test_second_derivatives(case):
+  """By finite differences: of the values, then of the gradients."""
   with precision(jnp.float64):
     params, state, x, where = inputs(case, jnp.float64, masked=True)
-    apply = train(case)
-    function = jax.jit(lambda p, x: apply(p, state, x, where)[0])
-    args = jax.device_get((params, x))  # NumPy takes the differences
-    test_util.check_grads(function, args, order=2, modes=['rev'])
+    dy = draw(case.shape, jnp.float64, seed=9)
+    args = jax.device_get((params, x, dy))  # NumPy takes the differences
+
+    def loss(params, x, dy):
+      y, _ = case.transform.apply(params, state, x, train=True, where=where)
+      return (dy * y).sum()
+
+    @jax.jit
+    def run(args, change):
+      gradients = jax.value_and_grad(loss, (0, 1, 2))
+      (value, found), pull = jax.vjp(gradients, *args)
+      return value, found, pull((np.zeros(()), change))
+
+    def first(*args):
+      value, found, _ = jax.device_get(run(args, args))
+      return value, lambda dy: jax.tree.map(lambda g: dy * g, found)
+
+    def second(*args):
+      _, found, _ = jax.device_get(run(args, args))
+      return found, lambda change: jax.device_get(run(args, change)[2])
+
+    for pull in (first, second):
+      test_util.check_vjp(lambda *args: pull(*args)[0], pull, args)  # noqa: B023
 
 
 @rows(NORMS, every=9)
@@ -284,18 +353,39 @@ def test_check_norm(case):
   testing.check_norm(case.transform, x, case.reference, normalizes=not grows)
 
 
+CHECKS = (
+  testing.check_shapes,
+  testing.check_state,
+  testing.check_traces,
+  testing.check_mask,
+)
+COSTLY = testing.check_transformations, testing.check_gradients
+MASKED = [row for row in DERIVATIVES if row not in NORMS or alone(row[1])]
+
+
 @rows(
-  [row for row in DERIVATIVES if row not in NORMS or alone(row[1])],
+  [(*row, turn % 2) for turn, row in enumerate(MASKED)],
   first=('rms_norm_first_axis',).__contains__,
 )
-def test_check_norm_masked(case):
-  """Each norm and each of its options."""
-  x, grows = draw(case.shape), isinstance(case.transform, GROWING)
-  options = {'where': draw_mask(case.shape), 'normalizes': not grows}
-  testing.check_norm(case.transform, x, case.reference, **options)
+def test_check_norm_masked(case, turn):
+  """Each norm and each of its options; at the costly checks they take turns."""
+  x, where = draw(case.shape), draw_mask(case.shape)
+  for check in (*CHECKS, COSTLY[turn]):
+    check(case.transform, x, where=where)
+  if not isinstance(case.transform, GROWING):
+    testing.check_normalized(case.transform, x, where=where)
+  testing.check_values(case.transform, x, case.reference, where=where)
 
 
-@rows(ROWS, first=is_one_each, every=4)
+# Options without a state are scanned by `check_norm`.
+SCANNED = [
+  row
+  for row in ROWS
+  if row in NORMS or isinstance(row[1].transform, nk.BatchNorm | nk.BatchRenorm)
+]
+
+
+@rows(SCANNED, first=is_one_each, every=4)
 def test_steps_under_scan(case):
   params, first, _, _ = inputs(case)
   xs = np.stack([draw(case.shape, seed=i) for i in range(4)])
@@ -335,36 +425,3 @@ def test_weights_of_averages(case):
     assert state.count[feature] == updates
     assert_close(state.mean[feature], np.average(mean, weights=weights))
     assert_close(state.var[feature], np.average(var, weights=weights))
-
-
-@rows(ROWS, every=16)
-def test_nothing_left(case):
-  """All masked: zeros, then the bias; state and gradients untouched."""
-  params, state, x, _ = inputs(case)
-  where = np.zeros(case.shape, bool)
-  (y, _), after = assert_gradients(case, (params, state, x, where))
-  desired, _ = case.reference(params, state, x, True, where)
-  if case.reference.is_masked:
-    chex.assert_trees_all_equal(y, np.asarray(desired, y.dtype))
-  testing.assert_state_unchanged(state, after)
-
-
-@rows(ROWS, first=is_one_each, every=2)
-def test_constant(case):
-  """No variance: the outputs and gradients are finite, and exact."""
-  params, state, x, _ = inputs(case)
-  args = params, state, np.ones_like(x), None
-  (y, _), after = assert_gradients(case, args)
-  desired = case.reference(*args[:3], True, None)
-  assert_close((y, after), desired, 2e-4)  # 1e-7 / sqrt(epsilon)
-
-
-@rows(ROWS, first=is_one_each)
-def test_far_from_zero(case):
-  """A mean of a thousand deviations costs three digits, not all of them."""
-  params, state, x, _ = inputs(case)
-  args = params, state, np.asarray(x) + 4096, None
-  ((y, _), after), _ = use(case)(*args, x)
-  desired, desired_state = case.reference(*args[:3], True, None)
-  assert_close(y, desired, 2e-3)
-  assert_close(after, desired_state, 1e-5)
