@@ -312,29 +312,32 @@ CONDITIONED = {
 STATE4 = nk.BatchNormState(jnp.zeros(4), jnp.ones(4), jnp.full(4, 30_000))
 
 
-@pytest.mark.parametrize(
-  ('name', 'shape'),
-  thinned(CONDITIONED, [(2, 1, 1, 4), (2, 3, 5, 4), (1, 3, 5, 1)], every=8),
-  ids=str,
-)
-def test_conditioned(name, shape):
+SPREAD = (2, 1, 1, 4), (2, 3, 5, 4), (1, 3, 5, 1)
+
+
+@pytest.mark.parametrize('name', thinned(CONDITIONED, every=8), ids=str)
+def test_conditioned(name):
   """Scale and bias per example (FiLM, adaLN), per position (SPADE), or both."""
-  x = draw((2, 3, 5, 4))
-  scale, bias = draw(shape, seed=1), draw(shape, seed=2)
+  norm, x = CONDITIONED[name], draw((2, 3, 5, 4))
+  given = [(draw(shape, seed=1), draw(shape, seed=2)) for shape in SPREAD]
 
-  def run(x, scale, bias):
-    norm = CONDITIONED[name]
+  def pulled(x, scale, bias):
     y, pull = jax.vjp(norm, x, scale, bias)
-    return norm(x), y, *pull(jnp.ones_like(x))
+    return y, *pull(jnp.ones_like(x))
 
-  n, y, dx, dscale, dbias = map(np.asarray, compiled(run, x, scale, bias))
-  np.testing.assert_allclose(
-    y, n * np.asarray(scale) + np.asarray(bias), atol=2e-5
-  )
-  axes = tuple(a for a in range(4) if shape[a] == 1)
-  np.testing.assert_allclose(dscale, n.sum(axes, keepdims=True), atol=2e-4)
-  np.testing.assert_allclose(dbias, np.full(shape, x.size / dbias.size))
-  chex.assert_tree_all_finite(dx)
+  def run(x, given):
+    return norm(x), [pulled(x, *pair) for pair in given]
+
+  n, found = jax.device_get(compiled(run, x, given))
+  for (scale, bias), (y, dx, dscale, dbias) in zip(given, found, strict=True):
+    np.testing.assert_allclose(
+      y, n * np.asarray(scale) + np.asarray(bias), atol=2e-5
+    )
+    axes = tuple(a for a in range(4) if scale.shape[a] == 1)
+    want = n.sum(axes, keepdims=True)
+    np.testing.assert_allclose(dscale, want, atol=2e-4)
+    np.testing.assert_allclose(dbias, np.full(bias.shape, x.size / bias.size))
+    chex.assert_tree_all_finite(dx)
 
 
 @pytest.mark.parametrize('shape', [(2, 4), (3, 1, 1, 4), (2, 1, 1, 3)], ids=str)
@@ -450,7 +453,7 @@ def test_parameters_of_another(transform):
 SHARDED = {
   'renorm': nk.BatchRenorm(r_max=1.5, d_max=0.5),
   'streaming': nk.StreamingNorm(),
-  'whitening': nk.IterativeWhitening(group_size=2),
+  'whitening': nk.IterativeWhitening(group_size=2, n_steps=2),
   'evonorm_s0': nk.EvoNormS0(num_groups=4),
   'evonorm_b0': nk.EvoNormB0(),
   'response': nk.FilterResponseNorm(),
@@ -466,7 +469,7 @@ SHARDED = {
 
 @pytest.mark.parametrize('name', thinned(SHARDED, every=12))
 def test_explicit_meshes(name):
-  """Whichever axis is sharded: the same values, sharded as x is."""
+  """Sharded along all axes and, by turns, one: the same, sharded as x is."""
   norm, x = SHARDED[name], draw((8, 4, 8))
   params, state = norm.init(x)
 
@@ -479,9 +482,11 @@ def test_explicit_meshes(name):
     return jax.grad(loss, has_aux=True)(x)
 
   want = run(params, state, x)
-  mesh = jax.make_mesh((4,), ('d',), axis_types=(AxisType.Explicit,))
-  for axis in range(3):
-    spec = P(*('d' if a == axis else None for a in range(3)))
+  axis = list(SHARDED).index(name) % 3
+  along = P(*('d' if a == axis else None for a in range(3)))
+  for spec, sizes in (P('d', 'e', 'f'), (2, 2, 2)), (along, (4,)):
+    kinds = (AxisType.Explicit,) * len(sizes)
+    mesh = jax.make_mesh(sizes, ('d', 'e', 'f')[: len(sizes)], axis_types=kinds)
     with jax.set_mesh(mesh):
       given = jax.device_put((params, state), NamedSharding(mesh, P()))
       found = run(*given, jax.device_put(x, NamedSharding(mesh, spec)))
