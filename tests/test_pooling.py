@@ -137,7 +137,7 @@ def by_shard_map(check_vma: bool, *sizes: int):
         out_specs=(spec, P(), spec),
         check_vma=check_vma,
       )
-    )(*data)
+    )(*jax.device_get(data))  # arrays on a device are cut by a program
 
   return run
 
@@ -148,7 +148,8 @@ def by_sharding(spec: P, kind: AxisType):
     grid = mesh(DEVICES // 2, 2, kind=kind)
     with jax.set_mesh(grid):
       placed = jax.tree.map(
-        lambda a: jax.device_put(a, NamedSharding(grid, fitting(spec, a))), data
+        lambda a: jax.device_put(a, NamedSharding(grid, fitting(spec, a))),
+        jax.device_get(data),
       )
       return jax.tree.map(
         np.asarray, jax.jit(lambda *a: step(BATCH, *a))(*placed)
@@ -524,7 +525,7 @@ def test_any_layout(devices, each, rest, axis, seed, mean, form):
       function = shard_map(
         function, mesh=grid, in_specs=P('d'), out_specs=(P('d'), P(), P('d'))
       )
-    placed = jax.device_put(data, NamedSharding(grid, P('d')))
+    placed = jax.device_put(jax.device_get(data), NamedSharding(grid, P('d')))
     got = jax.jit(function)(*placed)
   check(got, wanted(*data, reference.batch_norm(**options), axis))
 
@@ -849,7 +850,7 @@ def test_state_from_outside_of_the_mesh(name, spec, masked):
     return lax.scan(body, state, None, 2)
 
   grid = mesh(4, 2, kind=AxisType.Explicit)
-  x = jax.device_put(data.x, NamedSharding(grid, spec))
+  x = jax.device_put(np.asarray(data.x), NamedSharding(grid, spec))
   got, want = (jax.jit(twice)(x, state) for x in (x, data.x))
   for leaf in got[0]:
     assert jax.typeof(leaf).sharding.spec == P(*[None] * leaf.ndim)
@@ -867,7 +868,7 @@ def test_state_from_outside_of_the_mesh_without_jit(name):
   transform = RUNNING[name]
   params, state = transform.init(data.x)
   grid = mesh(4, 2, kind=AxisType.Explicit)
-  x = jax.device_put(data.x, NamedSharding(grid, P('d', None, 'e')))
+  x = jax.device_put(np.asarray(data.x), NamedSharding(grid, P('d', None, 'e')))
   got, want = (
     transform.apply(params, state, x, train=True) for x in (x, data.x)
   )
@@ -884,7 +885,8 @@ def test_state_after_evaluation(name):
   transform = RUNNING[name]
   grid = mesh(4, 2, kind=AxisType.Explicit)
   spec = P(None, None, 'e')
-  x = jax.device_put(inputs(shape=(4, 4, 8)).x, NamedSharding(grid, spec))
+  x = np.asarray(inputs(shape=(4, 4, 8)).x)
+  x = jax.device_put(x, NamedSharding(grid, spec))
   params, state = transform.init(x)
   step = jax.jit(transform.apply, static_argnames='train')
   _, state = step(params, state, x, train=False)
