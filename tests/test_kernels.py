@@ -12,7 +12,7 @@ import subprocess
 from cases import CASES, draw, draw_mask, precision
 import chex
 import jax
-from jax import export, lax, test_util
+from jax import export, lax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
@@ -50,7 +50,10 @@ DTYPES = {'float32': 1e-5, 'bfloat16': 2e-2, 'float16': 4e-3}
 
 
 # Mosaic GPU has its own tests: interpreted, it takes seconds a program.
-@pytest.fixture(params=['triton', 'mosaic_tpu'], scope='module')
+PLATFORMS = 'triton', 'mosaic_tpu'
+
+
+@pytest.fixture(params=PLATFORMS, scope='module')
 def platform(request):
   """Of the module's scope, so that the tests of each come together."""
   return request.param
@@ -108,11 +111,12 @@ class Rows:
   bias: np.ndarray | float
   center: bool
   groups: int | None = None
+  epsilon: float = 1e-6
 
   def __post_init__(self):
     x = np.asarray(self.x, np.float64)
     mean = self.mean(x) if self.center else 0
-    self.root = 1 / np.sqrt(self.mean((x - mean) ** 2) + 1e-6)
+    self.root = 1 / np.sqrt(self.mean((x - mean) ** 2) + self.epsilon)
     self.normalized = (x - mean) * self.root
     self.y = self.normalized * np.asarray(self.scale, np.float64) + np.asarray(
       self.bias, np.float64
@@ -147,11 +151,12 @@ def norm_of(center, implementation, **options):
   return lambda x, scale, bias: nk.rms_norm(x, scale, **options)
 
 
-def group_norm_of(groups, implementation):
+def group_norm_of(groups, implementation, **options):
   """`(x, scale, bias) -> y`; as many groups as channels are instance norm."""
 
+  options |= {'implementation': implementation}
+
   def norm(x, scale, bias):
-    options = {'implementation': implementation}
     if groups == x.shape[-1]:
       return nk.instance_norm(x, scale, bias, **options)
     return nk.group_norm(x, scale, bias, num_groups=groups, **options)
@@ -167,45 +172,63 @@ def assert_right(actual, desired, tolerance):
   )
 
 
+SHAPES_OF_ROWS = (1,), (5, 1), (1, 7), (3, 2, 100), (300, 128), (37, 768)
+# TPUs have no float16: test_refused_where_it_cannot_run holds the error.
+OF_PLATFORMS = ('triton', [*DTYPES]), ('mosaic_tpu', ['float32', 'bfloat16'])
+
+
 @pytest.mark.parametrize(
-  ('shape', 'center', 'dtype'),
-  thinned(
-    [(1,), (5, 1), (1, 7), (3, 2, 100), (300, 128), (37, 768), (2, 9000)],
-    [True, False],
-    DTYPES,
-    every=12,
-  ),
+  ('platform', 'shape', 'center', 'dtype'),
+  [
+    row
+    for one, dtypes in OF_PLATFORMS
+    for row in thinned(
+      *([one], [*SHAPES_OF_ROWS, (2, 9000)], [True, False], dtypes),
+      every=12,
+      keep=2,
+    )
+  ],
+  indirect=['platform'],
   ids=str,
 )
 def test_values_and_gradients(name, shape, center, dtype):
-  if (name, dtype) == ('mosaic_tpu', 'float16'):
-    pytest.skip('TPUs have no float16: test_refused holds the error')
   assert_norm(
     norm_of(center, name), functools.partial(Rows, center=center), shape, dtype
   )
 
 
+SHAPES_OF_GROUPS = (
+  ((2, 6), 3),
+  ((1, 5, 7, 40), 4),
+  ((3, 5, 7, 64), 16),
+  ((2, 23, 100), 10),
+  ((2, 4, 4, 3), 3),
+  ((2, 20, 20, 72), 72),
+  ((2, 5, 300), 1),
+)
+
+
+def rows_of_groups():
+  """On GPUs float32, which has other widths, and one of 16 bits, in turns."""
+  for platform, *turns in (
+    ('triton', ('float32', 'bfloat16'), ('float32', 'float16')),
+    ('mosaic_tpu', ('float32',), ('bfloat16',)),
+  ):
+    for place, case in enumerate(SHAPES_OF_GROUPS):
+      for dtype in turns[place % 2]:
+        is_first = (place, dtype) == (0, 'float32')
+        row = pytest.param if is_first else second_tier
+        yield row(platform, case, dtype)
+
+
 @pytest.mark.parametrize(
-  ('case', 'dtype'),
-  thinned(
-    [
-      ((2, 6), 3),
-      ((1, 7, 7, 40), 4),
-      ((3, 9, 10, 64), 16),
-      ((2, 33, 100), 10),
-      ((2, 4, 4, 3), 3),
-      ((2, 40, 40, 72), 72),
-      ((2, 5, 300), 1),
-    ],
-    DTYPES,
-    every=9,
-  ),
+  ('platform', 'case', 'dtype'),
+  [*rows_of_groups()],
+  indirect=['platform'],
   ids=str,
 )
 def test_groups(name, case, dtype):
   shape, groups = case
-  if (name, dtype) == ('mosaic_tpu', 'float16'):
-    pytest.skip('TPUs have no float16: test_refused holds the error')
   reference = functools.partial(Rows, center=True, groups=groups)
   assert_norm(group_norm_of(groups, name), reference, shape, dtype)
 
@@ -216,15 +239,27 @@ def assert_norm(norm, of, shape, dtype):
   reference = of(x, scale, bias)
   if not reference.center:
     reference = of(x, scale, 0.0)
-  assert_right(jax.jit(norm)(x, scale, bias), reference.y, DTYPES[dtype])
 
   @jax.jit
-  def gradients(x, scale, bias, dy):
-    return jax.vjp(norm, x, scale, bias)[1](dy)
+  def run(x, scale, bias, dy):
+    return norm(x, scale, bias), jax.vjp(norm, x, scale, bias)[1](dy)
 
-  found = gradients(x, scale, bias, dy)[: 2 + reference.center]
+  y, found = run(x, scale, bias, dy)
+  assert_right(y, reference.y, DTYPES[dtype])
+  found = found[: 2 + reference.center]
   for actual, value in zip(found, reference.gradients(dy), strict=False):
     assert_right(actual, value, DTYPES[dtype])
+
+
+@pytest.mark.parametrize(
+  ('places', 'held'), [(1568, 8), (2304, 8), (2305, 4), (4609, None)]
+)
+def test_groups_of_many_places_are_narrower(places, held):
+  """A Triton program then holds less than the 32 channels of a line."""
+  shape = 2, places, 72
+  assert cases.group_width(shape, jnp.float32, 72) == held
+  why = cases.refusal('triton', shape, jnp.float32, 72)
+  assert (why is None) == (held is not None)
 
 
 @pytest.mark.parametrize(
@@ -254,8 +289,9 @@ class TestConformance:
     return case._replace(transform=transform)
 
   @pytest.mark.second_tier
+  @pytest.mark.parametrize('platform', ['triton'], indirect=True)
   def test_check_norm(self, case, name):
-    """Masks go to XLA, all else in training to what is chosen."""
+    """Masks go to XLA, all else in training to what is chosen, on GPUs."""
     testing.check_norm(case.transform, draw(case.shape), case.reference)
 
   @pytest.mark.parametrize(
@@ -452,28 +488,64 @@ def test_far_from_zero(name):
   assert_right(y, Rows(x, 1.0, 0.0, True, 5).y, 1e-6)
 
 
-@pytest.mark.parametrize(
-  'center', [second_tier(True, id='layer'), second_tier(False, id='rms')]
-)
-def test_second_order(name, center):
-  x, scale, bias = draw((3, 6)), draw(6, seed=1), draw(6, seed=2)
-  norm = jax.jit(norm_of(center, name, epsilon=0.1))
-  test_util.check_grads(
-    norm, (x, scale, bias), order=2, modes=['fwd', 'rev'], rtol=0.03, atol=0.03
+@functools.partial(jax.jit, static_argnums=0)
+def twice(loss, given, moved):
+  """First and second slope in a direction; that slope's gradients, thrice."""
+
+  def slope(*given):
+    return jax.jvp(loss, given, moved)[1]
+
+  def gradients(function):
+    return jax.grad(function, tuple(range(len(given))))
+
+  by_modes = (
+    gradients(slope)(*given),
+    jax.jvp(gradients(loss), given, moved)[1],
+    jax.vjp(gradients(loss), *given)[1](moved),
   )
+  return jax.jvp(slope, given, moved), by_modes
 
 
 @pytest.mark.second_tier
-def test_second_order_of_groups(name):
-  x, scale, bias = draw((2, 3, 6)), draw(6, seed=1), draw(6, seed=2)
-  test_util.check_grads(
-    jax.jit(group_norm_of(2, name)),
-    (x, scale, bias),
-    order=2,
-    modes=['fwd', 'rev'],
-    rtol=0.05,
-    atol=0.05,
+@pytest.mark.parametrize('kind', ['layer', 'rms', 'groups'])
+def test_second_order(name, kind):
+  """Each mode of the other, in a direction, by dy too; by epsilon of 0.1."""
+  center, groups = kind != 'rms', 2 if kind == 'groups' else None
+  if kind == 'groups':
+    norm = group_norm_of(groups, name, epsilon=0.1)
+  else:
+    norm = norm_of(center, name, epsilon=0.1)
+  shapes = (2, 3, 6), 6, 6, (2, 3, 6)
+  given, moved = (
+    tuple(draw(shape, seed=first + i) for i, shape in enumerate(shapes))
+    for first in (0, 4)
   )
+
+  def loss(x, scale, bias, dy):
+    return (norm(x, scale, bias) * dy).sum()
+
+  def exact(step):
+    """The gradients after a step in the direction."""
+    x, scale, bias, dy = (
+      np.asarray(a, np.float64) + step * np.asarray(d, np.float64)
+      for a, d in zip(given, moved, strict=True)
+    )
+    found = Rows(x, scale, bias * center, center, groups, 0.1)
+    dx, dscale, dbias = found.gradients(dy)
+    return dx, dscale, dbias * center, found.y
+
+  def along(gradients):
+    pairs = zip(gradients, moved, strict=True)
+    return sum((g * np.asarray(d)).sum() for g, d in pairs)
+
+  pairs = zip(exact(1e-4), exact(-1e-4), strict=True)
+  desired = [(after - before) / 2e-4 for after, before in pairs]
+  slopes, by_modes = twice(loss, given, moved)
+  assert_right(slopes[0], along(exact(0)), 1e-5)
+  assert_right(slopes[1], along(desired), 1e-5)
+  for found in by_modes:
+    for actual, value in zip(found, desired, strict=True):
+      assert_right(actual, value, 1e-5)
 
 
 def test_activation_and_residual(name):
@@ -531,8 +603,9 @@ def spread(kind, norm, mesh):
 
 
 @pytest.mark.parametrize(
-  ('use', 'kind'),
+  ('platform', 'use', 'kind'),
   thinned(
+    PLATFORMS,
     [
       (True, 'float32', None),
       (False, 'float32', None),
@@ -542,7 +615,9 @@ def spread(kind, norm, mesh):
     ],
     ['auto', 'explicit', 'checked', 'pmap'],
     every=4,
+    keep=2,
   ),
+  indirect=['platform'],
   ids=str,
 )
 def test_devices(name, use, kind):
@@ -555,19 +630,19 @@ def test_devices(name, use, kind):
   if groups is not None:
     norm = group_norm_of(groups, name if named else None)
   desired = Rows(x, scale, bias, True, groups).gradients(weight)
-  given = x, scale, bias, weight
   if kind == 'pmap':
-    split = 4, 2, *x.shape[1:]
-    given = x.reshape(split), scale, bias, weight.reshape(split)
-    dx, dscale, dbias = spread(kind, norm, mesh)(*given)
+    xs, weights = (
+      jax.device_get(a).reshape(4, 2, *a.shape[1:]) for a in (x, weight)
+    )
+    found = spread(kind, norm, mesh)(xs, scale, bias, weights)
+    dx, dscale, dbias = jax.device_get(found)
     found = dx.reshape(x.shape), dscale[0], dbias[0]
   else:
     with jax.set_mesh(mesh):
       place = NamedSharding(mesh, P('d'))
       x, weight = jax.device_put((x, weight), place)
-      given = x, scale, bias, weight
       run = spread('auto' if kind == 'explicit' else kind, norm, mesh)
-      found = run(*given)
+      found = run(x, scale, bias, weight)
   for actual, value in zip(found, desired, strict=True):
     assert_right(actual, value, DTYPES[dtype])
 
