@@ -36,6 +36,9 @@ def published(name: str) -> Any:
 # The twins; names are those of the blocks.
 
 
+ZEROS = nn.initializers.zeros  # for shapes alone: traced in no time
+
+
 class Layers(nn.Module):
   """Layers of one dtype, weights too."""
 
@@ -43,7 +46,7 @@ class Layers(nn.Module):
 
   def dense(self, size, name, use_bias=False):
     types = {'dtype': self.dtype, 'param_dtype': self.dtype}
-    return nn.Dense(size, use_bias, **types, name=name)
+    return nn.Dense(size, use_bias, **types, kernel_init=ZEROS, name=name)
 
   def conv(self, size, kernel, padding, name, groups=1, use_bias=True):
     return nn.Conv(
@@ -54,6 +57,7 @@ class Layers(nn.Module):
       use_bias=use_bias,
       dtype=self.dtype,
       param_dtype=self.dtype,
+      kernel_init=ZEROS,
       name=name,
     )
 
@@ -457,8 +461,9 @@ CASES = {
   'ada_ln_zero': Case(ada, AdaLNZero, 'condition'),
 }
 FIRST = {'gemma3', 'mamba2', 'convnext_v2'}
-# The twins of others, which run in bfloat16 too; 1 + w has no room there.
-ROUNDED_ALIKE = {'olmo3', 'convnext_v2_channels_first'}
+# The twins of others, which run in bfloat16 too, or a part of them, as Gemma 2
+# is of Gemma 3; 1 + w has no room there.
+ROUNDED_ALIKE = {'gemma2', 'olmo3', 'convnext_v2_channels_first'}
 ROWS = [
   (name, dtype)
   if name in FIRST and dtype == 'float32'
@@ -479,7 +484,8 @@ def inputs(kind, dtype):
     return (x,)
   angles = np.outer(np.arange(TOKENS), 10.0 ** -np.arange(SIZE // 2))
   angles = np.concatenate([angles, angles], -1)[None]
-  return x, *(jnp.asarray(f(angles), dtype) for f in (np.cos, np.sin))
+  given = (np.asarray(f(angles), dtype) for f in (np.cos, np.sin))
+  return x, *map(jax.device_put, given)
 
 
 def to_torch(torch, a, grad=False):
@@ -518,7 +524,8 @@ def test_block(name, dtype):
   state = {n: p.detach() for n, p in block.named_parameters()}
 
   twin = case.twin(jnp.dtype(dtype))
-  empty = jax.eval_shape(twin.init, jax.random.key(0), *args)
+  key = jax.eval_shape(jax.random.key, 0)
+  empty = jax.eval_shape(twin.init, key, *args)
   variables = convert.from_torch(state, empty, add_to_scale=case.added)
   back = convert.to_torch(variables, add_to_scale=case.added, like=state)
   assert back.keys() == state.keys()

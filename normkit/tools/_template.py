@@ -223,9 +223,10 @@ def put(value: Any, struct: Any) -> jax.Array:
   sharding = getattr(struct, 'sharding', None)
   mesh = getattr(sharding, 'mesh', None)
   is_somewhere = not isinstance(mesh, jax.sharding.AbstractMesh)
-  if sharding is None or not getattr(struct, 'committed', is_somewhere):
-    return jnp.array(value, struct.dtype)
-  array: jax.Array = jax.device_put(np.asarray(value, struct.dtype), sharding)
+  if not getattr(struct, 'committed', is_somewhere):
+    sharding = None
+  # Of NumPy's own copy: jnp.array compiles a program for each shape and dtype.
+  array: jax.Array = jax.device_put(np.array(value, struct.dtype), sharding)
   return array
 
 
