@@ -1,6 +1,7 @@
 """Image models of timm and torchvision into twins whose names are others.
 
-Random weights; the names match themselves, from sorted names as a file has them
+Each kind as published by one, with fewer blocks of a kind by the other. Random
+weights; the names match themselves, from sorted names as a file has them
 and from the module. Outputs agree, and the weights come back bit by bit.
 """
 
@@ -25,8 +26,8 @@ def timm(name: str, **options: Any) -> Any:
   return published('timm').create_model(name, **options)
 
 
-def torchvision(name: str, **options: Any) -> Any:
-  return getattr(published('torchvision.models'), name)(**options)
+def torchvision(name: str, *given: Any, **options: Any) -> Any:
+  return getattr(published('torchvision.models'), name)(*given, **options)
 
 
 def published(name: str) -> Any:
@@ -41,8 +42,31 @@ def convnext(depths, widths):
   return lambda rngs: twins.ConvNeXt(depths, widths, rngs)
 
 
+def few_convnext():
+  there = published('torchvision.models.convnext')
+  ends = zip(FEW[1], [*FEW[1][1:], None], FEW[0], strict=True)
+  return there.ConvNeXt([there.CNBlockConfig(*end) for end in ends])
+
+
+def few_efficientnet():
+  there = published('torchvision.models.efficientnet')
+  ins, settings = twins.EfficientNet.stem, []
+  for expand, size, stride, outs, depth in STAGES:
+    one = there.MBConvConfig(expand, size, stride, ins, outs, depth)
+    settings.append(one)
+    ins = outs
+  return there.EfficientNet(settings, dropout=0)
+
+
 ATTO = (2, 2, 6, 2), (40, 80, 160, 320)
-TINY = (3, 3, 9, 3), (96, 192, 384, 768)
+FEW = (1, 2, 1, 1), (24, 48, 96, 192)
+BOTTLENECKS = 1, 2, 1, 1
+STAGES = (
+  (1, 3, 1, 16, 1),
+  (6, 3, 2, 24, 2),
+  (6, 5, 2, 40, 1),
+  (6, 3, 1, 320, 1),
+)
 MODELS = {
   'timm-resnet18': (
     lambda: timm('resnet18'),
@@ -61,18 +85,14 @@ MODELS = {
     lambda: timm('vit_tiny_patch16_224', img_size=SIZE),
     twins.ViT(),
   ),
-  'torchvision-resnet50': (
-    lambda: torchvision('resnet50'),
-    twins.ResNet((3, 4, 6, 3), wide=4, shortcut_first=True),
+  'torchvision-resnet': (
+    lambda: torchvision(
+      'ResNet', published('torchvision.models.resnet').Bottleneck, BOTTLENECKS
+    ),
+    twins.ResNet(BOTTLENECKS, wide=4, shortcut_first=True),
   ),
-  'torchvision-efficientnet_b0': (
-    lambda: torchvision('efficientnet_b0'),
-    twins.EfficientNet(),
-  ),
-  'torchvision-convnext_tiny': (
-    lambda: torchvision('convnext_tiny'),
-    convnext(*TINY),
-  ),
+  'torchvision-efficientnet': (few_efficientnet, twins.EfficientNet(STAGES)),
+  'torchvision-convnext': (few_convnext, convnext(*FEW)),
   'torchvision-vit': (
     lambda: torchvision(
       'VisionTransformer',
