@@ -8,7 +8,7 @@ its own, and calls a shortcut first or last.
 import collections
 import random
 
-import jax.numpy as jnp
+from jax import lax
 import numpy as np
 import pytest
 from tiers import second_tier
@@ -97,23 +97,23 @@ class Network:
         for part in self.paths[name].split('/'):
           inner = inner[part]
         if 'kernel' in inner:
-          x = x @ inner['kernel']
+          x = lax.dot(x, inner['kernel'])
         else:
-          x = x * inner['scale'][None]
-        x = jnp.tanh(x + inner['bias'][None])
+          x = lax.mul(x, inner['scale'])
+        x = lax.tanh(lax.add(x, inner['bias']))
       return x
 
     for body, shortcut in self.blocks:
-      x = run(body, x) + (run(shortcut, x) if shortcut else x)
+      x = lax.add(run(body, x), run(shortcut, x) if shortcut else x)
     return x
 
 
-@pytest.mark.parametrize('seeds', [range(20), second_tier(range(20, 400))])
+@pytest.mark.parametrize('seeds', [range(20), second_tier(range(20, 220))])
 def test_right_or_refused(seeds):
   right = 0
   for seed in seeds:
     network = Network(seed)
-    state, x = network.state(), np.ones((1, WIDTH), np.float32)
+    state, x = network.state(), np.ones(WIDTH, np.float32)
     for given in (state, dict(sorted(state.items()))):
       try:
         names = convert.match(given, network.variables(), network.call, x)
