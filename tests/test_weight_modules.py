@@ -38,7 +38,7 @@ USES = [
     for family, norm in zip(wrappers.PACKAGES, NORMS, strict=True)
   ),
   *(
-    second_tier(family, norm, 3, 3)
+    second_tier(family, norm, 2, 3)
     for family in wrappers.PACKAGES
     for norm in NORMS
   ),
