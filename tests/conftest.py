@@ -15,6 +15,7 @@ import cells
 import hypothesis
 from images import idx
 import jax
+from jax import core
 import numpy as np
 import pytest
 
@@ -137,8 +138,30 @@ def importable(tmp_path, monkeypatch) -> Callable[[str, str], pathlib.Path]:
   return write
 
 
+def eval_thread(jaxpr, constants, *arguments):
+  core.eval_jaxpr(jaxpr, constants, *arguments)
+
+
+def run_thread(jaxpr, constants, *arguments):
+  """What JAX 0.10's interpreter does with a function of each thread's own."""
+  traced = jax.jit(eval_thread, static_argnums=0).trace(
+    jaxpr, constants, *arguments
+  )
+  traced.lower().compile()(constants, *arguments)
+
+
 @pytest.fixture
-def interpreted(monkeypatch):
+def threads(monkeypatch):
+  """Those of an interpreted kernel share a program, as with newer JAX."""
+  threads = importlib.import_module(
+    'jax._src.pallas.mosaic.interpret.thread_map'
+  )
+  if not hasattr(threads, '_run'):
+    monkeypatch.setattr(threads, '_run_jaxpr', run_thread)
+
+
+@pytest.fixture
+def interpreted(monkeypatch, threads):
   """The kernels of Mosaic GPU run interpreted on the CPU."""
   dispatch = importlib.import_module('normkit.kernels.dispatch')
   jax.clear_caches()
@@ -148,7 +171,7 @@ def interpreted(monkeypatch):
 
 
 @pytest.fixture
-def races(monkeypatch):
+def races(monkeypatch, threads):
   """The interpreter looks for races; whether it has found one."""
   callbacks = importlib.import_module(
     'jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks'
