@@ -7,6 +7,7 @@ better than the rule; none has yet.
 from collections.abc import Callable, Iterable
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -212,11 +213,7 @@ def config(case: Case, capability: int = 9) -> Config | None:
   fewest programs to a row for which there is one of the first two; if there is
   none, memory is shared out to the last KiB.
   """
-  chip = CHIPS[capability]
-  found = _config(case, capability, _choices)
-  if found is None or under_way(case, found, found.resident) >= chip.under_way:
-    return found
-  return _config(case, capability, _choices, SPARE)
+  return _config(case, capability, _choices, (0, SPARE))
 
 
 def groups_of(
@@ -248,14 +245,14 @@ def _config(
   case: Any,
   capability: int,
   choices: Callable[..., list[Config]],
-  spare: int = 0,
+  spares: Iterable[int] = (0,),
 ) -> Config | None:
   if (measured := MEASURED.get((capability, case))) is not None:
     return measured
   chip, best, most = CHIPS[capability], None, -1
-  chip = chip._replace(shared=chip.shared + spare)
-  for members in MEMBERS:
-    found = _best(case, choices(case, chip, members), chip)
+  for spare, members in itertools.product(spares, MEMBERS):
+    roomy = chip._replace(shared=chip.shared + spare)
+    found = _best(case, choices(case, roomy, members), roomy)
     ahead = -1 if found is None else under_way(case, found, found.resident)
     if ahead > most:
       best, most = found, ahead
