@@ -146,12 +146,7 @@ class Form(NamedTuple):
   platform: str | None
 
 
-# Into what is being traced, or it is differentiated and transposed as a
-# function of its own; newer JAX means by True: when it is lowered.
-INLINE: Any = jax.Inline.JAX_EARLY if hasattr(jax, 'Inline') else True
-
-
-@functools.partial(jax.jit, static_argnums=(1, 3, 4, 5), inline=INLINE)
+@functools.partial(jax.jit, static_argnums=(1, 3, 4, 5))
 def _centred(
   x: Array,
   sets: Sets,

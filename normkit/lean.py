@@ -16,9 +16,11 @@ import jax.numpy as jnp
 
 from normkit import _rules
 from normkit._types import Array, DType, is_known, ruled
-from normkit.centred import INLINE, STATISTICS
+from normkit.centred import STATISTICS
 from normkit.closures import traced_once
 
+# Into what is being traced; newer JAX means by True: when it is lowered.
+INLINE: Any = jax.Inline.JAX_EARLY if hasattr(jax, 'Inline') else True
 COLLECTIVES = (
   'psum',
   'psum_invariant',
