@@ -16,7 +16,6 @@ import warnings
 
 from flax import linen as nn, nnx
 import jax
-from jax.extend.core import jaxpr_as_fun
 import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
@@ -33,6 +32,7 @@ from benchmarks.rules import (
   tally,
   tolerance,
 )
+from normkit.closures import run_traced
 import normkit.linen
 import normkit.nnx
 
@@ -244,7 +244,7 @@ def run_all(
 
   def run(*arguments):
     return [
-      call(use, arguments[:1] if stage == 'initialise' else arguments)
+      run_traced(use, *arguments[: 1 if stage == 'initialise' else None])
       for stage, both in uses.items()
       for use in both
       if not isinstance(use, Exception)
@@ -256,11 +256,6 @@ def run_all(
     stage: [use if isinstance(use, Exception) else next(found) for use in both]
     for stage, both in uses.items()
   }
-
-
-def call(use: jax.stages.Traced, arguments: tuple[Any, ...]) -> Any:
-  results = jaxpr_as_fun(use.jaxpr)(*jax.tree.leaves(arguments))
-  return jax.tree.unflatten(jax.tree.structure(use.out_info), results)
 
 
 def start(case: Case, outcomes: list[Outcome]) -> dict[str, Any] | None:

@@ -58,8 +58,12 @@ class Sets(NamedTuple):
     shape.insert(self.channel, self.groups)
     return total.reshape(shape).sum(self.channel + 1)
 
+  def mean(self, values: Array, count: Array) -> Array:
+    """The mean of each set; zero for one without elements."""
+    return self.means(count, values)[0]
+
   def means(self, count: Array, *values: Array) -> list[Array]:
-    """The mean of each set, of each; zero for one without elements."""
+    """The same of each of several values."""
     size = jnp.maximum(count, 1)
     return [self.sum(v) / size for v in values]
 
@@ -173,7 +177,7 @@ def _mean_square(
   sets: Sets,
   dtype: DType,
 ) -> Array:
-  return sets.means(count, square(_valid(x.astype(dtype), where)))[0]
+  return sets.mean(square(_valid(x.astype(dtype), where)), count)
 
 
 @_mean_square.defjvp
@@ -183,7 +187,7 @@ def _mean_square_jvp(
   x, where, count = primals
   var = named(_mean_square(x, where, count, sets, dtype))
   d, dx = (_valid(a.astype(dtype), where) for a in (x, tangents[0]))
-  return var, 2 * sets.means(count, (d.conj() * dx).real)[0]
+  return var, 2 * sets.mean((d.conj() * dx).real, count)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
@@ -303,7 +307,7 @@ def _mean_of_sample(x: Array, count: Array, sets: Sets, dtype: DType) -> Array:
   del count
   sample = _sample(x, sets.axes).astype(dtype)
   size = counts(sample, sets, None, _types.real_dtype(dtype))
-  return fixed(sets.means(size, sample)[0])
+  return fixed(sets.mean(sample, size))
 
 
 def _own_mean(
@@ -314,7 +318,7 @@ def _own_mean(
   where: Array | None = None,
 ) -> Array:
   """The mean, whose rounding error the offset holds."""
-  return fixed(sets.means(count, _valid(x.astype(dtype), where))[0])
+  return fixed(sets.mean(_valid(x.astype(dtype), where), count))
 
 
 def _zero(x: Array, count: Array, sets: Sets, dtype: DType) -> Array:

@@ -11,13 +11,12 @@ import functools
 from typing import Any
 
 import jax
-from jax.extend import core
 import jax.numpy as jnp
 
 from normkit import _rules
 from normkit._types import Array, DType, is_known, ruled
 from normkit.centred import STATISTICS
-from normkit.closures import traced_once
+from normkit.closures import run_traced, traced_once
 
 # Into what is being traced; newer JAX means by True: when it is lowered.
 INLINE: Any = jax.Inline.JAX_EARLY if hasattr(jax, 'Inline') else True
@@ -67,7 +66,7 @@ def _lean(run: Callable[..., Any], dtype: DType, x: Array, *given: Any) -> Any:
     if not moved:
       results = evaluate(*primals)
       return results, jax.tree.map(jnp.zeros_like, results)
-    again = functools.partial(_run, whole.trace(*primals))
+    again = functools.partial(run_traced, whole.trace(*primals))
 
     def along(primals: Any, given: Any) -> Any:
       return _rules.along(again, primals, moved, given)
@@ -79,12 +78,6 @@ def _lean(run: Callable[..., Any], dtype: DType, x: Array, *given: Any) -> Any:
   evaluate = jax.custom_jvp(whole)
   evaluate.defjvp(derive, symbolic_zeros=True)
   return ruled(evaluate, *leaves)
-
-
-def _run(traced: Any, *leaves: Array) -> Any:
-  """Runs what `jax.jit` has traced: half the work of tracing it again."""
-  results = core.jaxpr_as_fun(traced.jaxpr)(*leaves)
-  return jax.tree.unflatten(jax.tree.structure(traced.out_info), results)
 
 
 def is_kept(size: int, primitive: Any, *avals: Any, **params: Any) -> bool:
