@@ -175,11 +175,7 @@ def without_device(function):
 
 
 # Without a mask: `test_gradients`, and eagerly `check_norm`.
-OTHERWISE = {
-  'without_device': without_device,
-  'with_pmap': with_pmap,
-  'without_jit': lambda function: function,
-}
+OTHERWISE = without_device, with_pmap, lambda function: function
 
 
 @rows(ROWS)
@@ -197,40 +193,41 @@ def test_values_otherwise(case, turn):
   """Each norm in each way; options take turns at the first two."""
   args = inputs(case, masked=True)
   desired = expected(case, *args)
-  ways = list(OTHERWISE.values())
-  for way in ways if case in cases.NORMS else ways[turn : turn + 1]:
+  ways = OTHERWISE if case in cases.NORMS else OTHERWISE[turn : turn + 1]
+  for way in ways:
     assert_close(way(train_and_eval(case))(*args), desired)
 
 
-def assert_of_dtype(case, args, found, tolerance):
-  """Asserts dtypes and values of outputs and state."""
-  outputs, state = found
-  chex.assert_type(outputs, args[2].dtype)
-  chex.assert_trees_all_equal_shapes_and_dtypes(state, args[1])
-  desired, desired_state = expected(case, *args)
-  assert_close(outputs, desired, tolerance)
-  assert_close(state, desired_state, min(tolerance, 1e-5))
+def assert_of_dtype(case, dtype, tolerance, run):
+  """Asserts dtypes and values of outputs and state, masked."""
+  with precision(dtype):
+    if is_refused(case, dtype):
+      return
+    args = inputs(case, dtype, masked=True)
+    outputs, state = run(args)
+    chex.assert_type(outputs, dtype)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, args[1])
+    desired, desired_state = expected(case, *args)
+    assert_close(outputs, desired, tolerance)
+    assert_close(state, desired_state, min(tolerance, 1e-5))
 
 
 @rows(ROWS, DTYPES, every=24, others=3)
 def test_dtypes(case, dtype, tolerance):
-  with precision(dtype):
-    if is_refused(case, dtype):
-      return
-    args = inputs(case, dtype, masked=True)
-    found = jax.jit(train_and_eval(case))(*args)
-    assert_of_dtype(case, args, found, tolerance)
+  def run(args):
+    return jax.jit(train_and_eval(case))(*args)
+
+  assert_of_dtype(case, dtype, tolerance, run)
 
 
 @rows(ROWS, WIDE, every=16, others=2)
 def test_gradients_of_dtypes(case, dtype, tolerance):
-  """Masked; and the values that come with them."""
-  with precision(dtype):
-    if is_refused(case, dtype):
-      return
-    args = inputs(case, dtype, masked=True)
-    found = assert_gradients(case, args, tolerance)
-    assert_of_dtype(case, args, found, tolerance)
+  """And the values that come with them."""
+
+  def run(args):
+    return assert_gradients(case, args, tolerance)
+
+  assert_of_dtype(case, dtype, tolerance, run)
 
 
 @rows(ROWS, first=is_one_each)
@@ -370,6 +367,7 @@ MASKED = [row for row in DERIVATIVES if row not in NORMS or alone(row[1])]
 def test_check_norm_masked(case, turn):
   """Each norm and each of its options; at the costly checks they take turns."""
   x, where = draw(case.shape), draw_mask(case.shape)
+  testing.check_init(case.transform, x)
   for check in (*CHECKS, COSTLY[turn]):
     check(case.transform, x, where=where)
   if not isinstance(case.transform, GROWING):
