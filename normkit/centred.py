@@ -19,7 +19,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from normkit import _shards, _types, platforms
+from normkit import _ops, _shards, _types, platforms
 from normkit._types import Array, DType
 
 
@@ -47,16 +47,16 @@ class Sets(NamedTuple):
   channel: int = 0
   groups: int | None = None
 
-  def sum(self, values: Array, **options: Any) -> Array:
-    """The sum of each set."""
-    total = jnp.sum(values, self.axes, keepdims=True, **options)
+  def sum(self, values: Array) -> Array:
+    """The sum of each set, of values in float32 or wider."""
+    total = lax.expand_dims(lax.reduce_sum(values, self.axes), self.axes)
     if self.groups is None:
       return total
     total = _shards.unshard(total, self.channel)
     shape = list(total.shape)
     shape[self.channel] //= self.groups
     shape.insert(self.channel, self.groups)
-    return total.reshape(shape).sum(self.channel + 1)
+    return lax.reduce_sum(lax.reshape(total, shape), (self.channel + 1,))
 
   def mean(self, values: Array, count: Array) -> Array:
     """The mean of each set; zero for one without elements."""
@@ -64,8 +64,8 @@ class Sets(NamedTuple):
 
   def means(self, count: Array, *values: Array) -> list[Array]:
     """The same of each of several values."""
-    size = jnp.maximum(count, 1)
-    return [self.sum(v) / size for v in values]
+    size = _ops.maximum(count, 1.0)
+    return [_ops.div(self.sum(v), size) for v in values]
 
   def spread(self, values: Array, x: Array) -> Array:
     """Gives what belongs to a set to each of its channels in x."""
@@ -85,7 +85,13 @@ def spread(values: Array, channel: int, num_channels: int) -> Array:
 
 def of_channels(stats: Centred, channel: int, num_channels: int) -> Centred:
   """The statistics of groups, for each of their channels."""
-  return Centred(*(spread(s, channel, num_channels) for s in stats))
+
+  def each(values: Array) -> Array:
+    return spread(values, channel, num_channels)
+
+  *parts, count = stats
+  is_one = count.shape[channel] == 1  # for all groups, and broadcasts
+  return Centred(*map(each, parts), count if is_one else each(count))
 
 
 # What a policy of `jax.checkpoint` knows the statistics by.
@@ -187,7 +193,7 @@ def _mean_square_jvp(
   x, where, count = primals
   var = named(_mean_square(x, where, count, sets, dtype))
   d, dx = (_valid(a.astype(dtype), where) for a in (x, tangents[0]))
-  return var, 2 * sets.mean((d.conj() * dx).real, count)
+  return var, _ops.mul(sets.mean(product(d, dx), count), 2.0)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
@@ -225,9 +231,10 @@ def about(
   where: Array | None = None,
 ) -> tuple[Array, Array, Array]:
   """Pivot, offset and variance, about a pivot that is given."""
-  d = _valid(x.astype(pivot.dtype) - sets.spread(pivot, x), where)
+  d = _valid(_ops.sub(x.astype(pivot.dtype), sets.spread(pivot, x)), where)
   offset, second = sets.means(count, d, square(d))
-  return pivot, offset, jnp.maximum(second - square(offset), 0)
+  var = _ops.sub(second, square(offset))
+  return pivot, offset, _ops.maximum(var, 0.0)
 
 
 def _pivot(
@@ -297,9 +304,9 @@ def changes(
   dtype = stats.pivot.dtype
   dx = _valid(dx.astype(dtype), where)
   pivot, offset = (sets.spread(s, x) for s in (stats.pivot, stats.offset))
-  d = _valid((x.astype(dtype) - pivot) - offset, where)
-  doffset, dsecond = sets.means(stats.count, dx, (d.conj() * dx).real)
-  return doffset, 2 * dsecond
+  d = _valid(_ops.sub(_ops.sub(x.astype(dtype), pivot), offset), where)
+  doffset, dsecond = sets.means(stats.count, dx, product(d, dx))
+  return doffset, _ops.mul(dsecond, 2.0)
 
 
 def _mean_of_sample(x: Array, count: Array, sets: Sets, dtype: DType) -> Array:
@@ -339,7 +346,7 @@ def fixed(pivot: Array) -> Array:
   """
   if jnp.iscomplexobj(pivot):
     return lax.complex(fixed(pivot.real), fixed(pivot.imag))
-  return jnp.maximum(pivot, jnp.finfo(pivot.dtype).min)
+  return _ops.maximum(pivot, float(jnp.finfo(pivot.dtype).min))
 
 
 def _valid(values: Array, where: Array | None) -> Array:
@@ -368,7 +375,7 @@ def _sample(x: Array, axes: tuple[int, ...]) -> Array:
     fits = [a for a in free if 2 * step[a] <= x.shape[a]]
     if fits:
       step[min(fits, key=step.__getitem__)] *= 2
-  return x[tuple(slice(None, None, s) for s in step)]
+  return lax.slice(x, [0] * x.ndim, x.shape, step)
 
 
 def counts(x: Array, sets: Sets, where: Array | None, dtype: DType) -> Array:
@@ -383,7 +390,7 @@ def counts(x: Array, sets: Sets, where: Array | None, dtype: DType) -> Array:
   if sets.groups is not None and where.shape[sets.channel] == 1:
     sets, repeats = Sets(sets.axes), repeats / sets.groups
   repeats = jnp.full((), repeats, dtype)  # more than an int32 holds
-  return sets.sum(where, dtype=dtype) * repeats
+  return sets.sum(where.astype(dtype)) * repeats
 
 
 def _product(sizes: list[Any], dtype: DType) -> Any:
@@ -396,4 +403,11 @@ def square(x: Array) -> Array:
   """|x|^2, real."""
   if jnp.iscomplexobj(x):
     return jnp.square(x.real) + jnp.square(x.imag)
-  return jnp.square(x)
+  return lax.square(x)
+
+
+def product(x: Array, y: Array) -> Array:
+  """Re(conj(x) y)."""
+  if jnp.iscomplexobj(x):
+    return (x.conj() * y).real
+  return _ops.mul(x, y)

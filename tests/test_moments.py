@@ -44,16 +44,16 @@ def public(x, axis):
 
 def rows_on_gpu(x, axis):
   """What a GPU runs for rows, and all platforms with a mask."""
-  count = jnp.full((1, 1), x.shape[axis], x.dtype)
-  pivot = _own_mean(x, count, Sets((axis,)), x.dtype)
-  return Centred(*about(pivot, x, count, Sets((axis,))), count)
+  count, sets = jnp.full((1, 1), x.shape[axis], x.dtype), Sets((axis % 2,))
+  pivot = _own_mean(x, count, sets, x.dtype)
+  return Centred(*about(pivot, x, count, sets), count)
 
 
 def elsewhere(x, axis):
   """What all platforms run for columns, and all but the GPU for rows."""
-  count = jnp.full((1, 1), x.shape[axis], x.dtype)
-  pivot = _mean_of_sample(x, count, Sets((axis,)), x.dtype)
-  return Centred(*about(pivot, x, count, Sets((axis,))), count)
+  count, sets = jnp.full((1, 1), x.shape[axis], x.dtype), Sets((axis % 2,))
+  pivot = _mean_of_sample(x, count, sets, x.dtype)
+  return Centred(*about(pivot, x, count, sets), count)
 
 
 def naive(x, axis):

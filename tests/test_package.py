@@ -83,7 +83,7 @@ LAYERS = (
   ('closures',),
   ('_shards', '_groups', 'platforms'),
   ('forms',),
-  ('_primitives',),
+  ('_primitives', '_ops'),
   ('_lazy', '_rules', '_types', '_words'),
 )
 DEPTH = {name: depth for depth, row in enumerate(LAYERS) for name in row}

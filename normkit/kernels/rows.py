@@ -13,6 +13,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from normkit import _ops
 from normkit._types import Array, DType, Scalar, ruled
 
 Tiles = Sequence[Array]
@@ -100,7 +101,7 @@ def _reciprocal_root(var: Array, epsilon: float) -> Array:
 
 def root_of(var: Array, epsilon: float) -> Array:
   """`reciprocal_root` for a kernel, which is not differentiated itself."""
-  total = var + jnp.asarray(epsilon, var.dtype)
+  total = _ops.add(var, epsilon)
   if epsilon >= jnp.finfo(var.dtype).tiny:
     return lax.rsqrt(total)
   positive = total > 0
@@ -113,7 +114,10 @@ def _reciprocal_root_jvp(
 ) -> tuple[Array, Array]:
   """Factor by factor: float32 has the root of 1e-30, and not its cube."""
   root = _reciprocal_root(*primals, epsilon)
-  return root, -0.5 * tangents[0] * root * root * root
+  slope = _ops.mul(tangents[0], -0.5)
+  for _ in range(3):
+    slope = _ops.mul(slope, root)
+  return root, slope
 
 
 def row_mean(size: int) -> Mean:
