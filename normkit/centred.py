@@ -85,13 +85,11 @@ def spread(values: Array, channel: int, num_channels: int) -> Array:
 
 def of_channels(stats: Centred, channel: int, num_channels: int) -> Centred:
   """The statistics of groups, for each of their channels."""
-
-  def each(values: Array) -> Array:
-    return spread(values, channel, num_channels)
-
-  *parts, count = stats
-  is_one = count.shape[channel] == 1  # for all groups, and broadcasts
-  return Centred(*map(each, parts), count if is_one else each(count))
+  pivot, offset, var = (spread(s, channel, num_channels) for s in stats[:3])
+  count = stats.count
+  if count.shape[channel] > 1:  # or it is one for all groups, and broadcasts
+    count = spread(count, channel, num_channels)
+  return Centred(pivot, offset, var, count)
 
 
 # What a policy of `jax.checkpoint` knows the statistics by.
