@@ -89,6 +89,23 @@ CASES = [
   for norm in family.norms
   for kind in family.blocks
 ]
+# Images on both sides of where XLA's form fuses a ReLU after the norm; see
+# `normkit/kernels/cases.py`.
+SIZES = (
+  ('GroupNorm', (64, 7, 7, 512)),
+  ('GroupNorm', (64, 14, 14, 512)),
+  ('GroupNorm', (64, 20, 20, 512)),
+  ('GroupNorm', (64, 28, 28, 512)),
+  ('GroupNorm', (128, 20, 20, 512)),
+  ('GroupNorm', (128, 28, 28, 512)),
+  ('GroupNorm', (128, 28, 28, 256)),
+  ('GroupNorm', (512, 28, 28, 64)),
+  ('GroupNorm', (32, 64, 64, 256)),
+  ('GroupNorm', (32, 72, 72, 256)),
+  ('InstanceNorm', (64, 5, 5, 512)),
+  ('InstanceNorm', (64, 7, 7, 512)),
+)
+ACTIVATIONS = {'relu': jax.nn.relu, 'silu': jax.nn.silu, 'gelu': jax.nn.gelu}
 
 
 def conv(x: Any, kernel: Any) -> Any:
@@ -137,8 +154,43 @@ def moved(
   return forward.bytes / n, training.bytes / n
 
 
+def before(
+  activation: str, norm: str, implementation: str, dtype: str, shape: Any
+) -> str:
+  """Passes in training of a norm and what follows it, without weights."""
+  one, given = block('norm', norm, implementation, dtype, shape)
+
+  def run(x: Any, scale: Any) -> Any:
+    return ACTIVATIONS[activation](one(x, scale, None, None))
+
+  return f'{moved("h200", run, given[:2])[1]:.2f}'
+
+
+def of_sizes() -> list[list[str]]:
+  """Group and instance norm of images, large and small, on H200."""
+  rows = []
+  for norm, shape in track(SIZES, 'sizes'):
+    row = [f'{norm} {" x ".join(map(str, shape))}']
+    for dtype in 'bfloat16', 'float32':
+      row += [before(a, norm, 'xla', dtype, shape) for a in ACTIVATIONS]
+    row.append(before('relu', norm, 'mosaic_gpu', 'bfloat16', shape))
+    rows.append(row)
+  return rows
+
+
+def run_sizes(args: argparse.Namespace) -> int:
+  if 'h200' not in targets.installed():
+    return 1
+  header = ['in training, in n']
+  header += [f'{d}, {a}' for d in ('bfloat16', 'float32') for a in ACTIVATIONS]
+  report.publish('sizes', 'sizes', [*header, 'kernel'], of_sizes(), args.update)
+  return 0
+
+
 def run(args: argparse.Namespace) -> int:
   jax.config.update('jax_platforms', 'cpu')
+  if args.sizes:
+    return run_sizes(args)
   chosen = [t for t in targets.installed() if t in args.target]
   cases = [
     (target, norm, dtype, kind)
@@ -170,5 +222,8 @@ def add_command(commands: Any) -> None:
   parser.add_argument('--norm', nargs='*', choices=norms, default=norms)
   parser.add_argument('--dtype', nargs='*', default=['bfloat16', 'float32'])
   parser.add_argument('--json', type=pathlib.Path)
+  parser.add_argument(
+    '--sizes', action='store_true', help='images of several sizes, on H200'
+  )
   report.add_update(parser)
   parser.set_defaults(run=run)

@@ -354,7 +354,7 @@ def test_nothing_is_chosen_without_a_record(name, monkeypatch):
   assert record.entries() == ()
   monkeypatch.setattr(dispatch, 'interpreted', name)
   calls = called(name, monkeypatch)
-  x, image = draw((4, 8)), draw((2, 5, 6, 12), 'bfloat16')
+  x, image = draw((4, 8)), draw((2, 7, 7, 12), 'bfloat16')
   for norm, given in (nk.rms_norm, x), (group_norm_of(4, None), image):
     parameters = [jnp.ones(12)] * 2 if given is image else []
     jax.jit(jax.grad(lambda x: norm(x, *parameters).sum()))(given)  # noqa: B023
@@ -413,7 +413,7 @@ def test_preferred_by_the_environment(name, monkeypatch):
 
 def test_groups_chosen_in_training(name):
   """In half precision, on GPUs, and right by what XLA kept for them too."""
-  x, dy = (draw((2, 5, 6, 12), 'bfloat16', seed=i) for i in range(2))
+  x, dy = (draw((2, 7, 7, 12), 'bfloat16', seed=i) for i in range(2))
   scale, bias = draw(12, seed=2), draw(12, seed=3)
 
   def gradients(norm, x, dy):
@@ -426,15 +426,37 @@ def test_groups_chosen_in_training(name):
   found = jax.jit(functools.partial(gradients, norm))(x, dy)
   for actual, value in zip(found, desired, strict=True):
     assert_right(actual, value, DTYPES['bfloat16'])
-  wide = jax.ShapeDtypeStruct(x.shape, jnp.float32)
-  text = str(jax.make_jaxpr(functools.partial(gradients, norm))(wide, wide))
-  assert 'normkit_choice' not in text
+
+
+SIZES_CHOSEN = {
+  (2, 7, 7, 12): True,
+  (2, 6, 8, 12): False,
+  (2, 64, 64, 4): True,
+  (2, 64, 65, 4): False,
+  (128, 7, 7, 12): True,
+  (129, 7, 7, 12): False,
+  (64, 28, 28, 512): True,
+  (65, 28, 28, 512): False,
+}
+
+
+@pytest.mark.parametrize(
+  ('shape', 'takes'), SIZES_CHOSEN.items(), ids=map(str, SIZES_CHOSEN)
+)
+@pytest.mark.usefixtures('recorded')
+def test_sizes_of_groups_chosen(shape, takes):
+  """Where XLA's form does not fuse a ReLU after the norm, by its bytes."""
+  norm = functools.partial(nk.group_norm, num_groups=shape[-1] // 4)
+  scale = jax.ShapeDtypeStruct(shape[-1:], jnp.float32)
+  for dtype in jnp.bfloat16, jnp.float16, jnp.float32:
+    given = jax.ShapeDtypeStruct(shape, dtype), scale, scale
+    assert is_chosen(norm, given) == (takes and dtype != jnp.float32)
 
 
 @pytest.mark.parametrize('groups', [None, 12, 3])
 def test_tangents_by_statistics_of_kernels(name, groups):
   """Forward mode is XLA's, by what a kernel of the forward has found."""
-  x, dx = (draw((2, 5, 6, 12), 'bfloat16', seed=i) for i in range(2))
+  x, dx = (draw((2, 7, 7, 12), 'bfloat16', seed=i) for i in range(2))
   scale = draw(12, seed=2)
   norm = norm_of(True, None) if groups is None else group_norm_of(groups, None)
   _, dy = jax.jvp(lambda x: norm(x, scale, 0 * scale), (x,), (dx,))
@@ -628,7 +650,8 @@ def spread(kind, norm, mesh):
 )
 def test_devices(name, use, kind):
   named, dtype, groups = use
-  x, weight = draw((8, 16, 40), dtype), draw((8, 16, 40), seed=1)
+  shape = (8, 16, 40) if groups is None else (8, 49, 40)  # chosen from 49 on
+  x, weight = draw(shape, dtype), draw(shape, seed=1)
   scale, bias = draw(40, seed=2), draw(40, seed=3)
   axis = AxisType.Explicit if kind == 'explicit' else AxisType.Auto
   mesh = jax.make_mesh((4,), ('d',), axis_types=(axis,))

@@ -35,7 +35,12 @@ TRITON_WIDTH = 8192  # of which a row is held in registers
 # Elements of groups held there, by channels: 28 x 28 x 16 and 48 x 48 x 8. More
 # spill, as NVIDIA's assembler says.
 TRITON_GROUP, NARROW, TRITON_NARROW_GROUP = 12_544, 8, 18_432
-LEAST_PLACES = 16
+# Of images whose groups are chosen. Beyond, in half precision, XLA fuses a ReLU
+# after the norm and moves 7 n in training where the kernels move 9; in float32
+# it does so mostly, or moves less where a residual is added. Measured by
+# `python -m benchmarks kernels --sizes`, with JAX 0.10 and in part 0.12.
+LEAST_PLACES, MOST_PLACES = 7 * 7, 64 * 64
+MOST_IMAGES, MOST_SUMS = 128, 2**15  # sums: of each image and channel
 MOSAIC_GROUP = 2**20  # elements of an example, tiles filled up
 LANES = 128
 
@@ -225,12 +230,19 @@ def chosen(
   is_other = residual or activation or parameters or rounds or gate
   if is_other or not record.entries() or not all(map(is_known, shape)):
     return {}
-  # Of few places the sums for scale and bias, one an example, would be much; in
-  # float32 XLA fuses a ReLU and moves 2 n less.
-  is_worth = groups is None or (
-    math.prod(shape[1:-1]) >= LEAST_PLACES and jnp.dtype(dtype).itemsize == 2
-  )
+  is_worth = groups is None or _is_worth(shape, dtype)
   found = record.kernels(shape, dtype, groups, center) if is_worth else {}
   return {
     n: c for n, c in found.items() if has_backward(n, shape, dtype, groups)
   }
+
+
+def _is_worth(shape: tuple[int, ...], dtype: DType) -> bool:
+  """Whether kernels of groups move less in training, before a ReLU too."""
+  images, *places, channels = shape
+  return (
+    LEAST_PLACES <= math.prod(places) <= MOST_PLACES
+    and images <= MOST_IMAGES
+    and images * channels <= MOST_SUMS
+    and jnp.dtype(dtype).itemsize == 2
+  )
