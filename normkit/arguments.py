@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from jax import lax
 import jax.numpy as jnp
 
@@ -73,6 +74,39 @@ def check_activation(
       f'activation must be a function of an array or None, got {activation!r}.'
     )
   return activation
+
+
+def check_elementwise(
+  activation: Callable[[Array], Array] | None,
+  shape: tuple[int, ...],
+  dtype: DType,
+) -> None:
+  """Raises unless it makes a floating-point array of the shape it is given.
+
+  Of complex numbers also complex ones. A kernel would give it tiles, and
+  broadcast what is smaller.
+  """
+  if activation is None:
+    return
+  found = jax.eval_shape(activation, jax.ShapeDtypeStruct(shape, dtype))
+  if not isinstance(found, jax.ShapeDtypeStruct):
+    raise TypeError(
+      f'activation makes {type(found).__name__} of an array, not an array. '
+      'Give an elementwise function.'
+    )
+  if found.shape != shape:
+    raise ValueError(
+      f'activation makes an array of shape {found.shape} of one of shape '
+      f'{shape}. Give an elementwise function.'
+    )
+  kind = (
+    jnp.inexact if jnp.issubdtype(dtype, jnp.complexfloating) else jnp.floating
+  )
+  if not jnp.issubdtype(found.dtype, kind):
+    raise TypeError(
+      f'activation makes {found.dtype} of {jnp.dtype(dtype)}. Give a function '
+      'whose result is floating-point, for example with .astype(z.dtype).'
+    )
 
 
 def check_held(dtype: DType, **parameters: Array | None) -> None:

@@ -17,6 +17,7 @@ from normkit.affine import Arguments, activated, affine, rounded, widened
 from normkit.arguments import (
   check_activation,
   check_arguments,
+  check_elementwise,
   check_some_axes,
 )
 from normkit.centred import centred
@@ -209,6 +210,7 @@ def add_normalize(
     round_before_scale,
   )
   _types.check_not_empty(x.shape, axes)
+  check_elementwise(activation, x.shape, args.statistics_dtype)
   if isinstance(args.epsilon, Array):
     return _add_by_xla(x, residual, args, axes, center, activation)
   found = rows.normalize_rows(

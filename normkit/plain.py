@@ -59,7 +59,8 @@ def _input(given: Arrays, spec: Spec) -> Array:
   """
   x = given['x']
   if spec.gate is not None and not spec.gate.is_last:
-    return x.astype(_types.statistics_dtype(x.dtype)) * _factor(given, spec)
+    wide = _types.statistics_dtype(x.dtype)
+    return x.astype(wide) * spec.gate.factor(given['gate'].astype(wide))
   if 'residual' not in given:
     return x
   is_wider = jnp.finfo(spec.dtype).bits > jnp.finfo(x.dtype).bits
@@ -68,14 +69,6 @@ def _input(given: Arrays, spec: Spec) -> Array:
   wide = _types.statistics_dtype(x.dtype)
   total = x.astype(wide) + given['residual'].astype(wide)
   return total if spec.rounding is None else rounded(total, x.dtype)
-
-
-def _factor(given: Arrays, spec: Spec) -> Array:
-  """What the gate multiplies by."""
-  gate = given['gate']
-  gate = gate.astype(_types.statistics_dtype(gate.dtype))
-  run = spec.gate and spec.gate.activation
-  return gate if run is None else run(gate)
 
 
 def _affine(x: Array, stats: Centred, given: Arrays, spec: Spec) -> Array:
@@ -91,7 +84,8 @@ def _affine(x: Array, stats: Centred, given: Arrays, spec: Spec) -> Array:
   )
   last = spec.activation
   if spec.gate is not None and spec.gate.is_last:
-    last = functools.partial(jnp.multiply, _factor(given, spec))
+    factor = spec.gate.factor(given['gate'].astype(wide))
+    last = functools.partial(jnp.multiply, factor)
   return activated(x, stats, args, spec.center, last)
 
 

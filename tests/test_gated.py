@@ -1,6 +1,7 @@
 """Gated RMS norm with a gate of its own: values, gradients, modules, errors."""
 
 import functools
+import itertools
 
 from cases import draw, draw_mask, precision
 import chex
@@ -273,7 +274,6 @@ BAD = {
   'gate must be real': ({'gate': jnp.ones(SHAPE, complex)}, TypeError),
   'x must be real': ({'x': jnp.ones(SHAPE, complex)}, TypeError),
   'activation must be': ({'activation': 'silu'}, TypeError),
-  'activation makes': ({'activation': jnp.sum}, ValueError),
   'group_size=4 does not': ({'group_size': 4}, ValueError),
   'group_size=0 does not': ({'group_size': 0}, ValueError),
   'group_size must be': ({'group_size': 2.0}, TypeError),
@@ -295,6 +295,48 @@ def test_errors(words, row):
   x, gate = arrays.pop('x'), arrays.pop('gate')
   with pytest.raises(error, match=words):
     jax.eval_shape(lambda: nk.gated_rms_norm(x, gate, **arrays))
+
+
+NOT_ELEMENTWISE = {
+  'sum': (jnp.sum, ValueError, r'shape \(\) of one of shape \(3, 4\)'),
+  'rows': (lambda z: z[:, :1], ValueError, r'shape \(3, 1\) of one'),
+  'more': (lambda z: z[None], ValueError, r'shape \(1, 3, 4\) of one'),
+  'booleans': (lambda z: z > 0, TypeError, 'makes bool of float32'),
+  'integers': (lambda z: z.astype(int), TypeError, r'makes int\d+ of float32'),
+  'complex': (lambda z: z + 0j, TypeError, r'makes complex\d+ of float32'),
+  'two': (lambda z: (z, z), TypeError, 'makes tuple'),
+  'nothing': (lambda z: None, TypeError, 'makes NoneType'),
+}
+
+
+@pytest.mark.parametrize(
+  ('activation', 'error', 'words'),
+  NOT_ELEMENTWISE.values(),
+  ids=NOT_ELEMENTWISE,
+)
+def test_activations_that_are_not_elementwise(activation, error, words):
+  """The same error by XLA and by kernel, of a gate and after a sum."""
+  x = jnp.ones((3, 4))
+  norms = nk.gated_rms_norm, nk.add_rms_norm, nk.add_layer_norm
+  for norm, name in itertools.product(norms, (None, 'xla', 'mosaic_gpu')):
+    run = functools.partial(norm, activation=activation, implementation=name)
+    with pytest.raises(error, match=f'activation .*{words}'):
+      jax.eval_shape(run, x, x)
+
+
+def test_activations_of_another_precision():
+  """Rounded by itself, or real of complex numbers: these are elementwise."""
+  x = jnp.linspace(-2, 2, 12).reshape(3, 4)
+
+  def rounded(z):
+    return jnp.tanh(z).astype(jnp.bfloat16)
+
+  y = nk.gated_rms_norm(jnp.ones((3, 4)), x, activation=rounded, epsilon=0.0)
+  np.testing.assert_allclose(y, np.tanh(x), rtol=1e-2)
+  unit = np.asarray(nk.rms_norm(x))
+  for activation, desired in (jnp.abs, abs(unit)), (jnp.square, -(unit**2)):
+    y, _ = nk.add_rms_norm(1j * x, 0j * x, activation=activation)
+    np.testing.assert_allclose(y, desired, rtol=1e-5)
 
 
 class Deaf(nk.GatedRMSNorm):

@@ -44,6 +44,12 @@ class Gate(NamedTuple):
   activation: Callable[[Array], Array] | None
   is_last: bool
 
+  def factor(self, gate: Array) -> Array:
+    """What a gate, in float32 or wider, multiplies by, in its dtype."""
+    if self.activation is None:
+      return gate
+    return jnp.asarray(self.activation(gate), gate.dtype)
+
 
 @dataclasses.dataclass(frozen=True)
 class Spec:

@@ -94,8 +94,9 @@ def gated_rms_norm(
     An array of the shape of x.
 
   Raises:
-    TypeError: if x or the gate is not real and floating-point, `activation` no
-      function, `group_size` no integer, or as `normalize` raises.
+    TypeError: if x or the gate, or what `activation` makes of it, is not real
+      and floating-point, `activation` no function, `group_size` no integer, or
+      as `normalize` raises.
     ValueError: if the gate or what `activation` makes of it has another shape
       than x, if `group_size` does not divide the features or there are several
       axes of them, or as `normalize` raises.
@@ -138,19 +139,24 @@ def gated_rms_norm(
     scale_offset,
     round_before_scale,
   )
+  wide = args.statistics_dtype
+  if gate is not None:
+    wide = _types.promote(wide, gate.dtype)
+    arguments.check_elementwise(activation, x.shape, wide)
   if (implementation or platforms.preferred()) not in (None, 'xla'):
     is_pooled = axis_name is not None or axis_index_groups is not None
     gating = Gate(activation, gates_last)
     given = x, gate, args, axes, is_pooled, implementation, gating, groups
     if (found := _by_rows(*given)) is not None:
       return found
-  if gate is not None:
-    wide = _types.promote(args.statistics_dtype, gate.dtype)
-    args = args._replace(statistics_dtype=wide)
+  args = args._replace(statistics_dtype=wide)
 
   def run(x: Array, args: Arguments, gate: Array | None) -> Array:
     x = arguments.known(x, args.where, args.statistics_dtype)
-    factor = _factor(gate, args, activation)
+    factor = None
+    if gate is not None:
+      gate = arguments.known(gate, args.where, args.statistics_dtype)
+      factor = Gate(activation, gates_last).factor(gate)
     if factor is not None and not gates_last:
       x = x * factor
     if groups is None:
@@ -234,26 +240,6 @@ def _number_of_groups(
       f'shape {shape}. Give a divisor of {features}.'
     )
   return features // size
-
-
-def _factor(
-  gate: Array | None,
-  args: Arguments,
-  activation: Callable[[Array], Array] | None,
-) -> Array | None:
-  """What the gate multiplies by, in the dtype of the statistics."""
-  if gate is None:
-    return None
-  gate = arguments.known(gate, args.where, args.statistics_dtype)
-  if activation is None:
-    return gate
-  factor = activation(gate)
-  if jnp.shape(factor) != gate.shape:
-    raise ValueError(
-      f'activation makes an array of shape {jnp.shape(factor)} of a gate of '
-      f'shape {gate.shape}. Give an elementwise function.'
-    )
-  return jnp.asarray(factor, args.statistics_dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

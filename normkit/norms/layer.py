@@ -137,7 +137,8 @@ def add_layer_norm(
 
   Raises:
     TypeError, ValueError, NotImplementedError: as `normalize` does, and if x
-      and the residual differ in shape or dtype.
+      and the residual differ in shape or dtype, or `activation` makes another
+      shape, or no floating-point numbers.
 
   References:
     Ba, Kiros and Hinton, "Layer Normalization" (2016), equations 3 and 4.

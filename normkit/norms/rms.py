@@ -148,7 +148,8 @@ def add_rms_norm(
 
   Raises:
     TypeError, ValueError, NotImplementedError: as `normalize` does, and if x
-      and the residual differ in shape or dtype.
+      and the residual differ in shape or dtype, or `activation` makes another
+      shape, or no floating-point numbers.
 
   References:
     Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019),
