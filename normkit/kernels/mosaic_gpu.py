@@ -151,28 +151,16 @@ def _forward(work: Work) -> None:
   if spec.activation is not None:
     run = functools.partial(activations.value, spec.activation)
     spec = dataclasses.replace(spec, activation=run)
-  gate = spec.gate
+  is_gated_last = spec.gate is not None and spec.gate.is_last
 
   def task(turn: Any, _: Any) -> None:
-    def gated(value: Tile, block: Any) -> Tile:
-      return value * _factor(work, turn, block)
-
-    def x(block: Any) -> Tile:
-      value = work.load('x', turn, block)
-      if gate is not None and not gate.is_last:
-        return gated(value, block)
-      if 'residual' in work.refs:
-        value = value + work.load('residual', turn, block)
-        if spec.rounding is not None:
-          value = work.narrow(value, work.case.inputs[0])
-      return value
-
+    x = functools.partial(_input, work, turn)
     stats = Statistics(work, turn, x)
 
     def write(block: Any, _: Any) -> None:
       xhat, last = stats.standardized(block), spec
-      if gate is not None and gate.is_last:
-        run = functools.partial(gated, block=block)
+      if is_gated_last:
+        run = functools.partial(_times_factor, work, turn, block)
         last = dataclasses.replace(spec, activation=run)
       y = rows.outputs(xhat, work.affine(block), last, work.narrow)
       values = {'y': y}
@@ -187,52 +175,36 @@ def _forward(work: Work) -> None:
   work.run(task, lambda: None, lambda _: None, meetings)
 
 
-def _factor(work: Work, turn: Any, block: Any) -> Tile:
-  """What the gate multiplies by."""
+def _input(work: Work, turn: Any, block: Any) -> Tile:
+  """What is normalized: x, its sum with a residual, or what a gate leaves."""
+  value, spec = work.load('x', turn, block), work.spec
+  if spec.gate is not None and not spec.gate.is_last:
+    return _times_factor(work, turn, block, value)
+  if 'residual' in work.refs:
+    value = value + work.load('residual', turn, block)
+    if spec.rounding is not None:
+      value = work.narrow(value, work.case.inputs[0])
+  return value
+
+
+def _times_factor(work: Work, turn: Any, block: Any, value: Tile) -> Tile:
+  """A value times what its gate multiplies by."""
   assert work.spec.gate is not None
-  value, run = work.load('gate', turn, block), work.spec.gate.activation
-  return value if run is None else activations.value(run, value)
+  gate, run = work.load('gate', turn, block), work.spec.gate.activation
+  return value * (gate if run is None else activations.value(run, gate))
 
 
 def _backward(work: Work) -> None:
-  spec, config, gate = work.spec, work.config, work.spec.gate
-  size = work.case.size
+  config = work.config
   sums = tuple(n for n in ('dscale', 'dbias') if n in work.refs)
 
   def task(turn: Any, totals: Any) -> Any:
-    def x(block: Any) -> Tile:
-      value = work.load('x', turn, block)
-      if gate is not None and not gate.is_last:
-        value = value * _factor(work, turn, block)
-      return value
-
-    def slopes(block: Any) -> tuple[Tile, Tile, Tile]:
-      xhat = stats.standardized(block)
-      g = work.load('dy', turn, block)
-      if spec.activation is not None:
-        y = rows.affine(xhat, work.affine(block), spec, work.narrow)
-        g = g * activations.slope(spec.activation, y)
-      if gate is not None and gate.is_last:
-        g = g * _factor(work, turn, block)
-      scale = work.parameter('scale', block)
-      h = g if scale is None else g * scale
-      return xhat, g, work.masked(h, block)
-
-    stats = Statistics(work, turn, x)
-
-    def add(block: Any, found: Any) -> Any:
-      xhat, _, h = slopes(block)
-      slope = found[-1] + h * work.masked(xhat, block)
-      return (found[0] + h, slope) if spec.center else (slope,)
-
-    zeros = (work.full(0),) * (2 if spec.center else 1)
-    *shift, slope = (
-      work.spread(n / size) for n in work.added(turn, *work.each(add, zeros))
-    )
+    stats = Statistics(work, turn, functools.partial(_input, work, turn))
+    *shift, slope = _means(work, turn, stats)
     now = list[Any]()
     for index in range(config.tiles):
       block = jnp.int32(index)
-      xhat, g, h = slopes(block)
+      xhat, g, h = _slopes(work, turn, stats, block)
       # Added now: later, xhat and g would take registers until then.
       terms = {'dscale': g * work.normalized(xhat), 'dbias': g}
       pairs = zip(sums, totals[index], strict=True)
@@ -240,11 +212,11 @@ def _backward(work: Work) -> None:
         lax.optimization_barrier(tuple(t + terms[n] for n, t in pairs))
       )
       dx = h - xhat * slope
-      dx = (dx - shift[0] if spec.center else dx) * stats.root
+      dx = (dx - shift[0] if work.spec.center else dx) * stats.root
       if 'dtotal' in work.refs:
         dx = dx + work.load('dtotal', turn, block)
       values = {'dx': dx}
-      if gate is not None:
+      if work.spec.gate is not None:
         values = _gated(work, turn, block, xhat, dx)
       work.write(turn, block, values)
     return tuple(now)
@@ -257,7 +229,37 @@ def _backward(work: Work) -> None:
       for name, total in zip(sums, totals[index], strict=True):
         _store_sum(work, work.refs[name], index, total)
 
-  work.run(task, zeros, store, 3 if spec.center else 2)
+  work.run(task, zeros, store, 3 if work.spec.center else 2)
+
+
+def _slopes(
+  work: Work, turn: Any, stats: Statistics, block: Any
+) -> tuple[Tile, Tile, Tile]:
+  """xhat, and the gradients of scale * xhat + bias and of xhat."""
+  spec = work.spec
+  xhat = stats.standardized(block)
+  g = work.load('dy', turn, block)
+  if spec.activation is not None:
+    y = rows.affine(xhat, work.affine(block), spec, work.narrow)
+    g = g * activations.slope(spec.activation, y)
+  if spec.gate is not None and spec.gate.is_last:
+    g = _times_factor(work, turn, block, g)
+  scale = work.parameter('scale', block)
+  h = g if scale is None else g * scale
+  return xhat, g, work.masked(h, block)
+
+
+def _means(work: Work, turn: Any, stats: Statistics) -> tuple[Tile, ...]:
+  """Of the gradient of xhat, where the mean is subtracted, and of it * xhat."""
+
+  def add(block: Any, found: Any) -> Any:
+    xhat, _, h = _slopes(work, turn, stats, block)
+    slope = found[-1] + h * work.masked(xhat, block)
+    return (found[0] + h, slope) if work.spec.center else (slope,)
+
+  zeros = (work.full(0),) * (2 if work.spec.center else 1)
+  sums = work.added(turn, *work.each(add, zeros))
+  return tuple(work.spread(n / work.case.size) for n in sums)
 
 
 def _gated(
