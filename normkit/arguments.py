@@ -76,6 +76,17 @@ def check_activation(
   return activation
 
 
+def check_hash(activation: Callable[[Array], Array] | None) -> None:
+  """Raises where `jax.jit` could not know it again."""
+  try:
+    hash(activation)
+  except TypeError:
+    raise TypeError(
+      f'activation has no hash, got {activation!r}: programs are known by it. '
+      'Give a function of a module, or a class that has __hash__.'
+    ) from None
+
+
 def check_elementwise(
   activation: Callable[[Array], Array] | None,
   shape: tuple[int, ...],

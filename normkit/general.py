@@ -18,6 +18,7 @@ from normkit.arguments import (
   check_activation,
   check_arguments,
   check_elementwise,
+  check_hash,
   check_some_axes,
 )
 from normkit.centred import centred
@@ -195,7 +196,7 @@ def add_normalize(
       f'{x.dtype}{list(x.shape)}: they are added, and must be alike. Broadcast '
       'or cast one of them first.'
     )
-  check_activation(activation)
+  check_hash(check_activation(activation))
   axes = _types.check_axes(-1, x.ndim)
   args = check_arguments(
     x,

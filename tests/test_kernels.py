@@ -782,10 +782,20 @@ def test_refused_where_it_cannot_run():
     nk.rms_norm(jnp.ones((2, 4), jnp.float64), implementation='triton')
 
 
+class NoHash:
+  """A function that `jax.jit` cannot know again."""
+
+  __hash__ = None
+
+  def __call__(self, z):
+    return z
+
+
 ADD_ERRORS = {
   'shape': (dict(residual=jnp.ones(4)), ValueError, 'alike'),
   'dtype': (dict(residual=jnp.ones((2, 4), jnp.float16)), ValueError, 'alike'),
   'activation': (dict(activation='gelu'), TypeError, 'function'),
+  'hash': (dict(activation=NoHash()), TypeError, 'has no hash.*__hash__'),
 }
 
 
