@@ -95,11 +95,19 @@ def check_elementwise(
   """Raises unless it makes a floating-point array of the shape it is given.
 
   Of complex numbers also complex ones. A kernel would give it tiles, and
-  broadcast what is smaller.
+  broadcast what is smaller. Of a traced array it closes over no rule of
+  derivatives would know.
   """
   if activation is None:
     return
-  found = jax.eval_shape(activation, jax.ShapeDtypeStruct(shape, dtype))
+  given = jax.ShapeDtypeStruct(shape, dtype)
+  program, found = jax.make_jaxpr(activation, return_shape=True)(given)
+  if any(isinstance(c, jax.core.Tracer) for c in program.consts):
+    raise TypeError(
+      f'activation={activation!r} closes over an array that is traced, such as '
+      'a parameter. Give a function of its argument alone, and apply what is '
+      'learned outside of the norm.'
+    )
   if not isinstance(found, jax.ShapeDtypeStruct):
     raise TypeError(
       f'activation makes {type(found).__name__} of an array, not an array. '

@@ -324,6 +324,22 @@ def test_activations_that_are_not_elementwise(activation, error, words):
       jax.eval_shape(run, x, x)
 
 
+@pytest.mark.parametrize('change', [jax.jit, jax.grad, jax.vmap])
+def test_activations_of_what_is_traced(change):
+  """Of a parameter of its own an activation would have no derivative."""
+  x = jnp.ones((3, 4))
+
+  def norm(run, slope):
+    return run(x, x, activation=lambda z: slope * z)
+
+  for run in nk.gated_rms_norm, nk.add_rms_norm:
+    with pytest.raises(TypeError, match='closes over an array'):
+      jax.eval_shape(
+        change(functools.partial(norm, run)),
+        jnp.ones(3 if change is jax.vmap else ()),
+      )
+
+
 def test_activations_of_another_precision():
   """Rounded by itself, or real of complex numbers: these are elementwise."""
   x = jnp.linspace(-2, 2, 12).reshape(3, 4)
