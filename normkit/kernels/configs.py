@@ -297,11 +297,11 @@ def _tiles(case: Case, members: int) -> list[Config]:
   if case.size <= IN_WARP:
     return _tiles_in_warp(case, itemsize) if members == 1 else []
   if not case.sums:
-    # A mask takes registers.
-    is_tight = case.is_activated and case.size % PIECE > 0
-    rows = 4 if is_tight else 16 // itemsize
     groups = min(-(-case.size // (4096 * members)), 4)
-    return [_shared(case.size, groups, rows, members)]
+    found = _shared(case.size, groups, 16 // itemsize, members)
+    if case.is_activated and found.row_width > case.size:
+      found = _shared(case.size, groups, 4, members)  # a mask takes registers
+    return [found]
   # Each program writes out its sums over rows, so programs are few and large.
   high = 4 if case.is_activated else 16 // itemsize
   groups, most = _most_sums(case, itemsize, members)
