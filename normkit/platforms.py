@@ -122,6 +122,14 @@ def context() -> tuple[str | None, Implementation | None]:
   return named(), preferred()
 
 
+@contextlib.contextmanager
+def within(found: tuple[str | None, Implementation | None]) -> Iterator[None]:
+  """What `context` said before: for rules that JAX traces when it needs them."""
+  platform, name = found
+  with _set(_named, platform), _set(_preferred, name):
+    yield
+
+
 def dependent(
   forms: Mapping[str, Callable[..., Array]],
   operands: Sequence[Array],

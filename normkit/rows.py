@@ -264,14 +264,16 @@ def _differentiable(
 ) -> Arrays:
   """The norm and its derivatives: 'y' and, with a residual, 'total'.
 
-  `context` keeps apart what `jit` has traced; see `platforms.context`.
+  `context` keeps apart what `jit` has traced; see `platforms.context`. JAX
+  traces the rule later, and keeps it with what is traced here: it is of the
+  same context.
   """
-  del context
 
   @jax.custom_jvp
   def run(given: Arrays) -> Arrays:
     return _forward(given, spec, implementation)
 
+  @platforms.within(context)
   def derive(primals: Any, tangents: Any) -> tuple[Arrays, Arrays]:
     (given,), (given_tangents,) = primals, tangents
     results = _training_forward(given, spec, implementation)

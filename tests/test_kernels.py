@@ -388,6 +388,27 @@ def test_preferred(name, monkeypatch):
   assert not calls  # outside again
 
 
+def test_a_derivative_is_of_its_forward(name, monkeypatch):
+  """Taken outside, too; it is kept for norms that are traced inside later."""
+  monkeypatch.setattr(record, 'entries', lambda: ())
+  calls = called(name, monkeypatch)
+  x, norm = draw((4, 8)), jax.jit(lambda x: nk.rms_norm(x))
+
+  def backward(norm):
+    calls.clear()
+    jax.jit(jax.grad(lambda x: norm(x).sum()))(x)
+    return 'backward' in calls
+
+  with nk.implementation(name):
+    norm(x)
+  assert backward(norm)
+  norm = jax.jit(lambda x: nk.rms_norm(x))
+  norm(x)
+  with nk.implementation(name):
+    assert not backward(norm)
+    assert backward(lambda x: nk.rms_norm(x))
+
+
 def test_preferred_by_the_environment(name, monkeypatch):
   calls = called(name, monkeypatch)
   x = draw((4, 8))
