@@ -12,66 +12,28 @@ import functools
 import importlib.util
 import math
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax import lax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 
 from benchmarks import kernels as blocks, models, speed
 from benchmarks.exact import error, exact
+from benchmarks.shapes import Case
 import normkit as nk
 from normkit.kernels import cases, dispatch, record
 
-TOLERANCES = {'float32': 2e-5, 'bfloat16': 2e-2}
+TOLERANCES = {'float32': 2e-5, 'bfloat16': 2e-2, 'float16': 3e-3}
 KINDS = {'forward': 2, 'training forward': 2, 'backward': 3}  # passes, at least
 GATED = {'forward': 3, 'training forward': 3, 'backward': 5}
 LONG_ENOUGH = 2**28  # bytes of x in one program
 MOST_CALLS = 16
+MOST_DRAWN = 2**20 + 1  # no multiple of a row's length
 BATCH = 2e-3  # seconds of calls that are waited for together
 Calls = dict[str, Callable[[], Any]]
-
-
-class Case(NamedTuple):
-  """A norm of some input; `of` has its own scale and bias, if no feature.
-
-  With a gate, last or first, that is in the place of the bias.
-  """
-
-  norm: str
-  shape: tuple[int, ...]
-  dtype: str
-  groups: int | None = None
-  of: str | None = None
-  gate: str | None = None
-
-  def __str__(self) -> str:
-    groups = f' in {self.groups} groups' if self.groups else ''
-    of = f' by {self.of}' if self.of else ''
-    gate = f' gate {self.gate}' if self.gate else ''
-    shape = 'x'.join(map(str, self.shape))
-    return f'{self.norm} {shape} {self.dtype}{groups}{of}{gate}'
-
-  @property
-  def parameters(self) -> tuple[int, ...]:
-    """The shape of scale and bias."""
-    first, *some, size = self.shape
-    if self.of == 'example':
-      return (first, *[1] * len(some), size)
-    if self.of == 'head':
-      return (*[1] * len(some), *self.shape[-2:])
-    return (size,)
-
-  @property
-  def center(self) -> bool:
-    return self.norm != 'RMSNorm'
-
-  @property
-  def has_peers(self) -> bool:
-    """Whether Flax and torch have it."""
-    is_other = self.of is not None or self.gate is not None
-    return self.groups in (None, speed.GROUPS) and not is_other
 
 
 def names() -> list[str]:
@@ -86,23 +48,32 @@ def names() -> list[str]:
 def refusal(name: str, case: Case) -> str | None:
   given = case.shape, jnp.dtype(case.dtype), case.groups
   others = (case.parameters,) if case.of else ()
-  gate = case.gate is not None
-  return cases.refusal(name, *given, parameters=others, gate=gate)
+  is_sum = case.more in ('residual', 'silu')
+  return cases.refusal(
+    name,
+    *given,
+    residual=is_sum,
+    activation=jax.nn.silu if case.more == 'silu' else None,
+    parameters=others,
+    rounds=case.more == 'rounding',
+    gate=case.gate is not None,
+  )
 
 
 def draw(case: Case) -> speed.Arrays:
-  """x, scale, bias and the gradient of the result."""
-  arrays = speed.draw(case.shape, case.dtype)
-  rng = np.random.default_rng(1)
+  """x, scale, bias and the gradient of the result; the same numbers again
+  in large ones, which would take seconds to draw."""
+  rng = np.random.default_rng(0)
+
+  def some(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    drawn = rng.standard_normal(min(math.prod(shape), MOST_DRAWN), np.float32)
+    return np.resize(drawn.astype(jnp.dtype(dtype)), shape)
+
+  x, dy = (some(case.shape, case.dtype) for _ in range(2))
+  scale, bias = (some(case.parameters, 'float32') for _ in range(2))
   if case.gate:
-    gate = rng.standard_normal(case.shape, np.float32)
-    return arrays._replace(bias=gate.astype(arrays.x.dtype))
-  if case.of is None:
-    return arrays
-  scale, bias = (
-    rng.standard_normal(case.parameters, np.float32) for _ in range(2)
-  )
-  return arrays._replace(scale=scale, bias=bias)
+    bias = some(case.shape, case.dtype)
+  return speed.Arrays(x, scale, bias, dy)
 
 
 def function(case: Case, name: str) -> Callable[..., Any]:
@@ -111,7 +82,13 @@ def function(case: Case, name: str) -> Callable[..., Any]:
   if case.gate:
     options |= {'norm_before_gate': case.gate == 'last'}
     return lambda x, scale, gate: nk.gated_rms_norm(x, gate, scale, **options)
+  if case.more in ('residual', 'silu'):
+    options |= {'activation': jax.nn.silu} if case.more == 'silu' else {}
+    if case.center:
+      return lambda x, *given: nk.add_layer_norm(x, x, *given, **options)[0]
+    return lambda x, scale, bias: nk.add_rms_norm(x, x, scale, **options)[0]
   if case.norm == 'RMSNorm':
+    options['round_before_scale'] = case.more == 'rounding'
     return lambda x, scale, bias: nk.rms_norm(x, scale, **options)
   if case.norm == 'LayerNorm':
     return functools.partial(nk.layer_norm, **options)
@@ -170,13 +147,6 @@ def check(name: str, case: Case) -> dict[str, float]:
 # Times.
 
 
-def copy_bandwidth(size: int) -> float:
-  """Bytes a second that a copy moves, read and written."""
-  x = jnp.zeros(size // 4, jnp.float32)
-  copy = jax.jit(lambda x: x + 1).lower(x).compile()
-  return 2 * size / interleave({'copy': lambda: copy(x)}, 0.5)['copy']
-
-
 def compiled(programs: dict[str, tuple[Any, tuple[Any, ...]]]) -> Any:
   """Each of these programs, compiled; by its name as 'kernel: ...'."""
   lowered = {}
@@ -223,7 +193,10 @@ def interleave(
 def norm_times(
   case: Case, kernels: list[str], seconds: float
 ) -> dict[str, dict[str, float]]:
-  """Seconds of forward, training forward and backward, by each library."""
+  """Seconds of forward, training forward and backward, by each library.
+
+  Beside each those of a copy of x, read and written.
+  """
   arrays = jax.tree.map(jax.device_put, draw(case))
   count = -(-LONG_ENOUGH // arrays.x.nbytes)
   count = 1 if jax.default_backend() == 'cpu' else min(count, MOST_CALLS)
@@ -235,12 +208,13 @@ def norm_times(
     with running(name):
       made = _programs(norm, arrays, count)
     programs |= {f'{name}: {kind}': program for kind, program in made.items()}
-  made = compiled(programs)
+  copy = _programs(lambda x, *_: x + 1, arrays, count)['forward']
+  made = compiled({'copy: forward': copy, **programs})
   pulls = {n: made[f'{n}: saved'](*arrays[:3])[1] for n in norms}
   found = {}
   torch = _torch_calls(case, arrays, count)
   for kind in KINDS:
-    calls = {}
+    calls = {'copy': functools.partial(made['copy: forward'], *arrays[:3])}
     for name in norms:
       given = arrays[:3] if kind != 'backward' else (pulls[name], arrays.dy)
       calls[name] = functools.partial(made[f'{name}: {kind}'], *given)
@@ -304,6 +278,7 @@ def _torch_calls(
     return {}
   import torch
 
+  torch.compiler.reset()  # or it compiles for any shape, and then no more
   on_cpu = jax.default_backend() == 'cpu'
   if not case.has_peers:
     return {}
@@ -408,6 +383,9 @@ def models_of(is_dry: bool) -> dict[str, Callable[[str], Any]]:
     return {
       'transformer': lambda of: models.transformer_step(of, 'RMSNorm', **small),
       'UNet': lambda of: models.unet_step(of, 1, 2, (32,)),
+      'ResNet-50': lambda of: models.resnet_step(
+        of, 'GroupNorm', 1, 32, stages=(1,)
+      ),
     }
   return {
     'transformer': lambda of: models.transformer_step(of, 'RMSNorm'),
@@ -416,13 +394,20 @@ def models_of(is_dry: bool) -> dict[str, Callable[[str], Any]]:
   }
 
 
+def versions() -> dict[str, str]:
+  """Of what a time depends on."""
+  found = {m.__name__: m.__version__ for m in (jax, jaxlib)}
+  found['normkit'] = nk.__version__
+  return found | {'device': jax.devices()[0].client.platform_version}
+
+
 def entry(
   case: Case, name: str, error: float, times: dict[str, dict[str, float]]
 ) -> record.Entry:
   """What is recorded of a case: times of its blocks in milliseconds."""
   return record.Entry(
     chip=jax.devices()[0].device_kind,
-    jax=jax.__version__,
+    versions=versions(),
     date=time.strftime('%Y-%m-%d', time.gmtime()),
     kernel=name,
     center=case.center,

@@ -17,6 +17,8 @@ def exact(case: Any, arrays: speed.Arrays) -> list[np.ndarray]:
   x, scale, bias, dy = (np.asarray(a, np.float64) for a in arrays)
   if case.gate:
     return _gated(case, x, scale, bias, dy)
+  if case.more in ('residual', 'silu'):
+    return _added(case, speed.Arrays(2 * x, scale, bias, dy))
   groups = case.groups or 1
   sets = len(x) if case.groups else x.size // x.shape[-1]
   split = sets, -1, groups, x.shape[-1] // groups
@@ -41,11 +43,26 @@ def exact(case: Any, arrays: speed.Arrays) -> list[np.ndarray]:
   return [y, dx, dscale, dbias]
 
 
+def _silu(x: Any) -> tuple[Any, Any]:
+  """It, and its derivative."""
+  share = 1 / (1 + np.exp(-x))
+  return x * share, share * (1 + x * (1 - share))
+
+
+def _added(case: Any, arrays: speed.Arrays) -> list[Any]:
+  """Of x as its own residual; the sum is given."""
+  inner, slope = case._replace(more=None), 1.0
+  y = exact(inner, arrays)[0]
+  if case.more == 'silu':
+    y, slope = _silu(y)
+  _, dx, *rest = exact(inner, arrays._replace(dy=arrays.dy * slope))
+  return [y, 2 * dx, *rest]
+
+
 def _gated(case: Any, x: Any, scale: Any, gate: Any, dy: Any) -> list[Any]:
   """By SiLU; the gradient of the gate is in the place of that of the bias."""
   inner, bias = case._replace(gate=None), 0 * scale
-  share = 1 / (1 + np.exp(-gate))
-  factor, slope = gate * share, share * (1 + gate * (1 - share))
+  factor, slope = _silu(gate)
   if case.gate == 'last':
     given = speed.Arrays(x, scale, bias, dy * factor)
     y, dx, dscale, _ = exact(inner, given)

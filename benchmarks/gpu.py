@@ -18,35 +18,20 @@ from typing import Any, NamedTuple
 
 import jax
 
-from benchmarks import device, kernels as blocks, report
-from benchmarks.device import GATED, KINDS, Case
+from benchmarks import device, report
+from benchmarks.device import GATED, KINDS
+from benchmarks.shapes import (
+  Case,
+  blocks_of,
+  checked,
+  checks_of,
+  kinds_of,
+  norms_of,
+)
 from normkit.kernels import record
 
 HUNG = 120  # seconds without an answer
 LOST = 3  # exit status: the device is to be taken anew
-ROWS = 'LayerNorm', 'RMSNorm'
-WIDTHS = 4096, 1024, 8192, 256, 16_384, 65_536, 2048, 768
-DTYPES = 'bfloat16', 'float32'
-# The public tables for H200 in shared units: rows x width.
-PUBLIC = [
-  ('RMSNorm', (16_384, 4096)),
-  ('RMSNorm', (8192, 8192)),
-  ('RMSNorm', (4096, 16_384)),
-  ('RMSNorm', (8192, 5120)),
-  ('LayerNorm', (1024, 12_288)),
-]
-UNET = [(8, 64, 64, 128), (8, 32, 32, 256), (8, 16, 16, 512), (8, 8, 8, 1280)]
-IMAGES, LARGE = (64, 28, 28, 512), (16, 56, 56, 512)
-# DiT-XL/2 and Flux, and queries with a scale a head.
-OWN = [
-  ('LayerNorm', (256, 256, 1152), 'example'),
-  ('LayerNorm', (8, 4096, 3072), 'example'),
-  ('RMSNorm', (32_768, 32, 128), 'head'),
-]
-# After Qwen3-Next's delta rule, and in Mamba 2 of 2.7 billion parameters.
-GATES = [((2**20, 128), 'last'), ((16_384, 5120), 'first')]
-BLOCK_WIDTHS = 4096, 2048, 1024, 8192, 768
-BLOCK_ELEMENTS = 2**24
 
 
 def answers() -> bool:
@@ -107,63 +92,6 @@ class Session:
     return [k for k in self.found if not self.good(k)]
 
 
-def norms_of(is_dry: bool) -> list[Case]:
-  """What is checked and timed alone, most important first."""
-  if is_dry:
-    rows = Case('LayerNorm', (6, 64), 'float32')
-    own = Case('LayerNorm', (3, 3, 64), 'float32', of='example')
-    gated = rows._replace(norm='RMSNorm', gate='last')
-    return [rows, own, gated, Case('GroupNorm', (2, 4, 4, 64), 'float32', 32)]
-  return [
-    *(
-      Case(norm, (2**27 // width, width), dtype)
-      for dtype in DTYPES
-      for width in WIDTHS
-      for norm in ROWS
-    ),
-    *(Case(norm, shape, 'bfloat16') for norm, shape in PUBLIC),
-    *(Case(norm, shape, 'bfloat16', of=of) for norm, shape, of in OWN),
-    *(Case('RMSNorm', shape, 'bfloat16', gate=gate) for shape, gate in GATES),
-    *(Case('GroupNorm', shape, 'bfloat16', 32) for shape in UNET),
-    *(Case('GroupNorm', IMAGES, dtype, 32) for dtype in DTYPES),
-    Case('GroupNorm', LARGE, 'bfloat16', 32),
-  ]
-
-
-def blocks_of(is_dry: bool) -> list[Case]:
-  """What is timed in blocks."""
-  if is_dry:
-    return norms_of(is_dry)[:1]
-  return [
-    *(
-      Case(norm, (BLOCK_ELEMENTS // width, width), dtype)
-      for dtype in DTYPES
-      for width in BLOCK_WIDTHS
-      for norm in ROWS
-    ),
-    *(Case('GroupNorm', IMAGES, dtype, 32) for dtype in DTYPES),
-  ]
-
-
-def kinds_of(case: Case, is_dry: bool) -> list[str]:
-  """Blocks with more than the norm in them."""
-  family = blocks.FAMILIES[case.groups is not None]
-  return list(family.blocks)[1 : 2 if is_dry else None]
-
-
-def checked(case: Case) -> Case:
-  """The same sets, some hundreds of rows: numbers depend on no more."""
-  if case.groups:
-    return case._replace(shape=(2, *case.shape[1:]))
-  count = max(2**20 // case.shape[-1], 9) + 1
-  if case.of == 'example':
-    return case._replace(shape=(3, min(count, case.shape[1]), case.shape[-1]))
-  if case.of == 'head':
-    some = min(count // case.shape[-2] + 1, case.shape[0])
-    return case._replace(shape=(some, *case.shape[1:]))
-  return case._replace(shape=(min(count, case.shape[0]), case.shape[-1]))
-
-
 def check_key(name: str, case: Case) -> str:
   return f'check: {name} {checked(case)}'
 
@@ -183,7 +111,7 @@ class Run(NamedTuple):
 
 
 def check_numbers(run: Run) -> None:
-  for case in dict.fromkeys(norms_of(run.is_dry) + blocks_of(run.is_dry)):
+  for case in checks_of(run.is_dry):
     for name in run.kernels:
       if device.refusal(name, case) is None:
         key, small = check_key(name, case), checked(case)
@@ -191,8 +119,6 @@ def check_numbers(run: Run) -> None:
 
 
 def time_norms(run: Run) -> None:
-  size = 2**12 if run.is_dry else 2**30
-  run.session.do('copy', lambda: {'bytes': device.copy_bandwidth(size)})
   for case in norms_of(run.is_dry):
     given = case, run.taken(case), run.seconds
     run.session.do(f'norm: {case}', device.norm_times, *given)
@@ -220,7 +146,7 @@ PARTS: dict[str, tuple[Callable[[Run], None], float]] = {
   'check': (check_numbers, 0.4),
   'norms': (time_norms, 0.6),
   'blocks': (time_blocks, 0.9),
-  'models': (time_models, 1),
+  'models': (time_models, 0.98),
 }
 
 
@@ -239,7 +165,7 @@ def work(session: Session, args: argparse.Namespace) -> None:
     part, share = PARTS[name]
     session.until = args.until - (1 - share) * args.seconds
     part(run)
-  session.write(entries=entries(run))
+    session.write(entries=entries(run))
 
 
 def block_key(case: Case, kind: str) -> str:
@@ -284,11 +210,21 @@ def save(session: Session, path: pathlib.Path = record.PATH) -> int:
     names = 'chip', 'kernel', 'center', 'dtype', 'shape', 'groups'
     return json.dumps([entry[n] for n in names])
 
-  old = json.loads(path.read_text())
+  old = _old(path)
   merged = {case(e): e for e in [*old, *new]}
-  path.write_text(json.dumps(list(merged.values()), indent=1) + '\n')
+  part = path.with_suffix('.part')
+  part.write_text(json.dumps(list(merged.values()), indent=1) + '\n')
+  part.replace(path)
   print(f'{len(new)} cases are recorded in {path}')
   return 0
+
+
+def _old(path: pathlib.Path) -> list[dict[str, Any]]:
+  """What is recorded there; nothing of what this version cannot read."""
+  try:
+    return [e._asdict() for e in record.read(path)]
+  except record.UNREADABLE:
+    return []
 
 
 def supervise(session: Session, args: argparse.Namespace) -> None:
@@ -321,7 +257,7 @@ def _watch(process: Any, session: Session) -> str | None:
     now = session.path.stat().st_mtime if session.path.exists() else None
     if now != stamp:
       stamp, changed = now, time.time()
-    if session.left < -20 or time.time() - changed > HUNG:
+    if session.left < 0 or time.time() - changed > HUNG:
       process.kill()
       process.wait()
       return None if session.left < 0 else f'no answer in {HUNG} s'
@@ -337,11 +273,10 @@ def show(session: Session, documents: list[pathlib.Path]) -> None:
   print(f'{title}: {good} of {len(checks)} checks hold')
   for key in session.failures:
     print(f'{key}: {found[key]["failed"]}')
-  copy = found.get('copy', {}).get('bytes')
   rows = []
   for key in found:
-    if key.startswith('norm: ') and session.good(key) and copy:
-      rows += _shares(key.removeprefix('norm: '), found[key], copy)
+    if key.startswith('norm: ') and session.good(key):
+      rows += _shares(key.removeprefix('norm: '), found[key])
   header = ['share of the copy', *_libraries(found)]
   rows = [[r[0], *(r[1].get(n, '') for n in header[1:])] for r in rows]
   report.publish('device', f'{title}: norms', header, rows, documents)
@@ -367,20 +302,25 @@ def _libraries(found: dict[str, Any]) -> list[str]:
 
 
 def _shares(
-  case: str, kinds: dict[str, dict[str, float]], copy: float
+  case: str, kinds: dict[str, dict[str, float]]
 ) -> list[tuple[str, dict[str, str]]]:
-  """Bytes a second that each form needs at least, over the copy's."""
+  """Bytes a second that each form needs at least, over those of a copy of x.
+
+  Of the copy itself they are given in GB/s.
+  """
   shape, dtype = case.split()[1:3]
   size = math.prod(map(int, shape.split('x')))
-  size *= 2 if dtype == 'bfloat16' else 4
+  size *= 4 if dtype == 'float32' else 2
   passes = GATED if ' gate ' in case else KINDS
-  return [
-    (
-      f'{case}: {kind}',
-      {n: f'{passes[kind] * size / t / copy:.2f}' for n, t in times.items()},
-    )
-    for kind, times in kinds.items()
-  ]
+  rows = []
+  for kind, times in kinds.items():
+    copy = 2 * size / times['copy']
+    cells = {
+      n: f'{passes[kind] * size / t / copy:.2f}' for n, t in times.items()
+    }
+    cells['copy'] = f'{copy / 1e9:.0f} GB/s'
+    rows.append((f'{case}: {kind}', cells))
+  return rows
 
 
 def run(args: argparse.Namespace) -> int:

@@ -55,13 +55,14 @@ class ResNet(nn.Module):
   """ResNet-50, its convolutions in bfloat16."""
 
   norm: Any
+  stages: tuple[int, ...] = STAGES
 
   @nn.compact
   def __call__(self, x):
     x = nn.Conv(64, (7, 7), 2, use_bias=False, dtype=jnp.bfloat16)(x)
     x = nn.relu(self.norm()(x))
     x = nn.max_pool(x, (3, 3), (2, 2), 'SAME')
-    for index, blocks in enumerate(STAGES):
+    for index, blocks in enumerate(self.stages):
       for block in range(blocks):
         stride = 2 if index and not block else 1
         x = Bottleneck(64 * 2**index, stride, self.norm)(x)
@@ -74,6 +75,7 @@ def resnet_step(
   batch: int,
   size: int = 224,
   policy: Any = None,
+  stages: tuple[int, ...] = STAGES,
 ) -> tuple[Step, tuple[Any, ...]]:
   """A step of gradient descent: `(params, stats, images, labels) -> ...`.
 
@@ -83,12 +85,13 @@ def resnet_step(
     batch: how many images.
     size: their height and width.
     policy: what is kept for the backward; None leaves it to JAX.
+    stages: how many blocks each has.
 
   Returns:
     The step, and the shapes of its arguments.
   """
   make = make_norm(library, norm, dtype=jnp.bfloat16)
-  model = ResNet(make)
+  model = ResNet(make, stages)
   images = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.bfloat16)
   labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
   variables = jax.eval_shape(model.init, jax.random.key(0), images)

@@ -124,7 +124,7 @@ def context() -> tuple[str | None, Implementation | None]:
 
 @contextlib.contextmanager
 def within(found: tuple[str | None, Implementation | None]) -> Iterator[None]:
-  """What `context` said before: for rules that JAX traces when it needs them."""
+  """In what `context` said before: for rules that JAX traces later."""
   platform, name = found
   with _set(_named, platform), _set(_preferred, name):
     yield

@@ -1,5 +1,6 @@
 """The benchmarks run, and what they time is the same work in every library."""
 
+import argparse
 import importlib.util
 import json
 import subprocess
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from tiers import thinned
 
-from benchmarks import compiling, device, family, gpu, speed
+from benchmarks import compiling, device, family, gpu, shapes, speed
 from benchmarks.__main__ import main
 from normkit.kernels import cases, record
 
@@ -132,7 +133,7 @@ def test_all_of_the_script_for_a_device(command):
   checks = parts.count('check')
   # Scale and bias of an example, and a gate, by Mosaic GPU alone.
   assert checks == 2 * len(device.names()) + 2
-  assert parts[checks:] == ['copy', *['norm'] * 4, 'block', *['model'] * 2]
+  assert parts[checks:] == [*['norm'] * 4, 'block', *['model'] * 3]
   entries = session.data['entries']
   assert [e['kernel'] for e in entries] == device.names()
   assert list(entries[0]['milliseconds']) == ['norm, gelu']
@@ -144,6 +145,21 @@ def test_all_of_the_script_for_a_device(command):
 def test_without_a_device_it_says_so(command, capsys):
   assert command('--dry', '--part', '--record')[0] == 1
   assert 'nothing is recorded: no GPU' in capsys.readouterr().out
+
+
+def test_what_a_device_is_asked():
+  """All kinds of cases, by both kernels where they take them."""
+  asked = shapes.checks_of(False)
+  refusals = {n: [device.refusal(n, c) for c in asked] for n in device.names()}
+  assert not any(refusals['mosaic_gpu'])
+  assert refusals['triton'].count(None) > len(asked) / 2
+  assert {c.dtype for c in asked} == {'float32', 'bfloat16', 'float16'}
+  assert {c.more for c in asked} == {None, 'residual', 'silu', 'rounding'}
+  small = [shapes.checked(c) for c in asked]
+  assert len(set(small)) == len(asked)
+  assert max(np.prod(c.shape) for c in small) < 2**22
+  for case in shapes.norms_of(False) + shapes.blocks_of(False):
+    assert shapes.checked(case) in small
 
 
 CASE = device.Case('LayerNorm', (4, 8), 'float32')
@@ -159,6 +175,8 @@ CASE = device.Case('LayerNorm', (4, 8), 'float32')
     ('RMSNorm', (3, 2, 8), {'of': 'head'}),
     ('RMSNorm', (4, 8), {'gate': 'last'}),
     ('RMSNorm', (4, 8), {'gate': 'first'}),
+    ('LayerNorm', (4, 8), {'more': 'residual'}),
+    ('RMSNorm', (4, 8), {'more': 'silu'}),
   ],
 )
 def test_numbers_of_a_device_are_checked(norm, shape, more, monkeypatch):
@@ -196,6 +214,34 @@ def test_what_ends_or_hangs_is_left_out(tmp_path, monkeypatch, exit, why):
   monkeypatch.setattr(gpu, 'HUNG', 0.5)
   process = subprocess.Popen([sys.executable, '-c', f'import time; {exit}'])
   assert why in gpu._watch(process, session)
+
+
+def test_shares_of_a_copy():
+  """A copy moves x twice, a backward three times at least."""
+  times = {'copy': 2e-3, 'xla': 6e-3}
+  case = 'LayerNorm 1000x1000 bfloat16'
+  found = dict(gpu._shares(case, dict.fromkeys(device.KINDS, times)))
+  assert found[f'{case}: forward'] == {'copy': '2 GB/s', 'xla': '0.33'}
+  assert found[f'{case}: backward']['xla'] == '0.50'
+
+
+def test_what_is_cut_off_keeps_its_entries(tmp_path, monkeypatch):
+  """After the blocks, as in a model that is compiled for too long."""
+
+  def cut(_):
+    raise SystemExit
+
+  monkeypatch.setitem(gpu.PARTS, 'models', (cut, 1))
+  entries = [{'chip': 'some'}]
+  monkeypatch.setattr(gpu, 'entries', lambda _: entries)
+  session = gpu.Session(tmp_path / 'gpu.json', 2**40)
+  parts = [p for p in gpu.PARTS if p == 'models']
+  args = argparse.Namespace(
+    kernel=[], dry=True, part=['blocks', *parts], until=0, seconds=1
+  )
+  with pytest.raises(SystemExit):
+    gpu.work(session, args)
+  assert gpu.Session(session.path, 0).data['entries'] == entries
 
 
 def times_of(kernel, xla=2.0):
@@ -241,9 +287,68 @@ def test_a_record_chooses(recorded):
     cases.chosen((4, 8), 'float32', groups=4),
   ):
     assert other == {}
+  versions = {'jax', 'jaxlib', 'normkit', 'device'}
+  assert record.entries()[0].versions.keys() == versions
   assert recorded(**times_of(2.0)) == 0
   assert len(json.loads(record.PATH.read_text())) == 1
   assert cases.chosen((4, 8), 'float32') == {}
+
+
+def made(kernel, xla, chip='H200', rows=4, name='triton'):
+  times = {'a': {'xla': xla, name: kernel}}
+  case = CASE._replace(shape=(rows, 8))
+  return device.entry(case, name, 1e-7, times)._replace(chip=chip)._asdict()
+
+
+@pytest.mark.parametrize(
+  ('rows', 'chosen'),
+  [(3, {}), (7, {'triton': ('H200',)}), (8, {}), (99, {})],
+)
+def test_the_nearest_case_of_a_record_decides(recorded, rows, chosen):
+  """More rows have been slower: what fewer say is no longer heard."""
+  data = [made(3.0, 2.0, rows=8), made(1.0, 2.0)]
+  assert recorded(platform='gpu', entries=data) == 0
+  assert cases.chosen((rows, 8), 'float32') == chosen
+
+
+def test_each_chip_has_its_fastest(recorded):
+  data = [
+    made(1.0, 9.0, 'B200'),
+    made(2.0, 9.0, 'B200', name='mosaic_gpu'),
+    made(4.0, 9.0, 'H200'),
+    made(3.0, 9.0, 'H200', name='mosaic_gpu'),
+    made(8.0, 9.0, 'A100'),
+    made(7.0, 6.0, 'A100', name='mosaic_gpu'),
+  ]
+  assert recorded(platform='gpu', entries=data) == 0
+  assert cases.chosen((4, 8), 'float32') == {
+    'triton': ('B200', 'A100'),
+    'mosaic_gpu': ('H200',),
+  }
+
+
+UNREAD = {
+  'cut': '[{',
+  'empty': '',
+  'number': '[1]',
+  'older': '[{"kernel": "triton"}]',
+  'gone': None,
+  'kernel': {'kernel': 'cudnn'},
+  'newer': {'more': 1},
+}
+
+
+@pytest.mark.parametrize('text', UNREAD.values(), ids=UNREAD)
+def test_a_record_that_is_not_read(recorded, text):
+  """XLA runs, one is told once, and another record can be made."""
+  if isinstance(text, dict):
+    text = json.dumps([made(1.0, 2.0) | text])
+  record.PATH.unlink() if text is None else record.PATH.write_text(text)
+  with pytest.warns(UserWarning, match='run by XLA; install'):
+    assert cases.chosen((4, 8), 'float32') == {}
+  assert cases.chosen((4, 8), 'float32') == {}
+  assert recorded(platform='gpu', entries=[made(1.0, 2.0)]) == 0
+  assert cases.chosen((4, 8), 'float32') == {'triton': ('H200',)}
 
 
 def test_a_record_is_refused(recorded, capsys):

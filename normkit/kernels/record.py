@@ -10,12 +10,14 @@ import json
 import math
 import pathlib
 from typing import Any, NamedTuple
+import warnings
 
 import jax.numpy as jnp
 
-from normkit._types import DType, Implementation
+from normkit._types import DType, Implementation, check_implementation
 
 PATH = pathlib.Path(__file__).with_name('record.json')
+UNREADABLE = OSError, ValueError, TypeError, KeyError, AttributeError
 
 
 class Entry(NamedTuple):
@@ -23,7 +25,7 @@ class Entry(NamedTuple):
 
   Attributes:
     chip: the device, as JAX names it.
-    jax: its version.
+    versions: of JAX, its compiler, normkit, and what drives the device.
     date: of the run.
     kernel: the implementation.
     center: whether the mean is subtracted: layer norm, not RMS norm.
@@ -36,7 +38,7 @@ class Entry(NamedTuple):
   """
 
   chip: str
-  jax: str
+  versions: dict[str, str]
   date: str
   kernel: Implementation
   center: bool
@@ -60,31 +62,59 @@ class Entry(NamedTuple):
 
 @functools.cache
 def entries() -> tuple[Entry, ...]:
-  """All of them."""
-  return tuple(map(_entry, json.loads(PATH.read_text())))
+  """All of them; none, with a warning, where they cannot be read."""
+  try:
+    return read(PATH)
+  except UNREADABLE as error:
+    why = f'{type(error).__name__}: {error}'
+    warnings.warn(
+      f'{PATH}: no record of kernels by this version of normkit ({why}). Norms '
+      "run by XLA; install normkit anew, or record again with 'python -m "
+      "benchmarks gpu --record'.",
+      stacklevel=2,
+    )
+    return ()
+
+
+def read(path: pathlib.Path) -> tuple[Entry, ...]:
+  """The entries of a file; raises one of `UNREADABLE`."""
+  return tuple(map(_entry, json.loads(path.read_text())))
 
 
 def _entry(found: dict[str, Any]) -> Entry:
-  return Entry(**found | {'shape': tuple(found['shape'])})
+  check_implementation(found['kernel'])
+  times = {
+    k: (float(a), float(b)) for k, (a, b) in found['milliseconds'].items()
+  }
+  return Entry(
+    **found | {'shape': tuple(map(int, found['shape'])), 'milliseconds': times}
+  )
 
 
 def kernels(
   shape: tuple[int, ...], dtype: DType, groups: int | None, center: bool
 ) -> dict[Implementation, tuple[str, ...]]:
-  """The kernels that won, the fastest first, and on which chips.
+  """The kernel that won on each chip, the fastest there, with its chips.
 
-  That is for sets of the same size, and as many of them or more.
+  That is for sets of the same size: of a kernel's cases that have as many of
+  them or fewer the one with most.
   """
-  found: dict[Implementation, tuple[str, ...]] = {}
-  for entry in sorted(entries(), key=lambda e: e.of_kernel):
-    case = entry.dtype, entry.groups, entry.center
+  wanted = jnp.dtype(dtype).name, groups, center
+  nearest: dict[tuple[str, Implementation], Entry] = {}
+  for entry in sorted(entries(), key=lambda e: math.prod(e.shape)):
     if (
-      entry.is_won
-      and case == (jnp.dtype(dtype).name, groups, center)
+      (entry.dtype, entry.groups, entry.center) == wanted
       and _set(entry.shape, groups) == _set(shape, groups)
       and math.prod(entry.shape) <= math.prod(shape)
     ):
-      found[entry.kernel] = (*found.get(entry.kernel, ()), entry.chip)
+      nearest[entry.chip, entry.kernel] = entry
+  best: dict[str, Entry] = {}
+  for entry in sorted(nearest.values(), key=lambda e: e.of_kernel):
+    if entry.is_won:
+      best.setdefault(entry.chip, entry)
+  found: dict[Implementation, tuple[str, ...]] = {}
+  for entry in best.values():
+    found[entry.kernel] = (*found.get(entry.kernel, ()), entry.chip)
   return found
 
 
