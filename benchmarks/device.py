@@ -37,12 +37,13 @@ Calls = dict[str, Callable[[], Any]]
 
 
 def names() -> list[str]:
-  """The kernels that the device may have; on a CPU those of GPUs."""
+  """The kernels that JAX and the device have; on a CPU those of GPUs."""
   platform = {'gpu': 'cuda', 'cpu': 'cuda'}.get(
     jax.default_backend(), jax.default_backend()
   )
   found = [n for n, where in dispatch.PLATFORMS.items() if where == platform]
-  return sorted(found)  # Mosaic GPU before Triton
+  # Mosaic GPU before Triton
+  return sorted(n for n in found if dispatch.lacking(n) is None)
 
 
 def refusal(name: str, case: Case) -> str | None:
@@ -326,7 +327,8 @@ def block_times(
   """Seconds of a block in training, by XLA and by each kernel."""
   programs: dict[str, Any] = {}
   for name in 'xla', *kernels:
-    run, shapes = blocks.block(kind, case.norm, name, case.dtype, case.shape)
+    given = kind, case.norm, name, case.dtype, case.shape
+    run, shapes = blocks.block(*given, has_bias=True)
 
     def step(*given, run=run):
       y, pull = jax.vjp(run, *given[:-1])

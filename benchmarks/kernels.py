@@ -121,12 +121,14 @@ def block(
   implementation: str | None,
   dtype: str,
   shape: tuple[int, ...] | None = None,
+  has_bias: bool = False,
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-  """A function of the shapes that come with it."""
+  """A function of the shapes that come with it; the scale is the bias too."""
   family = next(f for f in FAMILIES if norm in f.norms)
 
   def one(x: Any, scale: Any) -> Any:
-    return family.norms[norm](x, scale, implementation=implementation)
+    given = (scale, scale) if has_bias and norm != 'RMSNorm' else (scale,)
+    return family.norms[norm](x, *given, implementation=implementation)
 
   def run(*given: Any) -> Any:
     return family.blocks[kind](one, *given)

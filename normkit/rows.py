@@ -321,7 +321,8 @@ def _names(
   preferred = platforms.preferred()
   x = given['x']
   case = x.shape, x.dtype, spec.groups, preferred
-  return cases.chosen(*case, **_extra(given, spec), center=spec.center)
+  others = _extra(given, spec) | {'center': spec.center, 'result': spec.dtype}
+  return cases.chosen(*case, **others)
 
 
 def _with_backward(names: Kernels, given: Arrays, spec: Spec) -> Kernels:

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from tiers import thinned
 
-from benchmarks import compiling, device, family, gpu, shapes, speed
+from benchmarks import compiling, device, family, gpu, kernels, shapes, speed
 from benchmarks.__main__ import main
-from normkit.kernels import cases, record
+from normkit.kernels import cases, dispatch, record
 
 SHAPE = 4, 6, 6, 64
 LIBRARIES = [
@@ -147,6 +147,18 @@ def test_without_a_device_it_says_so(command, capsys):
   assert 'nothing is recorded: no GPU' in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+  ('capability', 'names'), [(8.0, ['triton']), (9.0, ['mosaic_gpu', 'triton'])]
+)
+def test_kernels_that_a_device_has(capability, names, monkeypatch):
+  """No check fails where there is nothing to check."""
+  monkeypatch.setattr(dispatch, 'oldest_gpu', lambda: capability)
+  assert device.names() == names
+  module = dispatch.NEEDS['triton'].module
+  monkeypatch.setitem(sys.modules, module, None)  # a JAX without it
+  assert device.names() == names[:-1]
+
+
 def test_what_a_device_is_asked():
   """All kinds of cases, by both kernels where they take them."""
   asked = shapes.checks_of(False)
@@ -214,6 +226,14 @@ def test_what_ends_or_hangs_is_left_out(tmp_path, monkeypatch, exit, why):
   monkeypatch.setattr(gpu, 'HUNG', 0.5)
   process = subprocess.Popen([sys.executable, '-c', f'import time; {exit}'])
   assert why in gpu._watch(process, session)
+
+
+def test_blocks_that_are_timed_have_a_bias():
+  case = device.Case('LayerNorm', (4, 8), 'float32')
+  x, scale = np.ones((4, 8), 'f'), np.arange(8, dtype='f')
+  for options, wanted in ({}, 0 * x), ({'has_bias': True}, 0 * x + scale):
+    run, _ = kernels.block('norm', case.norm, 'xla', case.dtype, **options)
+    np.testing.assert_array_equal(run(x, scale, None, None), wanted)
 
 
 def test_shares_of_a_copy():
@@ -285,6 +305,7 @@ def test_a_record_chooses(recorded):
     cases.chosen((4, 8), 'float32', residual=True),
     cases.chosen((4, 8), 'float32', activation=True),
     cases.chosen((4, 8), 'float32', groups=4),
+    cases.chosen((4, 8), 'float32', result='bfloat16'),
   ):
     assert other == {}
   versions = {'jax', 'jaxlib', 'normkit', 'device'}

@@ -812,6 +812,31 @@ class NoHash:
     return z
 
 
+OTHER_ACTIVATIONS = {
+  'erfc': lambda x: jax.nn.gelu(x, approximate=False),
+  'of a row': jax.nn.softmax,
+  'a shape': lambda x: x.reshape(2, 4) + jnp.ones((2, 4), x.dtype),
+}
+
+
+@pytest.mark.parametrize(
+  'activation', OTHER_ACTIVATIONS.values(), ids=OTHER_ACTIVATIONS
+)
+def test_activations_that_no_kernel_has(name, monkeypatch, activation):
+  """By name an error, before anything is lowered; preferred, XLA's form."""
+  calls, x = called(name, monkeypatch), draw((2, 4))
+
+  def norm(x, implementation=None):
+    options = {'activation': activation, 'implementation': implementation}
+    return nk.add_layer_norm(x, x, **options)[0]
+
+  with pytest.raises(NotImplementedError, match='activation in primitives'):
+    jax.make_jaxpr(lambda x: norm(x, name))(x)
+  with nk.implementation(name):
+    jax.jit(lambda x: jax.vjp(norm, x)[1](x))(x)
+  assert not calls
+
+
 ADD_ERRORS = {
   'shape': (dict(residual=jnp.ones(4)), ValueError, 'alike'),
   'dtype': (dict(residual=jnp.ones((2, 4), jnp.float16)), ValueError, 'alike'),
@@ -1138,16 +1163,19 @@ def test_a_record_is_of_one_chip(monkeypatch, is_mapped):
   """Elsewhere, or where no chip is known, it is XLA's form by None."""
   x = jax.ShapeDtypeStruct((2, 64, 256), jnp.bfloat16)
 
-  def lowered(implementation=None):
-    norm = functools.partial(nk.layer_norm, implementation=implementation)
+  def lowered(implementation=None, **options):
+    options |= {'implementation': implementation}
+    norm = functools.partial(nk.layer_norm, **options)
 
     def step(x):
-      return jax.vjp(norm, x)[1](x)
+      y, pull = jax.vjp(norm, x)
+      return pull(y)
 
     run = jax.jit(jax.vmap(step) if is_mapped else step)
     return run.trace(x).lower(lowering_platforms=('cuda',)).as_text()
 
   assert 'triton' in lowered()
+  assert 'triton' not in lowered(dtype=jnp.float32)  # of which no block is
   for other in None, 'NVIDIA B200':
     jax.clear_caches()
     monkeypatch.setattr(dispatch, 'chip', lambda: other)  # noqa: B023

@@ -15,6 +15,7 @@ import re
 from cases import CASES, draw
 import chex
 import jax
+from jax import lax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec as P
 import numpy as np
@@ -289,12 +290,30 @@ def test_as_by_xla(interpreted, activation, rounds, dtype, tolerance):
 
 
 ACTIVATIONS = [
+  *(jax.nn.soft_sign, lambda x: x * lax.stop_gradient(x)),
   *(jax.nn.gelu, jax.nn.relu, jax.nn.relu6, jax.nn.silu, jax.nn.sigmoid),
   *(jnp.tanh, jnp.square, jax.nn.leaky_relu, jax.nn.hard_tanh),
 ]
 
 
-@pytest.mark.parametrize('activation', thinned(ACTIVATIONS, every=3))
+@pytest.mark.parametrize('power', [-3, -1, 1, 4])
+def test_powers_of_activations(power):
+  y = np.linspace(-2, 2, 9)
+
+  def run(x):
+    return lax.integer_pow(x * x + 1, power)
+
+  found = activations.with_slope(run, jnp.asarray(y, jnp.float32))
+  slope = power * (y * y + 1) ** (power - 1.0) * 2 * y
+  for actual, value in zip(found, ((y * y + 1.0) ** power, slope), strict=True):
+    np.testing.assert_allclose(actual, value, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  'activation',
+  thinned(ACTIVATIONS, every=3),
+  ids=lambda run: getattr(run, '__name__', None),
+)
 def test_activations_lower(activation):
   """On the oldest JAX too; what cannot is told before."""
   assert activations.is_lowered(activation)

@@ -1,7 +1,7 @@
-"""Activations in the primitives that Mosaic GPU lowers, on the oldest JAX too.
+"""Activations in the primitives that kernels lower, on the oldest JAX too.
 
-It has neither rules of derivatives (`jax.custom_jvp`) nor the sums that
-differentiation makes.
+All of these are elementwise. Mosaic GPU has neither rules of derivatives
+(`jax.custom_jvp`) nor the sums that differentiation makes.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,25 +12,39 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from normkit._types import Array
+from normkit._types import Array, Implementation
 
 Activation = Callable[[Array], Array]
 CALLS = 'jit', 'pjit', 'closed_call', 'core_call', 'custom_jvp_call'
-# What differentiation makes.
+
+
+def _power(x: Array, y: int) -> Array:
+  found = x if abs(y) == 1 else lax.integer_pow(x, abs(y))
+  return 1 / found if y < 0 else found
+
+
+# What differentiation makes, and what Mosaic GPU lowers in part.
 OTHERS: dict[str, Callable[..., Array]] = {
   'add_any': lax.add,
   'one_minus_square': lambda x: 1 - x * x,
+  'stop_gradient': lambda x: x,
+  'integer_pow': _power,
 }
 LOWERED = {
   *OTHERS,
-  *('abs', 'add', 'and', 'div', 'integer_pow', 'max', 'min', 'mul', 'neg'),
-  *('sub', 'exp', 'exp2', 'log', 'logistic', 'rsqrt', 'square', 'tanh'),
+  *('abs', 'add', 'and', 'div', 'max', 'min', 'mul', 'neg', 'sub'),
+  *('exp', 'exp2', 'log', 'logistic', 'rsqrt', 'square', 'tanh'),
   *('eq', 'ge', 'gt', 'le', 'lt', 'ne', 'select_n'),
-  *('broadcast_in_dim', 'convert_element_type', 'stop_gradient'),
+  *('broadcast_in_dim', 'convert_element_type'),
+}
+BOTH = 'or', 'not', 'sqrt', 'log1p', 'pow', 'sin', 'cos', 'clamp', 'floor'
+MORE: dict[Implementation, set[str]] = {
+  'triton': {*BOTH, 'is_finite', 'sign', 'expm1'},
+  'mosaic_tpu': {*BOTH, 'is_finite', 'round'},
 }
 
 
-def is_lowered(run: Activation) -> bool:
+def is_lowered(run: Activation, by: Implementation = 'mosaic_gpu') -> bool:
   """Whether a kernel can compute it and its derivative.
 
   It has a hash, then, and closes over no array.
@@ -39,17 +53,21 @@ def is_lowered(run: Activation) -> bool:
     hash(run)
   except TypeError:
     return False
-  return _is_lowered(run)
+  return _is_lowered(run, by)
 
 
 @functools.lru_cache(256)
-def _is_lowered(run: Activation) -> bool:
+def _is_lowered(run: Activation, by: Implementation) -> bool:
   tile = jax.ShapeDtypeStruct((8, 128), jnp.float32)
-  each = (
-    jax.make_jaxpr(f)(tile) for f in (run, functools.partial(_slope, run))
-  )
+  lowered = LOWERED | MORE.get(by, set())
+  try:
+    each = [
+      jax.make_jaxpr(f)(tile) for f in (run, functools.partial(_slope, run))
+    ]
+  except Exception:  # of a function that is for other shapes
+    return False
   return all(
-    not closed.consts and {*_primitives(closed.jaxpr)} <= LOWERED
+    not closed.consts and {*_primitives(closed.jaxpr)} <= lowered
     for closed in each
   )
 
@@ -110,7 +128,7 @@ def _evaluate(closed: Any, *given: Any) -> list[Any]:
     if eqn.primitive.name in CALLS:
       found = _evaluate(_inner(eqn), *values)
     elif other := OTHERS.get(eqn.primitive.name):
-      found = [other(*values)]
+      found = [other(*values, **eqn.params)]
     else:
       found = eqn.primitive.bind(*values, **eqn.params)
       found = found if eqn.primitive.multiple_results else [found]

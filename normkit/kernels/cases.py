@@ -81,10 +81,10 @@ def refusal(  # noqa: PLR0911
     return _refusal_of_groups(implementation, shape, dtype, groups)
   if shape[-1] > LONGEST:
     return f'rows of more than {LONGEST:,} elements'
+  if activation and not activations.is_lowered(activation, implementation):
+    return 'an activation in primitives that it does not lower'
   if implementation != 'mosaic_gpu':
     return None
-  if activation and not activations.is_lowered(activation):
-    return 'an activation that Mosaic GPU cannot lower'
   sets = plans.sets_of(shape, *parameters)
   if sets is None or (sets.rows == 1 < sets.number):
     return 'scale or bias neither of an example nor of a head'
@@ -216,19 +216,25 @@ def chosen(
   rounds: bool = False,
   gate: bool = False,
   center: bool = True,
+  result: DType | None = None,
 ) -> dict[Implementation, tuple[str, ...] | None]:
   """The kernels that take XLA's place in training, each on its platform.
 
   With each the chips on which it won, all else being XLA's; None for any, where
   it is preferred. No residual, activation, gate or rounding has been recorded,
-  nor a scale of an example or of a head.
+  nor a scale of an example or of a head, nor a result of another dtype.
   """
   if preferred is not None:
     extra = residual, activation, parameters, rounds, gate
     is_taken = refusal(preferred, shape, dtype, groups, *extra) is None
     return {preferred: None} if is_taken else {}
   is_other = residual or activation or parameters or rounds or gate
-  if is_other or not record.entries() or not all(map(is_known, shape)):
+  is_cast = result is not None and jnp.dtype(result) != dtype
+  if (
+    is_other or is_cast or not record.entries() or not all(map(is_known, shape))
+  ):
+    return {}
+  if result is not None and jnp.dtype(result) != dtype:
     return {}
   is_worth = groups is None or _is_worth(shape, dtype)
   found = record.kernels(shape, dtype, groups, center) if is_worth else {}

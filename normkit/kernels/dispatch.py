@@ -228,6 +228,11 @@ def _obstacle(name: Implementation, ctx: Any) -> str | None:
       "kernel's input. Call it under jax.shard_map, use a mesh with explicit "
       'axes'
     )
+  return lacking(name)
+
+
+def lacking(name: Implementation) -> str | None:
+  """What JAX or the GPUs here lack for a kernel, and how to mend it."""
   if (needs := NEEDS.get(name)) is None:
     return None
   if importlib.util.find_spec(needs.module) is None:
