@@ -4,7 +4,11 @@ import argparse
 import sys
 from types import ModuleType
 
+import jax
+
 from benchmarks import gpu
+
+COMPILED = 'bytes', 'kernels', 'registers'  # for chips that are not here
 
 
 def modules() -> list[ModuleType]:
@@ -14,6 +18,8 @@ def modules() -> list[ModuleType]:
   """
   if sys.argv[1:2] == ['gpu']:
     return [gpu]
+  if sys.argv[1:2] and sys.argv[1] in COMPILED:
+    jax.config.update('jax_platforms', 'cpu')
   from benchmarks import (
     accuracy,
     bytes as moved,
