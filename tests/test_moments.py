@@ -170,6 +170,17 @@ def test_constant_rows(form, value, count):
   chex.assert_tree_all_finite(dx)
 
 
+@pytest.mark.parametrize('of', [float, jnp.asarray], ids=['number', 'array'])
+def test_nan_shows_without_epsilon(of):
+  """In all of its row: zeros would hide it."""
+  x = normal((3, 8), 5.0)
+  desired = x / np.sqrt(np.mean(x * x, -1, keepdims=True))
+  x[1, 0] = desired[1] = np.nan
+  y, pull = jax.vjp(partial(nk.rms_norm, epsilon=of(0.0)), x)
+  np.testing.assert_allclose(y, desired, rtol=1e-6)
+  np.testing.assert_array_equal(np.isnan(pull(y)[0]), np.isnan(desired))
+
+
 @jax.jit
 def some_steps(x):
   """The variance, and of batch norm the output after three steps."""

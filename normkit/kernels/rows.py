@@ -110,8 +110,8 @@ def root_of(var: Array, epsilon: float) -> Array:
   total = _ops.add(var, epsilon)
   if epsilon >= jnp.finfo(var.dtype).tiny:
     return lax.rsqrt(total)
-  positive = total > 0
-  return jnp.where(positive, lax.rsqrt(jnp.where(positive, total, 1)), 0)
+  is_zero = total <= 0  # and NaN is not: it must show
+  return jnp.where(is_zero, 0, lax.rsqrt(jnp.where(is_zero, 1, total)))
 
 
 @_reciprocal_root.defjvp
