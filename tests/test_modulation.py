@@ -170,6 +170,20 @@ def test_other_errors(norm, of):
     norm(jnp.ones(SHAPE), None, None, axis=())
   with pytest.raises(ValueError, match='epsilon must be'):
     norm(jnp.ones(SHAPE), None, None, epsilon=-1.0)
+  with pytest.raises(TypeError, match='shift must be an array, got dict'):
+    norm(jnp.ones(SHAPE), {}, None)
+  with pytest.raises(TypeError, match='scale must be an array, got NormParams'):
+    norm(jnp.ones(SHAPE), None, nk.NormParams())
+
+
+@norms
+def test_lists(norm, of):
+  """As other norms take them, without a warning."""
+  del of
+  x, scale = draw(SHAPE), [float(i) for i in range(8)]
+  found = norm(x, [scale] * 3, [1.0] * 8)
+  desired = norm(x, np.float32([scale] * 3), np.ones(8, np.float32))
+  chex.assert_trees_all_equal(found, desired)
 
 
 def kept(function, *args):

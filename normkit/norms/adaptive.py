@@ -262,6 +262,14 @@ def _feature(
   name: str,
 ) -> Array | None:
   """One number a feature, or one an example and feature, in x's rank."""
-  if value is not None and jnp.ndim(value) != len(axes) and 0 not in axes:
+  if value is not None and _rank(value) != len(axes) and 0 not in axes:
     axes = (0, *axes)
   return arguments.check_feature(value, shape, axes, name)
+
+
+def _rank(value: ArrayLike) -> int:
+  """How many axes; what is neither array nor list has none."""
+  if isinstance(value, list | tuple) and not hasattr(value, '_fields'):
+    return jnp.asarray(value).ndim
+  rank: int = getattr(value, 'ndim', 0)
+  return rank
