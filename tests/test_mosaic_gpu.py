@@ -386,6 +386,19 @@ def test_transformed(interpreted, named):
     assert_right(actual, np.stack([e[index] for e in each]), 1e-5)
 
 
+def test_examples_of_vmap():
+  """One axis of the grid: along another CUDA takes 65,535 programs at most."""
+  spec = Spec(1e-6, False, jnp.dtype('float32'))
+
+  def backward(x, scale):
+    given = {'x': x, 'scale': scale, 'dy': x}
+    return mosaic_gpu.backward(given, spec, ('dx', 'dscale'))
+
+  each = jax.vmap(jax.vmap(backward, (0, None)), (1, None))
+  made = jax.make_jaxpr(each)(jnp.ones((300, 400, 1, 8)), jnp.ones(8))
+  assert re.findall(r'grid=(\(.*?\))', str(made)) == ['(120000,)']
+
+
 def run_plain(x, scale):
   """Both kernels, all that they may do."""
   spec = Spec(1e-6, True, x.dtype)

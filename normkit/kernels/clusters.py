@@ -6,6 +6,7 @@ and what a member has of its own has an axis of them.
 """
 
 from collections.abc import Callable
+import copy
 import dataclasses
 import functools
 import math
@@ -54,6 +55,7 @@ class Place:
   """Where a warpgroup is.
 
   Attributes:
+    program: its number, of those that one call has.
     member: of the cluster that its program is.
     group: its number in that.
     number: its number in the cluster.
@@ -62,6 +64,7 @@ class Place:
 
   def __init__(self, config: Config, interpret: bool) -> None:
     self.config, self.is_one = config, config.members == 1
+    self.program = lax.axis_index('program')
     self.is_emulated = interpret and not self.is_one
     self.member, self.group = jnp.int32(0), lax.axis_index('warpgroup')
     if self.is_emulated:
@@ -74,6 +77,12 @@ class Place:
     if not self.is_one:
       self.number = self.member * config.warpgroups + self.group
       self.is_first = self.number == 0
+
+  def within(self, programs: int) -> tuple[Any, 'Place']:
+    """The example, where each has so many programs, and where in that."""
+    place, each = copy.copy(self), jnp.int32(programs)
+    place.program = lax.rem(self.program, each)
+    return lax.div(self.program, each), place
 
   def own(
     self, refs: dict[str, Any], scratch: dict[str, Any]

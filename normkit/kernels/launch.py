@@ -15,9 +15,11 @@ from normkit.kernels import clusters, dispatch
 from normkit.kernels.configs import OUTPUT_TILES, Config
 from normkit.kernels.warpgroups import INPUTS, OUTPUTS, Arrays
 
+Body = Callable[[Arrays, clusters.Place], None]
+
 
 def launch(
-  body: Callable[[Arrays, clusters.Place], None],
+  body: Body,
   name: str,
   arguments: Arrays,
   outs: Arrays,
@@ -26,8 +28,46 @@ def launch(
   config: Config,
   interpret: bool,
 ) -> Arrays:
-  """Runs `body` on references, by name, to these arrays and this memory."""
+  """Runs `body` on references, by name, to these arrays and this memory.
 
+  Under `vmap` the programs of all examples are one axis of the grid: along
+  another CUDA takes no more than 65,535.
+  """
+
+  @jax.custom_batching.custom_vmap
+  def run(*given: Array) -> list[Array]:
+    named = dict(zip(arguments, given, strict=True))
+    rest = outs, scratch, programs, config, interpret
+    return [*_launch(body, name, named, *rest).values()]
+
+  @run.def_vmap
+  def _(size: int, is_batched: Any, *given: Array) -> Any:
+    named = dict(zip(arguments, given, strict=True))
+    more = {n: a.update(shape=(size, *a.shape)) for n, a in outs.items()}
+    pairs = zip(named, is_batched, strict=True)
+    own = {n for n, is_one in pairs if is_one} | more.keys()
+
+    def one(refs: Arrays, at: clusters.Place) -> None:
+      example, at = at.within(programs)
+      body(refs | {n: refs[n].at[example] for n in own}, at)
+
+    rest = more, scratch, size * programs, config, interpret
+    found = launch(one, name, named, *rest)
+    return [*found.values()], [True] * len(found)
+
+  return dict(zip(outs, run(*arguments.values()), strict=True))
+
+
+def _launch(
+  body: Body,
+  name: str,
+  arguments: Arrays,
+  outs: Arrays,
+  scratch: Arrays,
+  programs: int,
+  config: Config,
+  interpret: bool,
+) -> Arrays:
   def kernel(*refs: Any) -> None:
     names = (*arguments, *outs, *scratch)
     at = clusters.Place(config, interpret)

@@ -50,7 +50,7 @@ class Work:
     self.case: Any = case
     self.plan: Any = plan
     self.tile, self.layout = self.tiled()
-    self.program = lax.axis_index('program')
+    self.program = at.program
     self.group = at.group
     place = 0 if config.is_shared else self.group
     self.set = jnp.int32(0)
