@@ -803,6 +803,18 @@ def test_refused_where_it_cannot_run():
     nk.rms_norm(jnp.ones((2, 4), jnp.float64), implementation='triton')
 
 
+def test_refused_where_some_axes_are_mapped():
+  """Of the others XLA would still partition the program."""
+  mesh = jax.make_mesh((4, 2), ('d', 'm'), (AxisType.Auto,) * 2)
+  norm = functools.partial(nk.rms_norm, implementation='triton')
+  run = jax.shard_map(
+    norm, mesh=mesh, in_specs=P('d'), out_specs=P('d'), axis_names={'d'}
+  )
+  made = jax.jit(run).trace(jnp.ones((4, 8)))
+  with pytest.raises(NotImplementedError, match='over all axes of the mesh'):
+    made.lower(lowering_platforms=('cuda',))
+
+
 class NoHash:
   """A function that `jax.jit` cannot know again."""
 

@@ -225,8 +225,8 @@ def _obstacle(name: Implementation, ctx: Any) -> str | None:
   if not _is_one_device(ctx):
     return (
       'XLA partitions the program over several devices, and would gather the '
-      "kernel's input. Call it under jax.shard_map, use a mesh with explicit "
-      'axes'
+      "kernel's input. Call it under jax.shard_map over all axes of the mesh, "
+      'use a mesh with explicit axes'
     )
   return lacking(name)
 
