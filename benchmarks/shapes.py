@@ -125,7 +125,7 @@ def blocks_of(is_dry: bool) -> list[Case]:
       for width in BLOCK_WIDTHS
       for norm in ROWS
     ),
-    *(Case('GroupNorm', IMAGES, dtype, 32) for dtype in DTYPES),
+    Case('GroupNorm', IMAGES, 'bfloat16', 32),  # float32 stays with XLA
   ]
 
 

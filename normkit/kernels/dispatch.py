@@ -211,8 +211,8 @@ def _form(
   if PLATFORMS[required] != platform:
     raise NotImplementedError(
       f'implementation={required!r} runs on {PLATFORMS[required]} and this '
-      f'program is lowered for {platform or "another platform"}. Use None or '
-      "'xla'."
+      f'program is lowered for {", ".join(ctx.module_context.platforms)}. Use '
+      "None or 'xla'."
     )
   raise NotImplementedError(
     f'implementation={required!r} cannot run here: {_obstacle(required, ctx)}, '

@@ -122,8 +122,8 @@ def add_rms_norm(
 
   A kernel reads x and the residual once for both, and in its backward adds the
   gradient of the sum where it writes that of the norm. With
-  `round_before_scale` there is none, and the sum is rounded before it is
-  normalized, as it is when the published code adds.
+  `round_before_scale`, of which Mosaic GPU alone has a kernel, the sum is
+  rounded before it is normalized, as it is when the published code adds.
 
   Args:
     x: array of any shape, float16, bfloat16, float32, float64 or complex.
