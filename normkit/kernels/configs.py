@@ -26,6 +26,9 @@ THREADS = 128  # of a warpgroup
 # Sums for scale and bias that a thread may keep in registers, by the bytes of
 # an element: with more the assembler spills, for H200 or B200.
 SUMS = {2: 64, 4: 48}
+# Elements of a row for each sum, and each byte of one: of longer rows the sums
+# that programs write and XLA adds up would come to more than a tenth of x.
+OWN_SUMS = 10_240
 LINES = 64, 32, 128, 16  # bytes of memory next to each other, the best first
 # Of groups, elements that a thread holds of a place and of a tile, and programs
 # on a multiprocessor with the warpgroups of each.
@@ -302,6 +305,8 @@ def _tiles(case: Case, members: int) -> list[Config]:
     if case.is_activated and found.row_width > case.size:
       found = _shared(case.size, groups, 4, members)  # a mask takes registers
     return [found]
+  if members == 1 and case.size * case.sums > OWN_SUMS * itemsize:
+    return []  # members write a part of a row each
   # Each program writes out its sums over rows, so programs are few and large.
   high = 4 if case.is_activated else 16 // itemsize
   groups, most = _most_sums(case, itemsize, members)
@@ -323,7 +328,8 @@ def _tiles(case: Case, members: int) -> list[Config]:
 
 def _tiles_in_warp(case: Case, itemsize: int) -> list[Config]:
   """The same for rows that a warp takes by itself."""
-  width = max(min(_power_of_2(case.size), PIECE), LEAST)
+  power_of_2 = 1 << (case.size - 1).bit_length()
+  width = max(min(power_of_2, PIECE), LEAST)
   rows = 4 * 32 // min(32, width // case.vector)
   tiles = -(-case.size // width)
   # An activation takes registers: as few elements a thread as of float32.
@@ -442,7 +448,3 @@ def under_way(case: Case | Groups, found: Config, resident: int) -> int:
   """
   ahead = found.stages - found.tiles
   return resident * found.warpgroups * ahead * _bytes(case, found)
-
-
-def _power_of_2(size: int) -> int:
-  return 1 << (size - 1).bit_length()
