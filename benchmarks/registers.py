@@ -15,12 +15,13 @@ import tempfile
 from typing import Any, NamedTuple
 
 import jax
+from jax.experimental.pallas import mosaic_gpu as gpu
 import jax.numpy as jnp
 from rich.progress import track
 
 from benchmarks import report as tables, targets, traffic
-from normkit.kernels import cases, configs, dispatch, mosaic_gpu
-from normkit.kernels.rows import Gate, Spec
+from normkit.kernels import cases, clusters, configs, dispatch, mosaic_gpu
+from normkit.kernels.rows import Gate, Rounding, Spec
 
 NAME = 'mosaic_gpu'
 CHIPS = {'h200': 9, 'b200': 10}  # compute capability
@@ -43,6 +44,8 @@ OF = 'feature', 'example', 'head', 'group'
 GATES = 'last', 'first'  # of a gated RMS norm by SiLU
 TOKENS, HEADS, COUNT = 1000, 12, 32  # of an example; of a token; of an image
 Size = int | tuple[int, ...]  # of a row, or of a group
+ALIGNED = 1024  # bytes, of each array in shared memory
+RESERVED = 1024  # bytes of this that each program has beside its own
 
 
 class Report(NamedTuple):
@@ -53,7 +56,7 @@ class Report(NamedTuple):
     spilled: bytes of registers that go to memory.
     registers: of a thread.
     code: what the assembler got.
-    resident: programs on a multiprocessor, as registers allow.
+    resident: programs on a multiprocessor, as registers and memory allow.
     under_way: bytes on their way to each while a row is worked on.
     config: what a program holds.
   """
@@ -79,6 +82,7 @@ class Kernel(NamedTuple):
     residual: whether one is added before the norm.
     center: whether it is not RMS norm; which it is with a gate.
     gate: one of `GATES`, or None.
+    rounds: whether it rounds before the scale, RMS norm alone.
   """
 
   kind: str
@@ -89,6 +93,7 @@ class Kernel(NamedTuple):
   residual: bool = False
   center: bool = True
   gate: str | None = None
+  rounds: bool = False
 
   @property
   def has_bias(self) -> bool:
@@ -109,7 +114,7 @@ def is_taken(*given: Any, **options: Any) -> bool:
     'activation': kernel.activation is not None,
     'has_sets': kernel.of in ('example', 'head'),
   }
-  return cases.has_backward(*case, sums=1 if kernel.gate else 2, **has)
+  return cases.has_backward(*case, sums=1 + kernel.has_bias, **has)
 
 
 def report(target: str, *given: Any, **options: Any) -> Report:
@@ -134,6 +139,7 @@ def _prepare(capability: int) -> None:
   if assembler := targets.ptxas():  # rather than that of the machine
     os.environ['PATH'] = f'{assembler.parent}:{os.environ["PATH"]}'
   _ask_once()
+  _note_launches()
   jax.config.update('jax_platforms', 'cpu')
   dispatch.oldest_gpu = lambda: capability
 
@@ -145,6 +151,28 @@ def _ask_once() -> None:
   extension, name = library._mosaic_gpu_ext, '_get_ptxas_isa_version'
   if ask := getattr(extension, name, None):
     setattr(extension, name, functools.cache(ask))
+
+
+# Of the kernels that were traced: what each holds, and bytes of shared memory.
+LAUNCHED = list[tuple[configs.Config, int]]()
+
+
+def _note_launches() -> None:
+  of_threads = clusters.memory
+
+  def memory(scratch: Any, config: configs.Config, interpret: bool) -> Any:
+    LAUNCHED.append((config, sum(map(_room, scratch.values()))))
+    return of_threads(scratch, config, interpret)
+
+  clusters.memory = memory
+
+
+def _room(one: Any) -> int:
+  """Of a part of shared memory, as Pallas lays it out."""
+  if isinstance(one, gpu.Barrier):
+    return 8 * math.prod(one.num_barriers)
+  size = math.prod(one.shape) * jnp.dtype(one.dtype).itemsize
+  return -(-size // ALIGNED) * ALIGNED
 
 
 def shapes(size: Size, of: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -171,7 +199,8 @@ def _program(
   run_after = getattr(jax.nn, kernel.activation) if kernel.activation else None
   groups = COUNT if isinstance(size, tuple) else None
   gate = Gate(jax.nn.silu, kernel.gate == 'last') if kernel.gate else None
-  spec = Spec(1e-6, kernel.has_bias, x.dtype, run_after, groups, gate=gate)
+  rounding = Rounding(x.dtype, x.dtype) if kernel.rounds else None
+  spec = Spec(1e-6, kernel.has_bias, x.dtype, run_after, groups, rounding, gate)
   one, wide = (x.dtype,), (scale.dtype,)
   given = {'x': x, 'scale': scale}
   given |= {'bias': scale} if kernel.has_bias else {}
@@ -200,19 +229,23 @@ def _program(
 
 def _report(target: str, kernel: Kernel) -> Report:
   run, given, case = _program(kernel)
+  jax.clear_caches()  # or what was traced before would not be again
+  LAUNCHED.clear()
   compiled, said = _said_by(lambda: targets.compile_for(target, run, given))
   (found,) = re.findall(
     r'(\d+) bytes spill stores, (\d+) bytes spill loads.*\n.*Used (\d+) reg',
     said,
   )
   stores, loads, registers = map(int, found)
-  of = configs.groups if isinstance(case, configs.Groups) else configs.config
-  config = of(case, CHIPS[target])
-  assert config is not None
+  ((config, held),) = LAUNCHED
   threads = config.warpgroups * configs.THREADS
-  fit = 65_536 // (-(-registers // 8) * 8 * threads)
-  resident, x = min(config.resident, fit), given['x']
-  moved = traffic.measure(compiled.as_text()).bytes
+  shared = configs.CHIPS[CHIPS[target]].shared + RESERVED
+  resident = min(
+    config.resident,
+    65_536 // (-(-registers // 8) * 8 * threads),
+    shared // (held + RESERVED),
+  )
+  moved, x = traffic.measure(compiled.as_text()).bytes, given['x']
   return Report(
     moved / (x.size * x.dtype.itemsize),
     stores + loads,

@@ -11,7 +11,15 @@ from jax.sharding import AxisType, PartitionSpec as P
 import numpy as np
 import pytest
 from test_kernels import DTYPES, Rows, assert_right
-from test_mosaic_gpu import COMPILERS, ENDS, NAME, SOME, assert_wide, lowered
+from test_mosaic_gpu import (
+  COMPILERS,
+  ENDS,
+  FEW,
+  NAME,
+  SOME,
+  assert_wide,
+  lowered,
+)
 from tiers import second_tier, thinned
 
 from benchmarks import targets, traffic
@@ -389,6 +397,7 @@ CHOSEN = [
     [
       *itertools.product(ENDS, [*SIZES, 15_000], SOME, GATES, ['feature']),
       *itertools.product(KINDS[1:2], SIZES[2:5], SOME, GATES[:1], ['feature']),
+      *itertools.product(ENDS, FEW, ['float16'], GATES, ['feature']),
       *itertools.product(KINDS[2:], [256, 5120, 12_288], SOME, GATES, ['head']),
     ]
   )
@@ -405,7 +414,7 @@ def test_compiled(target, kind, size, dtype, gate, of):
   assert found.spilled == 0
   if size * jnp.dtype(dtype).itemsize % 16 == 0:
     assert found.moved <= LIMITS[kind]
-  assert_wide(found.code)
+  assert_wide(found, kind)
   wanted = configs.CHIPS[CHIPS[target]].under_way
   if (target, kind, size, dtype) == SHORT:
     wanted = 48 * 1024

@@ -482,6 +482,8 @@ EXTRAS = {
   'head': ({'of': 'head'}, 0, 0),
   'gelu': ({'activation': 'gelu'}, 0, 0),
   'residual': ({'residual': True}, 2, 1),
+  'rms': ({'center': False}, 0, 0),
+  'rounding': ({'center': False, 'rounds': True}, 0, 0),
 }
 FIRST = [
   ('h200', 'backward', 768, 'float32', 'nothing'),
@@ -489,6 +491,9 @@ FIRST = [
   ('h200', 'backward', 4096, 'bfloat16', 'example'),
   ('h200', 'backward', 1000, 'bfloat16', 'gelu'),
   ('h200', 'backward', (28, 28, 16), 'bfloat16'),
+  ('b200', 'backward', 8192, 'bfloat16', 'nothing'),
+  ('b200', 'forward', 64, 'float32', 'head'),
+  ('b200', 'backward', (56, 56, 16), 'bfloat16'),
 ]
 
 
@@ -527,6 +532,7 @@ def table(kinds, sizes, dtypes, *extra, every=None):
 
 
 SOME, ENDS = ['bfloat16', 'float32'], KINDS[::2]
+FEW = SIZES[::3]  # for float16, of which everything is as large as of bfloat16
 
 
 @pytest.mark.optimized
@@ -534,10 +540,15 @@ SOME, ENDS = ['bfloat16', 'float32'], KINDS[::2]
   ('target', 'kind', 'size', 'dtype', 'extra'),
   [
     *table(KINDS, SIZES, DTYPES, 'nothing'),
-    *table(ENDS, SIZES, SOME, 'example', every=4),
-    *table(ENDS, HEAD_SIZES, SOME, 'head', every=4),
-    *table(ENDS, SIZES, SOME, 'gelu', every=4),
-    *table(ENDS, SIZES, SOME, 'residual', every=4),
+    *table(ENDS, HEAD_SIZES, DTYPES, 'head', every=4),
+    *table(ENDS, SIZES, ['bfloat16'], 'rounding', every=4),
+    *table(ENDS, FEW, ['float16'], 'rounding', every=4),
+    *(
+      row
+      for extra in ('example', 'gelu', 'residual', 'rms')
+      for sizes, dtypes in ((SIZES, SOME), (FEW, ['float16']))
+      for row in table(ENDS, sizes, dtypes, extra, every=4)
+    ),
   ],
 )
 def test_compiled(target, kind, size, dtype, extra):
@@ -547,7 +558,7 @@ def test_compiled(target, kind, size, dtype, extra):
   assert found.spilled == 0
   if size * jnp.dtype(dtype).itemsize % 16 == 0:
     assert found.moved <= LIMITS[kind] + added[kind == 'backward']
-  assert_wide(found.code)
+  assert_wide(found, kind)
   assert found.under_way >= configs.CHIPS[CHIPS[target]].under_way
 
 
@@ -594,14 +605,31 @@ def test_longest_compiled(target, size, dtype):
   assert found.under_way >= configs.CHIPS[CHIPS[target]].under_way
 
 
-def assert_wide(code):
-  """What is as large as x comes and goes by asynchronous copies alone."""
-  assert 'cp.async.bulk.tensor' in code
-  body = code[code.index('.entry') :]
-  narrow = re.findall(
-    r'\bld\.global(?!\.(nc\.)?v(4\.b32|2\.b64|4\.f32|2\.f64|4\.u32))\S*', body
+def assert_wide(found, kind):
+  """What is as large as x comes and goes by asynchronous copies alone.
+
+  Of other memory than shared, only scale and bias are loaded, where they are
+  not held; and only sums and statistics are stored.
+  """
+  assert re.search(
+    r'cp\.async\.bulk\.tensor\S*shared::cluster\.global', found.code
   )
-  assert not narrow, set(narrow)
+  assert re.search(r'cp\.async\.bulk\S*global\.shared::cta', found.code)
+  loads, stores = (accesses(found.code, name) for name in ('ld', 'st'))
+  assert loads <= (set() if found.config.holds_parameters else {16})
+  assert stores <= STORES[kind]
+
+
+# Bytes of each store: of none, of statistics, of sums.
+STORES = {'forward': set(), 'training forward': {4}, 'backward': {8, 16}}
+
+
+def accesses(code, name):
+  """How many bytes loads or stores of memory have that is not shared."""
+  body = code[code.index('.entry') :]
+  found = re.findall(rf'\b{name}\.(?!param|shared)(\S+)', body)
+  sizes = [re.search(r'(?:\.|^)(?:v(\d)\.)?[a-z]+(\d+)$', f) for f in found]
+  return {int(s[1] or 1) * int(s[2]) // 8 for s in sizes}
 
 
 LAYERS, TOKENS, WIDTH = 12, 8192, 2048
