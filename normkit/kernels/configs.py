@@ -26,9 +26,8 @@ THREADS = 128  # of a warpgroup
 # Sums for scale and bias that a thread may keep in registers, by the bytes of
 # an element: with more the assembler spills, for H200 or B200.
 SUMS = {2: 64, 4: 48}
-# Elements of a row for each sum, and each byte of one: of longer rows the sums
-# that programs write and XLA adds up would come to more than a tenth of x.
-OWN_SUMS = 10_240
+# Of longer rows the sums that programs write would move more than a tenth of x.
+OWN_SUMS = 10_240  # elements for each sum, and each byte of one
 LINES = 64, 32, 128, 16  # bytes of memory next to each other, the best first
 # Of groups, elements that a thread holds of a place and of a tile, and programs
 # on a multiprocessor with the warpgroups of each.
@@ -283,6 +282,8 @@ def _choices(case: Case, chip: Chip, members: int) -> list[Config]:
     groups = tile.warpgroups
     is_heavy = case.sums > 0 or (tile.is_shared and tile.rows > 4)
     most = max((4 if is_heavy else 8) // groups, 1)
+    if members > 1 and case.is_activated and case.sums > 1:
+      most = 1  # of so many registers
     for resident in range(most, 0, -1):
       for holds in (True, False) if case.parameters else (False,):
         one = dataclasses.replace(
@@ -328,8 +329,7 @@ def _tiles(case: Case, members: int) -> list[Config]:
 
 def _tiles_in_warp(case: Case, itemsize: int) -> list[Config]:
   """The same for rows that a warp takes by itself."""
-  power_of_2 = 1 << (case.size - 1).bit_length()
-  width = max(min(power_of_2, PIECE), LEAST)
+  width = max(min(1 << (case.size - 1).bit_length(), PIECE), LEAST)
   rows = 4 * 32 // min(32, width // case.vector)
   tiles = -(-case.size // width)
   # An activation takes registers: as few elements a thread as of float32.
