@@ -388,7 +388,6 @@ FIRST = [
   ('forward', 768, 'bfloat16', 'first', 'feature'),
   ('backward', 4096, 'bfloat16', 'last', 'feature'),
 ]
-SHORT = 'b200', 'backward', 15_000, 'bfloat16'
 # In CI one of five is compiled.
 LATER = pytest.mark.second_tier, pytest.mark.table
 CHOSEN = [
@@ -415,10 +414,7 @@ def test_compiled(target, kind, size, dtype, gate, of):
   if size * jnp.dtype(dtype).itemsize % 16 == 0:
     assert found.moved <= LIMITS[kind]
   assert_wide(found, kind)
-  wanted = configs.CHIPS[CHIPS[target]].under_way
-  if (target, kind, size, dtype) == SHORT:
-    wanted = 48 * 1024
-  assert found.under_way >= wanted
+  assert found.under_way >= configs.CHIPS[CHIPS[target]].under_way
 
 
 @pytest.mark.second_tier

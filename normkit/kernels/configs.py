@@ -279,10 +279,10 @@ def _choices(case: Case, chip: Chip, members: int) -> list[Config]:
   """Many warpgroups on a multiprocessor first, but as registers allow."""
   found = []
   for tile in _tiles(case, members):
-    groups = tile.warpgroups
+    groups, is_masked = tile.warpgroups, tile.row_width > case.size
     is_heavy = case.sums > 0 or (tile.is_shared and tile.rows > 4)
     most = max((4 if is_heavy else 8) // groups, 1)
-    if members > 1 and case.is_activated and case.sums > 1:
+    if members > 1 and case.is_activated and (case.sums > 1 or is_masked):
       most = 1  # of so many registers
     for resident in range(most, 0, -1):
       for holds in (True, False) if case.parameters else (False,):
