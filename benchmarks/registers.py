@@ -227,6 +227,7 @@ def _program(
   return run, given, configs.Case(size, *arrays, *more)
 
 
+@functools.cache  # compiled again, the assembler would say nothing
 def _report(target: str, kernel: Kernel) -> Report:
   run, given, case = _program(kernel)
   jax.clear_caches()  # or what was traced before would not be again
