@@ -18,7 +18,7 @@ import normkit.weights
 
 _SHARE = 'the share of the old running value that is kept, in [0, 1]'
 _EITHER = 'a number or a scalar array'
-_KERNELS = "'triton' on NVIDIA GPUs or 'mosaic_tpu', kernels for"
+_KERNELS = "'triton', 'mosaic_gpu' or 'mosaic_tpu', kernels for"
 SENTENCES = {
   'axis_index_groups': [
     'groups of indices of `axis_name`, each pooled by itself.'

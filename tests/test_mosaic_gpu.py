@@ -783,7 +783,7 @@ def test_refused_sets(shape, of, name, match):
 
 
 REFUSED = {
-  'activation': (dict(activation=jax.nn.softplus), 'an activation that'),
+  'activation': (dict(activation=jax.nn.softplus), 'primitives that it does'),
   'length': (dict(x=jnp.ones((1, 65_537))), '65,536'),
 }
 

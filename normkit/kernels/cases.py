@@ -230,11 +230,9 @@ def chosen(
     return {preferred: None} if is_taken else {}
   is_other = residual or activation or parameters or rounds or gate
   is_cast = result is not None and jnp.dtype(result) != dtype
-  if (
-    is_other or is_cast or not record.entries() or not all(map(is_known, shape))
-  ):
+  if is_other or is_cast or not record.entries():
     return {}
-  if result is not None and jnp.dtype(result) != dtype:
+  if not all(map(is_known, shape)):
     return {}
   is_worth = groups is None or _is_worth(shape, dtype)
   found = record.kernels(shape, dtype, groups, center) if is_worth else {}

@@ -80,7 +80,7 @@ def filter_response_norm(
     axis_name: names of mapped axes over which statistics are pooled.
     axis_index_groups: groups of indices of `axis_name`, each pooled by itself.
     dtype: dtype of the result; None keeps x's.
-    implementation: 'triton' on NVIDIA GPUs or 'mosaic_tpu', kernels for
+    implementation: 'triton', 'mosaic_gpu' or 'mosaic_tpu', kernels for
       channels last without mask and pooling; 'xla'; or None to choose.
 
   Returns:
