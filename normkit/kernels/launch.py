@@ -15,11 +15,9 @@ from normkit.kernels import clusters, dispatch
 from normkit.kernels.configs import OUTPUT_TILES, Config
 from normkit.kernels.warpgroups import INPUTS, OUTPUTS, Arrays
 
-Body = Callable[[Arrays, clusters.Place], None]
-
 
 def launch(
-  body: Body,
+  body: Callable[[Arrays, clusters.Place], None],
   name: str,
   arguments: Arrays,
   outs: Arrays,
@@ -34,11 +32,29 @@ def launch(
   another CUDA takes no more than 65,535.
   """
 
+  def kernel(*refs: Any) -> None:
+    names = (*arguments, *outs, *scratch)
+    at = clusters.Place(config, interpret)
+    body(at.own(dict(zip(names, refs, strict=True)), scratch), at)
+
+  kernel.__name__ = name
+  memory = clusters.memory(scratch, config, interpret)
+  start = gpu.kernel(
+    kernel,
+    out_type=tuple(outs.values()),
+    grid=(programs,),
+    grid_names=('program',),
+    thread_name='warpgroup',
+    scratch_types=tuple(memory.values()),
+    **clusters.options(config, interpret),
+    **_options(interpret),
+  )
+  if interpret:
+    start = functools.partial(_interpreted, start, tuple(outs.values()))
+
   @jax.custom_batching.custom_vmap
   def run(*given: Array) -> list[Array]:
-    named = dict(zip(arguments, given, strict=True))
-    rest = outs, scratch, programs, config, interpret
-    return [*_launch(body, name, named, *rest).values()]
+    return [*start(*given)]
 
   @run.def_vmap
   def _(size: int, is_batched: Any, *given: Array) -> Any:
@@ -55,38 +71,6 @@ def launch(
     found = launch(one, name, named, *rest)
     return [*found.values()], [True] * len(found)
 
-  return dict(zip(outs, run(*arguments.values()), strict=True))
-
-
-def _launch(
-  body: Body,
-  name: str,
-  arguments: Arrays,
-  outs: Arrays,
-  scratch: Arrays,
-  programs: int,
-  config: Config,
-  interpret: bool,
-) -> Arrays:
-  def kernel(*refs: Any) -> None:
-    names = (*arguments, *outs, *scratch)
-    at = clusters.Place(config, interpret)
-    body(at.own(dict(zip(names, refs, strict=True)), scratch), at)
-
-  kernel.__name__ = name
-  memory = clusters.memory(scratch, config, interpret)
-  run = gpu.kernel(
-    kernel,
-    out_type=tuple(outs.values()),
-    grid=(programs,),
-    grid_names=('program',),
-    thread_name='warpgroup',
-    scratch_types=tuple(memory.values()),
-    **clusters.options(config, interpret),
-    **_options(interpret),
-  )
-  if interpret:
-    run = functools.partial(_interpreted, run, tuple(outs.values()))
   return dict(zip(outs, run(*arguments.values()), strict=True))
 
 
