@@ -217,7 +217,6 @@ def table_of_models(rows: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def run(args: argparse.Namespace) -> int:
-  jax.config.update('jax_platforms', 'cpu')
   chosen = [t for t in targets.installed() if t in args.target]
   norms = [] if args.models_only else run_layers(chosen, args.dtype)
   devices = [t for t in chosen if t != 'cpu']

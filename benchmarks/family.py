@@ -150,7 +150,6 @@ HEADER = 'normkit / written out, in n', 'forward and backward', 'kept'
 
 
 def run(args: argparse.Namespace) -> int:
-  jax.config.update('jax_platforms', 'cpu')
   chosen = [t for t in targets.installed() if t in args.target]
   for target in chosen:
     name = f'family-{target}'

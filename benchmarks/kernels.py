@@ -105,6 +105,7 @@ SIZES = (
   ('InstanceNorm', (64, 5, 5, 512)),
   ('InstanceNorm', (64, 7, 7, 512)),
 )
+DTYPES = 'bfloat16', 'float32'
 ACTIVATIONS = {'relu': jax.nn.relu, 'silu': jax.nn.silu, 'gelu': jax.nn.gelu}
 
 
@@ -173,7 +174,7 @@ def of_sizes() -> list[list[str]]:
   rows = []
   for norm, shape in track(SIZES, 'sizes'):
     row = [f'{norm} {" x ".join(map(str, shape))}']
-    for dtype in 'bfloat16', 'float32':
+    for dtype in DTYPES:
       row += [before(a, norm, 'xla', dtype, shape) for a in ACTIVATIONS]
     row.append(before('relu', norm, 'mosaic_gpu', 'bfloat16', shape))
     rows.append(row)
@@ -184,13 +185,12 @@ def run_sizes(args: argparse.Namespace) -> int:
   if 'h200' not in targets.installed():
     return 1
   header = ['in training, in n']
-  header += [f'{d}, {a}' for d in ('bfloat16', 'float32') for a in ACTIVATIONS]
+  header += [f'{d}, {a}' for d in DTYPES for a in ACTIVATIONS]
   report.publish('sizes', 'sizes', [*header, 'kernel'], of_sizes(), args.update)
   return 0
 
 
 def run(args: argparse.Namespace) -> int:
-  jax.config.update('jax_platforms', 'cpu')
   if args.sizes:
     return run_sizes(args)
   chosen = [t for t in targets.installed() if t in args.target]
@@ -222,7 +222,7 @@ def add_command(commands: Any) -> None:
   )
   norms = list(dict.fromkeys(norm for norm, _ in CASES))
   parser.add_argument('--norm', nargs='*', choices=norms, default=norms)
-  parser.add_argument('--dtype', nargs='*', default=['bfloat16', 'float32'])
+  parser.add_argument('--dtype', nargs='*', default=DTYPES)
   parser.add_argument('--json', type=pathlib.Path)
   parser.add_argument(
     '--sizes', action='store_true', help='images of several sizes, on H200'

@@ -348,7 +348,6 @@ def plot(rows: list[dict[str, Any]], path: pathlib.Path, device: str) -> None:
 
 def run(args: argparse.Namespace) -> int:
   settle_memory()
-  jax.config.update('jax_platforms', 'cpu')
   libraries = installed(list(LIBRARIES))
   cases = [
     (norm, shape, dtype)
