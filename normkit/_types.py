@@ -130,6 +130,15 @@ def ruled(function: Any, *args: Any, **options: Any) -> Any:
   return function(*args, **options)
 
 
+def has_hash(value: Any) -> bool:
+  """Whether `hash` takes it, with all that it holds."""
+  try:
+    hash(value)
+  except TypeError:
+    return False
+  return True
+
+
 def statistics_dtype(dtype: DType) -> DType:
   """The dtype in which statistics of `dtype` are taken: float32 or wider."""
   return promote(dtype, jnp.float32)

@@ -1,6 +1,7 @@
 """The arguments that norms share, checked and in the form that maths takes."""
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from normkit._types import (
   Scalar,
 )
 from normkit.affine import Arguments
+from normkit.closures import Closure
 from normkit.kernels.rows import Rounding
 
 
@@ -78,13 +80,11 @@ def check_activation(
 
 def check_hash(activation: Callable[[Array], Array] | None) -> None:
   """Raises where `jax.jit` could not know it again."""
-  try:
-    hash(activation)
-  except TypeError:
+  if not _types.has_hash(activation):
     raise TypeError(
       f'activation has no hash, got {activation!r}: programs are known by it. '
       'Give a function of a module, or a class that has __hash__.'
-    ) from None
+    )
 
 
 def check_elementwise(
@@ -100,6 +100,18 @@ def check_elementwise(
   """
   if activation is None:
     return
+  alike = Closure(activation)
+  if _types.has_hash(alike):
+    _check_elementwise(alike, shape, dtype)
+  else:
+    _check_elementwise.__wrapped__(activation, shape, dtype)
+
+
+@functools.lru_cache(256)
+def _check_elementwise(
+  activation: Callable[[Array], Array], shape: tuple[int, ...], dtype: DType
+) -> None:
+  """Once for all that are alike: it takes longer than a small norm."""
   given = jax.ShapeDtypeStruct(shape, dtype)
   program, found = jax.make_jaxpr(activation, return_shape=True)(given)
   if any(isinstance(c, jax.core.Tracer) for c in program.consts):
@@ -154,13 +166,7 @@ def check_feature(
   """Returns `value`, one number a feature, in a form that broadcasts to x."""
   if value is None:
     return None
-  if hasattr(value, '_fields') or isinstance(value, dict):
-    raise TypeError(
-      f'{name} must be an array, got {type(value).__name__}. Functions take '
-      'the arrays in it one by one; apply of a transform takes it whole, in '
-      'the order params, state, x.'
-    )
-  given, value = value, _types.as_array(value)
+  given, value = value, as_parameter(value, name)
   if value.dtype == jnp.bool_:
     raise TypeError(
       f'{name} must hold numbers, got booleans. Give a mask by name: where=.'
@@ -186,6 +192,17 @@ def check_feature(
     )
   _types.check_broadcast(value.shape, shape, name, of)
   return value
+
+
+def as_parameter(value: ArrayLike, name: str) -> Array:
+  """Returns `value` as an array; raises for parameters that are several."""
+  if hasattr(value, '_fields') or isinstance(value, dict):
+    raise TypeError(
+      f'{name} must be an array, got {type(value).__name__}. Functions take '
+      'the arrays in it one by one; apply of a transform takes it whole, in '
+      'the order params, state, x.'
+    )
+  return _types.as_array(value)
 
 
 def other_axis(

@@ -9,7 +9,7 @@ import jax
 from jax import core
 
 from normkit import platforms
-from normkit._types import ruled
+from normkit._types import has_hash, ruled
 
 
 def traced_once(run: Callable[..., Any], *given: Any) -> Any:
@@ -27,9 +27,7 @@ def traced_once(run: Callable[..., Any], *given: Any) -> Any:
     What `run` returns.
   """
   alike = Closure(run)
-  try:
-    hash(alike)
-  except TypeError:
+  if not has_hash(alike):
     return run(*given)
   return ruled(_norm, alike, platforms.context(), *given)
 

@@ -12,7 +12,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from normkit._types import Array, Implementation
+from normkit._types import Array, Implementation, has_hash
 
 Activation = Callable[[Array], Array]
 CALLS = 'jit', 'pjit', 'closed_call', 'core_call', 'custom_jvp_call'
@@ -49,11 +49,7 @@ def is_lowered(run: Activation, by: Implementation = 'mosaic_gpu') -> bool:
 
   It has a hash, then, and closes over no array.
   """
-  try:
-    hash(run)
-  except TypeError:
-    return False
-  return _is_lowered(run, by)
+  return has_hash(run) and _is_lowered(run, by)
 
 
 @functools.lru_cache(256)

@@ -5,8 +5,6 @@ the norms have no parameters of their own. So there are functions here, and no
 transforms.
 """
 
-import jax.numpy as jnp
-
 from normkit import _types, arguments, platforms, rows
 from normkit._types import (
   Array,
@@ -262,14 +260,7 @@ def _feature(
   name: str,
 ) -> Array | None:
   """One number a feature, or one an example and feature, in x's rank."""
-  if value is not None and _rank(value) != len(axes) and 0 not in axes:
-    axes = (0, *axes)
+  if value is not None:
+    rank = arguments.as_parameter(value, name).ndim
+    axes = axes if 0 in axes or rank == len(axes) else (0, *axes)
   return arguments.check_feature(value, shape, axes, name)
-
-
-def _rank(value: ArrayLike) -> int:
-  """How many axes; what is neither array nor list has none."""
-  if isinstance(value, list | tuple) and not hasattr(value, '_fields'):
-    return jnp.asarray(value).ndim
-  rank: int = getattr(value, 'ndim', 0)
-  return rank
