@@ -19,6 +19,7 @@ from test_mosaic_gpu import (
   SOME,
   assert_wide,
   lowered,
+  rests,
 )
 from tiers import second_tier, thinned
 
@@ -411,9 +412,8 @@ def test_compiled(target, kind, size, dtype, gate, of):
   """x, the gate and dy are read once; nothing spills."""
   found = report(target, kind, size, dtype, of, gate=gate)
   assert found.spilled == 0
-  if size * jnp.dtype(dtype).itemsize % 16 == 0:
-    assert found.moved <= LIMITS[kind]
-  assert_wide(found, kind)
+  assert found.moved <= LIMITS[kind]
+  assert_wide(found, kind, rests(size, dtype))
   assert found.under_way >= configs.CHIPS[CHIPS[target]].under_way
 
 

@@ -76,7 +76,7 @@ LAYERS = (
   ('kernels.mosaic_groups',),
   ('kernels.launch',),
   ('kernels.dispatch', 'kernels.warpgroups'),
-  ('kernels.cases', 'kernels.rows'),
+  ('kernels.cases', 'kernels.flat', 'kernels.rows'),
   ('kernels.plans', 'kernels.activations', 'kernels.clusters'),
   ('kernels.configs', 'kernels.record'),
   ('kernels',),

@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as gpu
 import numpy as np
 
 from normkit._types import Array
-from normkit.kernels import clusters, dispatch
+from normkit.kernels import clusters, dispatch, plans
 from normkit.kernels.configs import OUTPUT_TILES, Config
 from normkit.kernels.warpgroups import INPUTS, OUTPUTS, Arrays
 
@@ -59,9 +59,13 @@ def launch(
   @run.def_vmap
   def _(size: int, is_batched: Any, *given: Array) -> Any:
     named = dict(zip(arguments, given, strict=True))
-    more = {n: a.update(shape=(size, *a.shape)) for n, a in outs.items()}
     pairs = zip(named, is_batched, strict=True)
-    own = {n for n, is_one in pairs if is_one} | more.keys()
+    own = {n for n, is_one in pairs if is_one}
+    named |= {n: plans.padded(named[n], _even(named[n])) for n in own}
+    more = {n: a.update(shape=(size, *a.shape)) for n, a in outs.items()}
+    cuts = {n: tuple(map(slice, a.shape)) for n, a in more.items()}
+    more = {n: a.update(shape=_even(a)) for n, a in more.items()}
+    own |= more.keys()
 
     def one(refs: Arrays, at: clusters.Place) -> None:
       example, at = at.within(programs)
@@ -69,9 +73,16 @@ def launch(
 
     rest = more, scratch, size * programs, config, interpret
     found = launch(one, name, named, *rest)
-    return [*found.values()], [True] * len(found)
+    return [a[cuts[n]] for n, a in found.items()], [True] * len(found)
 
   return dict(zip(outs, run(*arguments.values()), strict=True))
+
+
+def _even(array: Any) -> tuple[int, ...]:
+  """The shape of such arrays of one axis, which copies want even in bytes."""
+  *outer, size = array.shape
+  vector = 16 // array.dtype.itemsize
+  return (*outer, -(-size // vector) * vector if len(outer) == 1 else size)
 
 
 def capability() -> int:

@@ -17,7 +17,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as gpu
 import jax.numpy as jnp
 
-from normkit.kernels import activations, configs, mosaic_groups, plans, rows
+from normkit._types import Array
+from normkit.kernels import (
+  activations,
+  configs,
+  flat,
+  mosaic_groups,
+  plans,
+  rows,
+)
 from normkit.kernels.clusters import Place
 from normkit.kernels.configs import PIECE, Case, Config
 from normkit.kernels.launch import capability, launch, rings
@@ -27,7 +35,6 @@ from normkit.kernels.warpgroups import (
   OUTPUTS,
   PARAMETERS,
   Arrays,
-  Statistics,
   Tile,
   Work,
 )
@@ -105,7 +112,7 @@ def _call(
   outs = {n: rows.result(x, plan.shape, d) for n, d in results.items()}
   outs |= dict.fromkeys(stats, rows.result(x, each, jnp.float32))
   outs |= dict.fromkeys(sums, rows.result(x, partial, jnp.float32))
-  scratch = _scratch(case, config, arguments, outs, sums)
+  scratch = _scratch(case, config, plan, arguments, outs, sums)
 
   def run(refs: Arrays, at: Place) -> None:
     body(Work(refs, at, case, plan, spec, interpret))
@@ -122,6 +129,7 @@ def _call(
 def _scratch(
   case: Case,
   config: Config,
+  plan: plans.Plan,
   arguments: Arrays,
   outs: Arrays,
   sums: tuple[str, ...],
@@ -129,7 +137,7 @@ def _scratch(
   """Shared memory: rings, outputs on their way, parameters; and barriers."""
   groups, tile = config.warpgroups, (config.rows, config.width)
   copies = len(case.inputs)
-  if config.is_shared and case.size % PIECE:
+  if flat.is_flat(plan) or (config.is_shared and case.size % PIECE):
     copies *= config.rows
   found = rings(config, arguments, outs, copies)
   if config.is_shared:
@@ -144,6 +152,50 @@ def _scratch(
       found[f'{name} held'] = gpu.SMEM(held, a.dtype)
     found['loaded'] = gpu.Barrier(num_arrivals=len(parameters))
   return found
+
+
+class Statistics:
+  """Of a task: mean and variance, from sums about the mean of a part."""
+
+  def __init__(self, work: Work, turn: Any, x: Callable[[Any], Tile]) -> None:
+    self.work, self.x = work, x
+    config, size = work.config, work.case.size
+    self.center = work.spec.center
+    if self.center:
+      (part,) = work.added(turn, work.masked(x(jnp.int32(0)), jnp.int32(0)))
+      self.pivot = part / config.firsts(size)
+    self.pivots = work.spread(self.pivot) if self.center else None
+
+    def add(block: Any, sums: Any) -> Any:
+      d = self.distance(block)
+      squares = sums[-1] + d * d
+      return (sums[0] + d, squares) if self.center else (squares,)
+
+    zeros = (work.full(0),) * (2 if self.center else 1)
+    *sums, squares = work.added(turn, *work.each(add, zeros))
+    var = squares / size
+    self.values: tuple[Array, ...] = (var,)
+    if self.center:
+      offset = sums[0] / size
+      var = jnp.maximum(var - offset * offset, 0)
+      self.values = self.pivot, offset, var
+    root = rows.root_of(var, work.spec.epsilon)
+    self.root = work.spread(root)
+    self.offsets = work.spread(offset) if self.center else None
+
+  def distance(self, block: Any) -> Tile:
+    """From the pivot."""
+    x = self.x(block)
+    if self.center:
+      x = x - self.pivots
+    return self.work.masked(x, block)
+
+  def standardized(self, block: Any) -> Tile:
+    """Beyond the row it may be anything."""
+    x = self.x(block)
+    if self.center:
+      x = (x - self.pivots) - self.offsets
+    return x * self.root
 
 
 def _forward(work: Work) -> None:

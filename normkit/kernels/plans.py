@@ -15,6 +15,9 @@ from normkit._types import Array
 from normkit.kernels import configs
 from normkit.kernels.configs import PIECE, Case, Config
 
+# Elements of an array of one axis: where they lie are numbers of 32 bits.
+MOST_OF_FLAT = 2**31
+
 
 class Sets(NamedTuple):
   """Rows that share a row of scale and of bias.
@@ -66,7 +69,8 @@ class Plan(NamedTuple):
 
   Attributes:
     sets: of rows, of one scale and bias each.
-    given: shape of x as rows.
+    size: of a row.
+    given: shape of x as rows, or of one axis.
     filled: the same with what an asynchronous copy asks for.
     shape: of the arrays of rows.
     tiles: of scale and bias of a set, and of sums over rows.
@@ -77,6 +81,7 @@ class Plan(NamedTuple):
   """
 
   sets: Sets
+  size: int
   given: tuple[int, ...]
   filled: tuple[int, ...]
   shape: tuple[int, ...]
@@ -102,7 +107,7 @@ class Plan(NamedTuple):
 
   def parameter(self, array: Array, width: int) -> Array:
     """Scale or bias: a row for each set, filled up, in tiles."""
-    size, count = self.given[-1], self.sets.number
+    size, count = self.size, self.sets.number
     each = jnp.broadcast_to(array.reshape(-1, size), (count, size))
     return padded(each, (count, width)).reshape(count, *self.tiles)
 
@@ -116,7 +121,7 @@ class Plan(NamedTuple):
 
   def total(self, array: Array, shape: tuple[int, ...]) -> Array:
     """The sum of what the programs have, in the shape of scale or bias."""
-    count, size = self.sets.number, self.given[-1]
+    count, size = self.sets.number, self.size
     array = array.reshape(count, self.parts, -1)[..., :size]
     if count > 1:
       tasks = np.arange(count) * self.of_set
@@ -137,12 +142,14 @@ def plan(
   """For so many rows.
 
   An asynchronous copy fills up with zeros, and leaves out, what lies beyond an
-  array; rows of a multiple of 16 bytes are all that it asks. The interpreter
-  asks for whole tiles.
+  array; rows of a multiple of 16 bytes are all that it asks, or else arrays of
+  one axis. The interpreter asks for whole tiles.
   """
   size, high = case.size, config.rows_at_once
   vector = 16 // min(jnp.dtype(d).itemsize for d in case.inputs + case.outputs)
-  width = config.row_width if interpret else -(-size // vector) * vector
+  is_flat = size % vector > 0 and sets.number * sets.rows * size < MOST_OF_FLAT
+  width = size if is_flat else -(-size // vector) * vector
+  width = config.row_width if interpret else width
   of_set = -(-sets.rows // high)
   rows = of_set * high if interpret else sets.rows
   given: tuple[int, ...] = (sets.number * sets.rows,)
@@ -164,7 +171,12 @@ def plan(
     first = np.arange(sets.number) * of_set
     parts = int(np.max((first + of_set - 1) // turns - first // turns)) + 1
   given, filled = (*given, size), (*filled, width)
-  return Plan(sets, given, filled, shape, tiles, tasks, turns, programs, parts)
+  if is_flat:
+    given = (sets.number * sets.rows * size,)
+    filled = shape = (given[0] + (width if interpret else 0),)
+  return Plan(
+    sets, size, given, filled, shape, tiles, tasks, turns, programs, parts
+  )
 
 
 def _shares(

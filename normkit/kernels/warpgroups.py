@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as gpu
 import jax.numpy as jnp
 
 from normkit._types import Array
-from normkit.kernels import layouts, rows
+from normkit.kernels import flat, layouts, rows
 from normkit.kernels.clusters import Place
 from normkit.kernels.configs import OUTPUT_TILES, Case, Groups
 from normkit.kernels.rows import Spec
@@ -139,13 +139,35 @@ class Work:
       block = lax.rem(index, self.config.tiles)
       slot = lax.rem(index, self.config.stages)
 
-      def bring(arrived: Any) -> None:
+      def run(arrived: Any) -> None:
         for name in self.inputs:
           ring = self.refs[f'{name} ring'].at[self.group, slot]
-          for of, to in self.places(self.refs[name], ring, turn, block):
-            gpu.copy_gmem_to_smem(of, to, arrived)
+          self.bring(self.refs[name], ring, turn, block, arrived)
 
-      self.with_barrier(slot, bring)
+      self.with_barrier(slot, run)
+
+  def bring(
+    self, array: Any, tile: Any, turn: Any, block: Any, arrived: Any
+  ) -> None:
+    """Has a part of an array brought."""
+    if flat.is_flat(self.plan):
+      self.flat_rows(turn, block).fetch(array, tile, arrived)
+      return
+    for of, to in self.places(array, tile, turn, block):
+      gpu.copy_gmem_to_smem(of, to, arrived)
+
+  def send(self, array: Any, tile: Any, turn: Any, block: Any) -> None:
+    """Has a tile written to an array."""
+    if flat.is_flat(self.plan):
+      self.flat_rows(turn, block).send(array, tile, self.interpret)
+      return
+    for to, of in self.places(array, tile, turn, block):
+      gpu.copy_smem_to_gmem(of, to, commit_group=False)
+
+  def flat_rows(self, turn: Any, block: Any) -> flat.Rows:
+    """Where a tile lies in arrays of one axis."""
+    task, number = self.task(turn), self.number(block)
+    return flat.Rows(self.config, self.plan, task, number)
 
   def with_barrier(self, slot: Array, run: Callable[[Any], None]) -> None:
     """Runs what needs the barrier of a tile of this warpgroup's ring."""
@@ -339,8 +361,7 @@ class Work:
     gpu.commit_smem()
     for name in values:
       tile = self.refs[f'{name} out'].at[self.group, slot]
-      for to, of in self.places(self.refs[name], tile, turn, block):
-        gpu.copy_smem_to_gmem(of, to, commit_group=False)
+      self.send(self.refs[name], tile, turn, block)
     gpu.commit_smem_to_gmem_group()
     self.fetch(index + self.config.stages)
 
@@ -401,47 +422,3 @@ class Work:
       last = lax.div(self.end - 1, of_set)
       lax.fori_loop(lax.div(self.begin, of_set), last + 1, each, None)
     gpu.wait_smem_to_gmem(0)
-
-
-class Statistics:
-  """Of a task: mean and variance, from sums about the mean of a part."""
-
-  def __init__(self, work: Work, turn: Any, x: Callable[[Any], Tile]) -> None:
-    self.work, self.x = work, x
-    config, size = work.config, work.case.size
-    self.center = work.spec.center
-    if self.center:
-      (part,) = work.added(turn, work.masked(x(jnp.int32(0)), jnp.int32(0)))
-      self.pivot = part / config.firsts(size)
-    self.pivots = work.spread(self.pivot) if self.center else None
-
-    def add(block: Any, sums: Any) -> Any:
-      d = self.distance(block)
-      squares = sums[-1] + d * d
-      return (sums[0] + d, squares) if self.center else (squares,)
-
-    zeros = (work.full(0),) * (2 if self.center else 1)
-    *sums, squares = work.added(turn, *work.each(add, zeros))
-    var = squares / size
-    self.values: tuple[Array, ...] = (var,)
-    if self.center:
-      offset = sums[0] / size
-      var = jnp.maximum(var - offset * offset, 0)
-      self.values = self.pivot, offset, var
-    root = rows.root_of(var, work.spec.epsilon)
-    self.root = work.spread(root)
-    self.offsets = work.spread(offset) if self.center else None
-
-  def distance(self, block: Any) -> Tile:
-    """From the pivot."""
-    x = self.x(block)
-    if self.center:
-      x = x - self.pivots
-    return self.work.masked(x, block)
-
-  def standardized(self, block: Any) -> Tile:
-    """Beyond the row it may be anything."""
-    x = self.x(block)
-    if self.center:
-      x = (x - self.pivots) - self.offsets
-    return x * self.root
