@@ -118,12 +118,16 @@ def root_of(var: Array, epsilon: float) -> Array:
 def _reciprocal_root_jvp(
   epsilon: float, primals: Any, tangents: Any
 ) -> tuple[Array, Array]:
-  """Factor by factor: float32 has the root of 1e-30, and not its cube."""
   root = _reciprocal_root(*primals, epsilon)
-  slope = _ops.mul(tangents[0], -0.5)
+  return root, change_of_root(root, tangents[0])
+
+
+def change_of_root(root: Array, dvar: Array) -> Array:
+  """Factor by factor: float32 has the root of 1e-30, and not its cube."""
+  change = _ops.mul(dvar, -0.5)
   for _ in range(3):
-    slope = _ops.mul(slope, root)
-  return root, slope
+    change = _ops.mul(change, root)
+  return change
 
 
 def row_mean(size: int) -> Mean:
