@@ -210,7 +210,9 @@ def _local(
   hide the sample. Where a row stays on an H200's chip it is 1 with the mean as
   pivot, but only with `output_alone`: as soon as a derivative uses the
   statistics too, the compiler keeps wide copies of x instead (14 n for layer
-  norm, its output and gradients, against 6 n). A CPU keeps a row in its cache.
+  norm, its output and gradients, against 6 n). A CPU keeps a row in its cache,
+  and so reads it twice for the output alone; with derivatives what counts is
+  how many sums there are.
 
   bfloat16 takes a pivot of zero there, which is known before x is: the sums
   are then taken where x is made. A step of ResNet-50 on H200 moves .8 GiB of
@@ -248,9 +250,9 @@ def _pivot(
   forms: dict[str, Callable[..., Any]] = {'default': _mean_of_sample}
   if form.given == jnp.bfloat16:
     forms |= {'cuda': _zero, 'tpu': _zero}
-  if sets == Sets((x.ndim - 1,)) and _is_short(x.shape[-1]):
-    forms |= {'cpu': _own_mean}
-    forms |= {'cuda': _own_mean} if form.output_alone else {}
+  is_row = sets == Sets((x.ndim - 1,)) and _is_short(x.shape[-1])
+  if is_row and form.output_alone:
+    forms |= dict.fromkeys(('cpu', 'cuda'), _own_mean)
   options = {'sets': sets, 'dtype': dtype}
   runs = {n: functools.partial(f, **options) for n, f in forms.items()}
   return platforms.dependent(runs, (x, count), _kind(x, sets, dtype))
