@@ -5,6 +5,7 @@ installed (`pip install -e '.[targets]'`, as in CI), without the devices.
 """
 
 import functools
+import itertools
 
 import jax
 from jax import lax
@@ -16,17 +17,29 @@ from benchmarks.bytes import SHAPES, measure
 import normkit as nk
 
 pytestmark = pytest.mark.optimized
-DEVICES = [
-  pytest.param(
-    target,
-    marks=pytest.mark.skipif(
-      not targets.is_installed(target),
-      reason=f'no compiler for {target}: pip install -e ".[targets]"; '
-      'tests/test_memory.py holds what is kept without it',
-    ),
+TPUS = 'v5e', 'v6e'
+
+
+def on(target, *values):
+  """A row of a parametrization."""
+  reason = (
+    f'no compiler for {target}: pip install -e ".[targets]"; '
+    'tests/test_memory.py holds what is kept without it'
   )
-  for target in ('h200', 'v5e', 'v6e')
-]
+  needed = pytest.mark.skipif(not targets.is_installed(target), reason=reason)
+  return pytest.param(target, *values, marks=needed)
+
+
+def on_both(*columns):
+  """Each combination on H200, and on one of the TPUs, which take turns."""
+  rows = []
+  for row in itertools.product(*map(enumerate, columns)):
+    places, values = zip(*row, strict=True)
+    rows += [on(t, *values) for t in ('h200', TPUS[sum(places) % 2])]
+  return rows
+
+
+DEVICES = [on(target) for target in ('h200', *TPUS)]
 
 PROGRAM = """HloModule jit_f
 
@@ -138,12 +151,12 @@ def step(x, _):
 ROW, IMAGE = (2.05, 5.2, 7.3), (3.1, 5.2, 7.2)
 LIMITS = {
   ('h200', norm): ROW if norm in layers.ROWS else IMAGE for norm in layers.NORMS
-} | {(tpu, norm): IMAGE for tpu in ('v5e', 'v6e') for norm in layers.NORMS}
+} | {(tpu, norm): IMAGE for tpu in TPUS for norm in layers.NORMS}
 
 
-@pytest.mark.parametrize('dtype', layers.DTYPES)
-@pytest.mark.parametrize('norm', layers.NORMS)
-@pytest.mark.parametrize('target', DEVICES)
+@pytest.mark.parametrize(
+  ('target', 'norm', 'dtype'), on_both(layers.NORMS, layers.DTYPES)
+)
 def test_passes(target, norm, dtype):
   layer = layers.make('normkit', norm, SHAPES[norm], dtype)
   programs = layers.programs(layer)
@@ -178,15 +191,19 @@ def temporaries(target, library, norm, policy):
   return measure(target, *step).temporaries
 
 
-@pytest.mark.parametrize('norm', layers.ROWS)
-@pytest.mark.parametrize('target', DEVICES[:2])
+KEPT = {'default': (None, 1.2), 'products': (nk.products_saveable, 0.2)}
+
+
 @pytest.mark.parametrize(
-  ('policy', 'limit'),
-  [(None, 1.2), (nk.products_saveable, 0.2)],
-  ids=['default', 'products_saveable'],
+  ('target', 'norm', 'keeps'),
+  [
+    *(on('h200', *row) for row in itertools.product(layers.ROWS, KEPT)),
+    *(on('v5e', *row) for row in zip(layers.ROWS, KEPT, strict=True)),
+  ],
 )
-def test_scan(target, norm, policy, limit):
+def test_scan(target, norm, keeps):
   """What the norms of transformer blocks add to the temporaries of a step."""
+  policy, limit = KEPT[keeps]
   without = temporaries(target, 'none', '', policy)
   found = temporaries(target, 'normkit', norm, policy)
   assert (found - without) / UNIT <= limit
