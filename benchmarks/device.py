@@ -279,12 +279,13 @@ def _torch_calls(
     return {}
   import torch
 
-  torch.compiler.reset()  # or it compiles for any shape, and then no more
   on_cpu = jax.default_backend() == 'cpu'
   if not case.has_peers:
     return {}
-  if not on_cpu and not torch.cuda.is_available():
-    return {}
+  if not on_cpu:
+    if not torch.cuda.is_available():
+      return {}
+    torch.compiler.reset()  # or it compiles for any shape, and then no more
   device = 'cpu' if on_cpu else 'cuda'
   dtype = getattr(torch, case.dtype)
   x, scale, bias, dy = (
