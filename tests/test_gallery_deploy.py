@@ -60,6 +60,7 @@ def test_costs_are_of_every_program_and_round(deploy):
     assert costs[name].megabytes >= 2 * x.nbytes / 1e6
 
 
+@pytest.mark.second_tier
 def test_it_runs_small(deploy, run_small, tmp_path):
   told = run_small(deploy, 'deploy_accuracy', 'deploy_cost')
   accuracies = re.findall(

@@ -15,6 +15,7 @@ def placement(example):
   return example('placement')
 
 
+@pytest.mark.second_tier
 def test_runs_small(placement, run_small):
   printed = run_small(
     placement,

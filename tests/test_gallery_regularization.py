@@ -12,6 +12,7 @@ def regularization(example):
   return example('regularization')
 
 
+@pytest.mark.second_tier
 def test_runs_small(regularization, run_small):
   printed = run_small(
     regularization, 'regularization_noise', 'regularization_gap'

@@ -63,6 +63,7 @@ def test_accuracies_are_of_both_modes(train_eval, monkeypatch):
   chex.assert_trees_all_close(both, (100.0, zeros), rtol=1e-6)
 
 
+@pytest.mark.second_tier
 def test_it_runs_small(train_eval, run_small):
   told = run_small(
     train_eval, 'train_eval_gap', 'train_eval_curves', 'train_eval_inspect'
