@@ -74,7 +74,7 @@ NAME = 'mosaic_gpu'
         [True, False],
         DTYPES,
         every=1000,
-        keep=2,
+        keep=3,  # each shape with both, in two of the dtypes
       )
     ),
   ],

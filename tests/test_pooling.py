@@ -835,11 +835,13 @@ SPECS = P('d', None, 'e'), P(None, None, ('e', 'd'))
 @pytest.mark.parametrize(
   ('name', 'spec', 'masked'),
   [
-    (second_tier if name != 'batch' or place else pytest.param)(
-      name, spec, (index + place) % 2 == 1
-    )
-    for index, name in enumerate(RUNNING)
-    for place, spec in enumerate(SPECS)
+    ('batch', SPECS[0], False),
+    second_tier('batch', SPECS[1], True),
+    *(  # in turns
+      second_tier(name, SPECS[place % 2], place // 2 % 2 == 1)
+      for place, name in enumerate(RUNNING)
+      if name != 'batch'
+    ),
   ],
 )
 def test_state_from_outside_of_the_mesh(name, spec, masked):
