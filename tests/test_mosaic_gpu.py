@@ -163,7 +163,7 @@ def of_some(x, scale, center=True, name=NAME):
   [
     (SETS[0], True, 'float32'),
     (SETS[1], False, 'bfloat16'),
-    *thinned(SETS, [True, False], DTYPES, every=1000, keep=2)[1:],
+    *thinned(SETS, [True, False], DTYPES, every=1000, keep=3)[1:],
   ],
   ids=str,
 )
