@@ -219,7 +219,7 @@ def test_mixture(kind, source):
   close(read(model)[2:], [np.array([1.0, 2, 3]), np.array([2.0, 1, 4])])
 
 
-@pytest.mark.parametrize('kind', ['linen', 'nnx'])
+@pytest.mark.parametrize('kind', ['linen', second_tier('nnx')])
 def test_tent_steps(kind):
   """Gradient descent by differences of the float64 entropy."""
   run, model, read = models()[kind]

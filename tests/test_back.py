@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import second_tier
 
 import normkit.linen
 import normkit.nnx
@@ -153,7 +154,7 @@ def test_haiku_of_new_averages(variables):
     assert 0.999 ** int(held['counter']) == 0
 
 
-@pytest.mark.parametrize('mode', ['ema', 'batch'])
+@pytest.mark.parametrize('mode', ['ema', second_tier('batch')])
 def test_equinox(mode):
   eqx = pytest.importorskip(
     'equinox', reason="needs equinox: pip install 'normkit[benchmarks]'"

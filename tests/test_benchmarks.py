@@ -177,6 +177,7 @@ def test_what_a_device_is_asked():
 CASE = device.Case('LayerNorm', (4, 8), 'float32')
 
 
+@pytest.mark.second_tier
 @pytest.mark.parametrize(
   ('norm', 'shape', 'more'),
   [

@@ -131,6 +131,7 @@ def options_of(command):
   return names - {'--help'}
 
 
+@pytest.mark.second_tier
 @pytest.mark.parametrize('command', CHANGES)
 def test_every_option_changes_something(zoo, capsys, command):
   assert options_of(command) == {*CHANGES[command]}

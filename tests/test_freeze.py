@@ -143,7 +143,7 @@ def moved(before, after):
   return {n for n in before if not np.array_equal(before[n], after[n])}
 
 
-@pytest.mark.parametrize('params', [True, False])
+@pytest.mark.parametrize('params', [True, second_tier(False)])
 def test_statistics_and_parameters(trained, data, params):
   """All layers frozen, with weight decay, which would move what has no grad."""
   tx = optax.adamw(0.01, weight_decay=0.1)
@@ -331,7 +331,7 @@ def test_a_norm_with_maths_of_its_own_is_refused():
     jax.eval_shape(linen.init, jax.random.key(0), x)
 
 
-@pytest.mark.parametrize('params', [True, False])
+@pytest.mark.parametrize('params', [True, second_tier(False)])
 def test_nnx(trained_nnx, data, params):
   before = nnx.clone(trained_nnx)
   model = freeze(trained_nnx)

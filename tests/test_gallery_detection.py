@@ -25,6 +25,7 @@ def scenes(detection, parts):
   return detection.compose(parts[0], 40, detection.CANVAS, detection.MOST, 2)
 
 
+@pytest.mark.second_tier
 def test_scenes_repeat_and_their_boxes_hold_ink(detection, parts, scenes):
   again = detection.compose(parts[0], 40, detection.CANVAS, detection.MOST, 2)
   chex.assert_trees_all_equal(scenes, again)
@@ -175,6 +176,7 @@ def test_simulated_devices_are_those_of_pmap(detection, scenes):
     assert (spread < 1e-6) == (name == 'synchronized')
 
 
+@pytest.mark.second_tier
 def test_frozen_is_the_backbone_alone(detection, scenes):
   model = detection.FROZEN
   images = scenes.images[:16].reshape(8, 2, *scenes.images.shape[1:])

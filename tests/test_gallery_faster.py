@@ -46,6 +46,7 @@ def test_numbers_are_those_of_the_images_given(
   takes_images(faster, digits_folder)
 
 
+@pytest.mark.second_tier
 def test_runs_differ_by_seed_rate_and_scale_alone(faster, sweep):
   """The steps of one run, done one by one with training.step's rule."""
   model = faster.DeepNet((None,) * 2, 8)

@@ -52,6 +52,7 @@ def test_gradients_are_in_the_order_of_the_network(gradients):
   assert not gradients.is_block('dense') and not gradients.is_block(None)
 
 
+@pytest.mark.second_tier
 def test_gradient_of_the_logits_is_the_softmax_less_the_label(gradients):
   dataset = gradients.halved(gradients.data.photographs())
   chex.assert_shape(dataset.test_images, (900, 16, 16, 3))
@@ -118,6 +119,7 @@ def test_watch_gives_what_goes_into_an_activation(gradients, kind):
   np.testing.assert_allclose(found[0, 1], y, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.second_tier
 def test_noise_moves_each_unit_anew_at_each_step(gradients):
   norm = normkit.linen.Norm(gradients.NoisyBatchNorm(layer=2))
   x = np.float32(np.random.default_rng(SEED).normal(size=(2000, 3)))
@@ -155,6 +157,7 @@ class Quadratic(nn.Module):
     return jnp.stack([jnp.full(len(x), a), jnp.zeros(len(x))], -1)
 
 
+@pytest.mark.second_tier
 def test_along_gradient_is_that_of_a_loss_known_by_hand(gradients):
   """The loss of the second class is log(1 + exp(a)), its slope a sigmoid."""
   rate, n = 0.5, 3

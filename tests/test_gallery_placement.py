@@ -93,6 +93,7 @@ def test_the_norm_is_where_it_is_said_to_be(placement):
     assert called == 2 * (kinds or ['activation'])
 
 
+@pytest.mark.second_tier
 def test_clipping_bounds_the_step(example):
   """By hand: gradients of norm 5, of which 1 is left."""
   params = {'w': jnp.array([1.0, 1.0])}

@@ -144,6 +144,7 @@ def test_haiku(page):
       assert_same(page['haiku'][name], call, x)
 
 
+@pytest.mark.second_tier
 def test_equinox(page):
   eqx = pytest.importorskip('equinox', reason=NEED.format('equinox'))
   shape = X.shape[1:]

@@ -352,6 +352,7 @@ def test_one_channel_off(healthy, data):
   assert cells[3] == f'{row.shift.max():.2g}'
 
 
+@pytest.mark.second_tier
 def test_momentum(healthy, data):
   net = Net(momentum=0.99)
   variables = gathered(net, healthy[1], data[0])

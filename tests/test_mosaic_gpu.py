@@ -162,7 +162,7 @@ def of_some(x, scale, center=True, name=NAME):
   ('given', 'center', 'dtype'),
   [
     (SETS[0], True, 'float32'),
-    (SETS[1], False, 'bfloat16'),
+    second_tier(SETS[1], False, 'bfloat16'),
     *thinned(SETS, [True, False], DTYPES, every=1000, keep=3)[1:],
   ],
   ids=str,

@@ -258,6 +258,7 @@ def test_joint_batch():
   assert np.abs(slopes).max() > 0  # through the statistics
 
 
+@pytest.mark.second_tier
 def test_tools_see_them():
   """Recalibrated, as batch norm is; the steps stay."""
   x = draw((32, 3))
