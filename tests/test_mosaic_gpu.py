@@ -486,16 +486,6 @@ EXTRAS = {
   'rms': ({'center': False}, 0, 0),
   'rounding': ({'center': False, 'rounds': True}, 0, 0),
 }
-FIRST = [
-  ('h200', 'backward', 768, 'float32', 'nothing'),
-  ('h200', 'forward', 1000, 'bfloat16', 'nothing'),
-  ('h200', 'backward', 4096, 'bfloat16', 'example'),
-  ('h200', 'backward', 1000, 'bfloat16', 'gelu'),
-  ('h200', 'backward', (28, 28, 16), 'bfloat16'),
-  ('b200', 'backward', 8192, 'bfloat16', 'nothing'),
-  ('b200', 'forward', 64, 'float32', 'head'),
-  ('b200', 'backward', (56, 56, 16), 'bfloat16'),
-]
 
 
 def needs(target):
@@ -516,20 +506,28 @@ def table(kinds, sizes, dtypes, *extra, every=None):
 
   Without `every` that is one kind of each.
   """
-  found = []
   for row in itertools.product(*map(enumerate, (CHIPS, sizes, dtypes))):
     places, (target, *case) = zip(*row, strict=True)
     options = EXTRAS[extra[0]][0] if extra else {}
     taken = [k for k in kinds if is_taken(k, *case, **options)]
     for place, kind in enumerate(taken):
-      values = target, kind, *case, *extra
-      marks = [needs(target)]
-      if values not in FIRST:
-        marks.append(pytest.mark.second_tier)
-        if (place + sum(places)) % (every or len(taken)):
-          marks.append(pytest.mark.table)
-      found.append(pytest.param(*values, marks=marks))
-  return found
+      in_ci = (place + sum(places)) % (every or len(taken)) == 0
+      yield in_ci, (target, kind, *case, *extra)
+
+
+def covering(*tables):
+  """Their rows; first those with which a kind has another size, dtype or so."""
+  had, rows = set(), []
+  for in_ci, (target, kind, *case) in itertools.chain(*tables):
+    news = {(kind, value) for value in (target, *case)} - had if in_ci else ()
+    had.update(news)
+    marks = [needs(target)]
+    if not news:
+      marks += [pytest.mark.second_tier]
+    if not in_ci:
+      marks += [pytest.mark.table]
+    rows.append(pytest.param(target, kind, *case, marks=marks))
+  return rows
 
 
 SOME, ENDS = ['bfloat16', 'float32'], KINDS[::2]
@@ -539,18 +537,17 @@ FEW = SIZES[::3]  # for float16, of which everything is as large as of bfloat16
 @pytest.mark.optimized
 @pytest.mark.parametrize(
   ('target', 'kind', 'size', 'dtype', 'extra'),
-  [
-    *table(KINDS, SIZES, DTYPES, 'nothing'),
-    *table(ENDS, HEAD_SIZES, DTYPES, 'head', every=4),
-    *table(ENDS, SIZES, ['bfloat16'], 'rounding', every=4),
-    *table(ENDS, FEW, ['float16'], 'rounding', every=4),
+  covering(
+    table(KINDS, SIZES, DTYPES, 'nothing'),
+    table(ENDS, HEAD_SIZES, DTYPES, 'head', every=4),
+    table(ENDS, SIZES, ['bfloat16'], 'rounding', every=4),
+    table(ENDS, FEW, ['float16'], 'rounding', every=4),
     *(
-      row
+      table(ENDS, sizes, dtypes, extra, every=4)
       for extra in ('example', 'gelu', 'residual', 'rms')
       for sizes, dtypes in ((SIZES, SOME), (FEW, ['float16']))
-      for row in table(ENDS, sizes, dtypes, extra, every=4)
     ),
-  ],
+  ),
 )
 def test_compiled(target, kind, size, dtype, extra):
   """Bytes, registers, loads and stores, and what is under way."""
@@ -571,7 +568,9 @@ LIMITS_OF_GROUPS = {
 
 @pytest.mark.optimized
 @pytest.mark.parametrize(
-  ('target', 'kind', 'size', 'dtype'), table(KINDS, GROUPS, DTYPES), ids=str
+  ('target', 'kind', 'size', 'dtype'),
+  covering(table(KINDS, GROUPS, DTYPES)),
+  ids=str,
 )
 def test_compiled_groups(target, kind, size, dtype):
   """As rows, and sums for scale and bias do not count."""
