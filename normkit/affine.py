@@ -2,18 +2,24 @@
 
 from collections.abc import Callable
 import functools
+import importlib
 from typing import Any, NamedTuple
 
 import jax
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 
 from normkit import _ops, _rules, _shards, _types, platforms
 from normkit._types import Array, DType, Scalar
 from normkit.centred import Centred
 from normkit.closures import traced_once
-from normkit.kernels.rows import Rounding, change_of_root, reciprocal_root
+from normkit.kernels.rows import Rounding, reciprocal_root
 from normkit.lean import lean
+
+# On a CPU the form that is faster from here on, by 1 to 10 % of a step, takes
+# 20 ms more to trace and 20 ms more to compile, a norm that is the first.
+LARGE = 2**12
 
 
 class Arguments(NamedTuple):
@@ -192,20 +198,9 @@ def _of_rows(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:
     y = evaluate(*primals)
     if not moved:
       return y, jnp.zeros_like(y)
-
-    def change(*leaves: Array) -> Array:
-      bias = [None] * (len(tangents) - held)
-      primals = [*leaves[:held], *bias]
-      given = dict(zip(moved, leaves[held:], strict=True))
-      changes = [given.get(i) for i in range(len(tangents))]
-      (x, stats, scale, _), changes = (
-        jax.tree.unflatten(tree, a) for a in (primals, changes)
-      )
-      now = args._replace(scale=scale)
-      return _change(x, stats, now, center, *changes)
-
-    forms: dict[str, Callable[..., Array]]
-    forms = {'default': functools.partial(along, _by_roots), 'cpu': change}
+    forms = {'default': functools.partial(along, _by_roots)}
+    if _types.is_known(y.size) and y.size >= LARGE:
+      forms['cpu'] = functools.partial(along, _by_outer)
     given = [tangents[i] for i in moved]
     kind = jax.typeof(y).to_tangent_aval()
     return y, platforms.dependent(forms, primals[:held], kind, given)
@@ -274,49 +269,105 @@ def _is_outer(stats: Centred, args: Arguments) -> bool:
   )
 
 
-def _change(
-  x: Array,
-  stats: Centred,
-  args: Arguments,
-  center: bool,
-  dx: Array | None,
-  dstats: Centred,
-  dscale: Array | None,
-  dbias: Array | None,
-) -> Array:
-  """How y changes, for CPUs, where XLA writes out what it sums.
+def _by_outer(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:
+  """For CPUs, where XLA writes out what it sums, and broadcasts to that.
 
-  Transposed, it sums dy * scale, and that times x - pivot: each is written
-  once. What `_by_roots` sums for the scale takes three arrays more.
+  Forward and backward of layer norm, float32, 4096 x 768, take .7 of the time
+  of `_by_factors`.
   """
-  wide, scale = args.statistics_dtype, args.scale
+  x = x.astype(args.statistics_dtype)
   root = reciprocal_root(stats.var, args.epsilon)
-  d = lax.convert_element_type(x, wide)
-  d = _ops.sub(d, stats.pivot) if center else d
-  terms, shifts, changes = [], [], []
-  if dx is not None:
-    terms.append(_ops.mul(lax.convert_element_type(dx, wide), root))
-  if dstats.var is not None:
-    droot = change_of_root(root, dstats.var)
-    terms.append(_ops.mul(d, droot))
-    shifts += [_ops.mul(stats.offset, droot)] if center else []
-  if dstats.offset is not None:
-    shifts.append(_ops.mul(dstats.offset, root))
-  if shifts:  # minus inside, or -dy is written out
-    terms.append(lax.neg(_sum(shifts)))
-  if terms:
-    change = _sum(terms)
-    changes.append(change if scale is None else _ops.mul(change, scale))
-  if dscale is not None:
-    d = _ops.sub(d, stats.offset) if center else d
-    changes.append(_ops.mul(_ops.mul(d, root), dscale))
-  if dbias is not None:
-    changes.append(lax.broadcast_in_dim(dbias, x.shape, range(x.ndim)))
-  return lax.convert_element_type(_sum(changes), args.dtype)
+  shifts = []
+  if center:
+    x = x - stats.pivot
+    # Minus inside, or -dy is written out.
+    shifts.append((-stats.offset * root, args.scale))
+  if args.bias is not None:
+    shifts.append((jnp.ones_like(root), args.bias))
+  y = x * _outer([(root, args.scale)])
+  return (y + _outer(shifts) if shifts else y).astype(args.dtype)
 
 
-def _sum(terms: list[Array]) -> Array:
-  return functools.reduce(_ops.add, terms)
+def _outer(pairs: list[tuple[Array, Array | None]]) -> Array:
+  """The sum of rows times columns, where there are columns."""
+  alone = [r for r, c in pairs if c is None]
+  rows = [r for r, c in pairs if c is not None]
+  columns = [c.astype(r.dtype) for r, c in pairs if c is not None]
+  terms = [*alone, _outer_product(rows, columns)] if rows else alone
+  return sum(terms[1:], terms[0])
+
+
+@jax.custom_jvp
+def _outer_product(rows: list[Array], columns: list[Array]) -> Array:
+  """A sum of products whose derivatives are sums by products of matrices."""
+  terms = [r * c for r, c in zip(rows, columns, strict=True)]
+  return sum(terms[1:], terms[0])
+
+
+def _outer_product_jvp(primals: Any, tangents: Any) -> tuple[Array, Any]:
+  (rows, columns), y = primals, _outer_product(*primals)
+  drows, dcolumns = tangents
+  terms = []
+  if _rules.moved(drows):
+    terms.append(_by_dot(_instantiated(drows, rows), columns))
+  if _rules.moved(dcolumns):
+    terms.append(_by_dot_of_columns(rows, _instantiated(dcolumns, columns)))
+  return y, sum(terms[1:], terms[0]) if terms else jnp.zeros_like(y)
+
+
+_outer_product.defjvp(_outer_product_jvp, symbolic_zeros=True)
+
+
+def _instantiated(tangents: list[Any], primals: list[Array]) -> list[Array]:
+  return [
+    jnp.zeros_like(p) if isinstance(t, SymbolicZero) else t
+    for t, p in zip(tangents, primals, strict=True)
+  ]
+
+
+def _by_dot(rows: list[Array], columns: list[Array]) -> Array:
+  """In all axes: a reshape to two would gather what is sharded along one."""
+  at = _first_column(rows[0])
+  left = [r.reshape(*r.shape[:at], 1) for r in rows]
+  right = [c.reshape(1, *c.shape[at:]) for c in columns]
+  axes = ((at,), (0,)), ((), ())
+  return lax.dot_general(_matrix(left, at), _matrix(right, 0), axes, 'highest')
+
+
+def _by_dot_of_columns(rows: list[Array], columns: list[Array]) -> Array:
+  """The same, linear in the columns.
+
+  Their gradient has the rows first: in the order that JAX would choose, XLA
+  writes out the other factor, which is as large as x, with its axes swapped.
+  """
+
+  def sums(rows: list[Array], dy: Array) -> list[Array]:
+    at = _first_column(rows[0])
+    left = [r.reshape(1, *r.shape[:at]) for r in rows]
+    axes = (tuple(range(1, at + 1)), tuple(range(at))), ((), ())
+    found = lax.dot_general(_matrix(left, 0), dy, axes, 'highest')
+    return [found[i].reshape(shape) for i in range(len(rows))]
+
+  shape = columns[0].shape
+  dispatch = importlib.import_module('normkit.kernels.dispatch')
+  y: Array = dispatch.choose_linear(_by_dot, sums, rows, columns)
+  return y
+
+
+def _matrix(vectors: list[Array], axis: int) -> Array:
+  """Two vectors at least: XLA calls a library for products of matrices.
+
+  For those with one vector it makes code, which is hardly faster: with five of
+  them a norm, twelve transformer blocks took 2.0 times Flax's time to compile,
+  and so 1.0.
+  """
+  if len(vectors) == 1:
+    vectors = [*vectors, jnp.zeros_like(vectors[0])]
+  return jnp.concatenate(vectors, axis)
+
+
+def _first_column(rows: Array) -> int:
+  return max(_long_axes(rows), default=0) + 1
 
 
 def _long_axes(array: Array) -> list[int]:

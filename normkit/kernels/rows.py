@@ -118,16 +118,12 @@ def root_of(var: Array, epsilon: float) -> Array:
 def _reciprocal_root_jvp(
   epsilon: float, primals: Any, tangents: Any
 ) -> tuple[Array, Array]:
-  root = _reciprocal_root(*primals, epsilon)
-  return root, change_of_root(root, tangents[0])
-
-
-def change_of_root(root: Array, dvar: Array) -> Array:
   """Factor by factor: float32 has the root of 1e-30, and not its cube."""
-  change = _ops.mul(dvar, -0.5)
+  root = _reciprocal_root(*primals, epsilon)
+  slope = _ops.mul(tangents[0], -0.5)
   for _ in range(3):
-    change = _ops.mul(change, root)
-  return change
+    slope = _ops.mul(slope, root)
+  return root, slope
 
 
 def row_mean(size: int) -> Mean:
