@@ -2,7 +2,7 @@
 
 Where such rows start no asynchronous copy of a part of rows may; a copy of a
 part of one axis may start anywhere, if it is of whole lines. So a row is
-brought with what fills its last line, and that line is written by threads.
+brought with what fills its last line, and threads write what is its own there.
 """
 
 from collections.abc import Callable
@@ -42,10 +42,7 @@ class Rows:
     self.last, self.size = divmod(plan.size, width)
     of_set = lax.div(task, plan.of_set)
     within = (task - of_set * plan.of_set) * high
-    row, step = of_set * sets.rows + within, 1
-    if sets.is_apart:
-      row, step = of_set + within * sets.number, sets.number
-    self.step, piece = step * plan.size, number
+    self.step, piece = sets.step * plan.size, number
     there = sets.rows - within
     self.is_last, self.row = number == self.last, jnp.int32(0)
     if config.is_shared:
@@ -54,6 +51,7 @@ class Rows:
       there = jnp.maximum(self.row + 1, 0)
       self.is_last = (self.row >= 0) & (self.row < config.rows)
     self.count = jnp.minimum(there, config.rows)
+    row = sets.row(of_set, within)
     self.first = row * plan.size + piece * width
 
   def fetch(self, array: Any, tile: Any, arrived: Any) -> None:
@@ -84,7 +82,7 @@ class Rows:
     done = self.size - self.size % _line(array)
     self.each(copy, done)
     write = _interpreted if interpret else _write
-    vector = math.gcd(self.plan.size, 16 // jnp.dtype(array.dtype).itemsize)
+    vector = math.gcd(self.plan.size, 16 // array.dtype.itemsize)
     columns = range(done, self.size, vector)
     at = self.first + self.row * self.step + done
     count = self.count - self.row
@@ -112,7 +110,7 @@ class Rows:
 
 def _line(array: Any) -> int:
   """Elements of one."""
-  return LINE // int(jnp.dtype(array.dtype).itemsize)
+  return LINE // int(array.dtype.itemsize)
 
 
 def element(

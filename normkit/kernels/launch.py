@@ -61,10 +61,9 @@ def launch(
     named = dict(zip(arguments, given, strict=True))
     pairs = zip(named, is_batched, strict=True)
     own = {n for n, is_one in pairs if is_one}
-    named |= {n: plans.padded(named[n], _even(named[n])) for n in own}
-    more = {n: a.update(shape=(size, *a.shape)) for n, a in outs.items()}
-    cuts = {n: tuple(map(slice, a.shape)) for n, a in more.items()}
-    more = {n: a.update(shape=_even(a)) for n, a in more.items()}
+    for n in own:
+      named[n] = plans.padded(named[n], (size, *_even(arguments[n])))
+    more = {n: a.update(shape=(size, *_even(a))) for n, a in outs.items()}
     own |= more.keys()
 
     def one(refs: Arrays, at: clusters.Place) -> None:
@@ -73,16 +72,18 @@ def launch(
 
     rest = more, scratch, size * programs, config, interpret
     found = launch(one, name, named, *rest)
-    return [a[cuts[n]] for n, a in found.items()], [True] * len(found)
+    cut = {n: (slice(None), *map(slice, a.shape)) for n, a in outs.items()}
+    return [a[cut[n]] for n, a in found.items()], [True] * len(found)
 
   return dict(zip(outs, run(*arguments.values()), strict=True))
 
 
 def _even(array: Any) -> tuple[int, ...]:
-  """The shape of such arrays of one axis, which copies want even in bytes."""
-  *outer, size = array.shape
+  """Its shape; of one axis of multiples of 16 bytes, for those side by side."""
+  if len(array.shape) != 1:
+    return tuple(array.shape)
   vector = 16 // array.dtype.itemsize
-  return (*outer, -(-size // vector) * vector if len(outer) == 1 else size)
+  return (-(-array.shape[0] // vector) * vector,)
 
 
 def capability() -> int:

@@ -6,7 +6,7 @@ program then takes rows of one set after the other, and has sums for each.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +31,16 @@ class Sets(NamedTuple):
   number: int
   rows: int
   is_apart: bool = False
+
+  @property
+  def step(self) -> int:
+    """From a row to the next of its set."""
+    return self.number if self.is_apart else 1
+
+  def row(self, of_set: Any, index: Any) -> Any:
+    """Which of all rows is one of a set."""
+    first = of_set if self.is_apart else of_set * self.rows
+    return first + index * self.step
 
 
 def sets_of(

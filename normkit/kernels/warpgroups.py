@@ -231,7 +231,7 @@ class Work:
     if not sets.is_apart:
       return task
     of_set = lax.div(task, sets.rows)
-    return (task - of_set * sets.rows) * sets.number + of_set
+    return sets.row(of_set, task - of_set * sets.rows)
 
   def load(self, name: str, turn: Any, block: Any) -> Tile:
     """A tile of an input, which has arrived, in float32."""
