@@ -171,6 +171,19 @@ def interpreted(monkeypatch, threads):
 
 
 @pytest.fixture
+def processors(monkeypatch):
+  """Sets how many each chip has, so that programs are few, of several tasks."""
+  configs = importlib.import_module('normkit.kernels.configs')
+
+  def have(count):
+    few = {'processors': count, 'in_clusters': count}
+    chips = {n: c._replace(**few) for n, c in configs.CHIPS.items()}
+    monkeypatch.setattr(configs, 'CHIPS', chips)
+
+  return have
+
+
+@pytest.fixture
 def races(monkeypatch, threads):
   """The interpreter looks for races; whether it has found one."""
   callbacks = importlib.import_module(

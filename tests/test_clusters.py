@@ -23,12 +23,9 @@ WANTED = 'dx', 'dscale', 'dbias'
 
 
 @pytest.fixture
-def chips(monkeypatch):
+def chips(processors):
   """Two clusters of two, so that each has some tasks."""
-  some = {
-    n: c._replace(processors=4, in_clusters=4) for n, c in configs.CHIPS.items()
-  }
-  monkeypatch.setattr(configs, 'CHIPS', some)
+  processors(4)
   jax.clear_caches()
   yield
   jax.clear_caches()
@@ -140,11 +137,10 @@ def test_no_races(chips, races, monkeypatch, shape, of, center, dtype):
 
 
 @pytest.mark.second_tier
-def test_no_races_of_groups(chips, races, monkeypatch):
+def test_no_races_of_groups(chips, processors, races, monkeypatch):
   """The same, with two tasks for the channels of an example."""
   del chips
-  one = configs.CHIPS[9]._replace(processors=2)
-  monkeypatch.setitem(configs.CHIPS, 9, one)
+  processors(2)
   chosen = config(2, 2, stages=2, rows=64, width=8, holds=False)
   monkeypatch.setattr(configs, 'groups', lambda *_: chosen)
   assert_groups((2, 200, 16))

@@ -915,11 +915,13 @@ def assert_passes(target, norm, shape, dtype, limits, folder):
     made = targets.compile_for(target, function, *given, options=options)
     moved = traffic.measure(made.as_text()).bytes / n
     assert moved <= limits[kind], kind
-  if is_told and targets.ptxas():
+  if is_told:
     assert_no_spills(folder)
 
 
 def assert_no_spills(folder):
+  if targets.ptxas() is None:
+    pytest.skip('spills need an assembler: pip install -e ".[targets]"')
   written = [path.read_text() for path in folder.glob('*.ptx')]
   kernels = [text for text in written if '.entry normkit' in text]
   assert len(kernels) == 3

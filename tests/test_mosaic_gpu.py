@@ -167,11 +167,10 @@ def of_some(x, scale, center=True, name=NAME):
   ],
   ids=str,
 )
-def test_sets(interpreted, monkeypatch, given, center, dtype):
+def test_sets(interpreted, processors, given, center, dtype):
   """Programs that have rows of several sets, and sets that several have."""
   del interpreted
-  chips = {n: c._replace(processors=2) for n, c in configs.CHIPS.items()}
-  monkeypatch.setattr(configs, 'CHIPS', chips)
+  processors(2)
   x, scale, bias, dy = some_inputs(*given, dtype)
   norm = of_some(x, scale, center)
 
@@ -434,10 +433,9 @@ SHARED = configs.Config(2, 256, 2, 2, True, 3, 1, True)
     (SHARED, (2, 3, 1300), (3, 1300), run_plain),
   ],
 )
-def test_no_races(races, monkeypatch, config, shape, of, run):
+def test_no_races(races, processors, monkeypatch, config, shape, of, run):
   """Layouts with one set of parameters and with several; gates, residuals."""
-  chips = {n: c._replace(processors=2) for n, c in configs.CHIPS.items()}
-  monkeypatch.setattr(configs, 'CHIPS', chips)
+  processors(2)
   monkeypatch.setattr(configs, 'config', lambda *_: config)
   x, scale = draw(shape), draw(of, seed=1)
   if 1 < scale.ndim < x.ndim:
@@ -448,7 +446,7 @@ def test_no_races(races, monkeypatch, config, shape, of, run):
 
 @pytest.mark.second_tier
 @pytest.mark.parametrize('programs', [4, 3])
-def test_no_races_of_groups(races, monkeypatch, programs):
+def test_no_races_of_groups(races, processors, monkeypatch, programs):
   """Two warpgroups, a ring that is used again, and more tasks than programs.
 
   Of four programs each has the same channels of all its examples.
@@ -456,8 +454,7 @@ def test_no_races_of_groups(races, monkeypatch, programs):
   x, scale = draw((3, 200, 16)), draw(16, seed=1)
   config = configs.Config(64, 8, 2, 2, True, 3, 1, False)
   monkeypatch.setattr(configs, 'groups', lambda *_: config)
-  chip = configs.CHIPS[9]._replace(processors=programs)
-  monkeypatch.setitem(configs.CHIPS, 9, chip)
+  processors(programs)
   spec = Spec(1e-6, True, x.dtype, groups=4)
   given = {'x': x, 'scale': scale, 'bias': scale}
   found = mosaic_gpu.forward(given, spec, with_statistics=True, interpret=True)

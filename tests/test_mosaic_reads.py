@@ -59,12 +59,9 @@ ROWS = [
 
 
 @pytest.fixture
-def chips(monkeypatch):
+def chips(processors):
   """Two programs, each with several rows."""
-  some = {
-    n: c._replace(processors=2, in_clusters=2) for n, c in configs.CHIPS.items()
-  }
-  monkeypatch.setattr(configs, 'CHIPS', some)
+  processors(2)
 
 
 @pytest.mark.parametrize(('shape', 'config', 'tiles', 'programs'), ROWS)

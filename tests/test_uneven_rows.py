@@ -38,12 +38,10 @@ MEMBERS = configs.Config(4, 256, 1, 1, True, 3, 1, True, 2)
 
 
 @pytest.fixture
-def chosen(interpreted, monkeypatch):
+def chosen(interpreted, processors, monkeypatch):
   """Sets what a program holds; there are two of them, or one cluster."""
   del interpreted
-  few = {'processors': 2, 'in_clusters': 2}
-  chips = {n: c._replace(**few) for n, c in configs.CHIPS.items()}
-  monkeypatch.setattr(configs, 'CHIPS', chips)
+  processors(2)
   return lambda one: monkeypatch.setattr(configs, 'config', lambda *_: one)
 
 
