@@ -190,7 +190,8 @@ def races(monkeypatch, threads):
     'jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks'
   )
   launch = importlib.import_module('normkit.kernels.launch')
-  made = launch.interpreter(detect_races=True)
+  # A clock for each copy: two with one clock would count as ordered.
+  made = launch.interpreter(detect_races=True, num_tma_threads_per_device=499)
   monkeypatch.setattr(launch, 'interpreter', lambda: made)
   jax.clear_caches()
   yield lambda: callbacks.get_races().races_found
