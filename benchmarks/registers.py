@@ -76,13 +76,15 @@ class Kernel(NamedTuple):
   Attributes:
     kind: one of `KINDS`.
     size: of a row, or of a group.
-    dtype: of x; parameters are in float32.
+    dtype: of x.
     of: one of `OF`.
     activation: after the norm, one of `jax.nn`.
     residual: whether one is added before the norm.
     center: whether it is not RMS norm; which it is with a gate.
     gate: one of `GATES`, or None.
     rounds: whether it rounds before the scale, RMS norm alone.
+    parameters: dtype of scale and bias; None if there are none.
+    result: dtype of the output, and of its gradient; None for that of x.
   """
 
   kind: str
@@ -94,10 +96,18 @@ class Kernel(NamedTuple):
   center: bool = True
   gate: str | None = None
   rounds: bool = False
+  parameters: str | None = 'float32'
+  result: str | None = None
 
   @property
-  def has_bias(self) -> bool:
+  def is_centred(self) -> bool:
     return self.center and self.gate is None
+
+  @property
+  def affine(self) -> tuple[str, ...]:
+    """Which of scale and bias there are."""
+    names = ('scale', 'bias') if self.is_centred else ('scale',)
+    return names if self.parameters else ()
 
 
 def is_taken(*given: Any, **options: Any) -> bool:
@@ -114,7 +124,7 @@ def is_taken(*given: Any, **options: Any) -> bool:
     'activation': kernel.activation is not None,
     'has_sets': kernel.of in ('example', 'head'),
   }
-  return cases.has_backward(*case, sums=1 + kernel.has_bias, **has)
+  return cases.has_backward(*case, sums=len(kernel.affine), **has)
 
 
 def report(target: str, *given: Any, **options: Any) -> Report:
@@ -153,18 +163,26 @@ def _ask_once() -> None:
     setattr(extension, name, functools.cache(ask))
 
 
-# Of the kernels that were traced: what each holds, and bytes of shared memory.
-LAUNCHED = list[tuple[configs.Config, int]]()
+# Of the kernels that were traced: case and config, and bytes of shared memory.
+CHOSEN, HELD = list[tuple[Any, configs.Config]](), list[int]()
 
 
 def _note_launches() -> None:
-  of_threads = clusters.memory
+  of_threads, choices = clusters.memory, (configs.config, configs.groups)
 
   def memory(scratch: Any, config: configs.Config, interpret: bool) -> Any:
-    LAUNCHED.append((config, sum(map(_room, scratch.values()))))
+    HELD.append(sum(map(_room, scratch.values())))
     return of_threads(scratch, config, interpret)
 
+  def choose(choice: Any, case: Any, capability: int) -> Any:
+    config = choice(case, capability)
+    CHOSEN.append((case, config))
+    return config
+
   clusters.memory = memory
+  configs.config, configs.groups = (
+    functools.partial(choose, choice) for choice in choices
+  )
 
 
 def _room(one: Any) -> int:
@@ -188,57 +206,45 @@ def shapes(size: Size, of: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
   return (rows, size), (size,)
 
 
-def _program(
-  kernel: Kernel,
-) -> tuple[Any, dict[str, Any], configs.Case | configs.Groups]:
-  """What is compiled, for which arrays, and the case of its config."""
-  size, is_backward = kernel.size, kernel.kind == 'backward'
-  shape, of_scale = shapes(size, kernel.of)
+def _program(kernel: Kernel) -> tuple[Any, dict[str, Any]]:
+  """What is compiled, for which arrays."""
+  shape, of_scale = shapes(kernel.size, kernel.of)
   x = jax.ShapeDtypeStruct(shape, kernel.dtype)
-  scale = jax.ShapeDtypeStruct(of_scale, jnp.float32)
+  y = x.update(dtype=kernel.result or x.dtype)
+  groups = COUNT if isinstance(kernel.size, tuple) else None
   run_after = getattr(jax.nn, kernel.activation) if kernel.activation else None
-  groups = COUNT if isinstance(size, tuple) else None
   gate = Gate(jax.nn.silu, kernel.gate == 'last') if kernel.gate else None
   rounding = Rounding(x.dtype, x.dtype) if kernel.rounds else None
-  spec = Spec(1e-6, kernel.has_bias, x.dtype, run_after, groups, rounding, gate)
-  one, wide = (x.dtype,), (scale.dtype,)
-  given = {'x': x, 'scale': scale}
-  given |= {'bias': scale} if kernel.has_bias else {}
-  inputs, outputs, sums, parameters = 1, 1, 0, len(given) - 1
-  if is_backward:
-    inputs, sums, parameters = 2, parameters, parameters if run_after else 1
-    given['dy'] = x
-    wanted = ('dx', 'dscale', 'dbias')[: 1 + sums]
-    if gate:
-      wanted, outputs = (*wanted, 'dgate'), 2
-    run = functools.partial(mosaic_gpu.backward, spec=spec, wanted=wanted)
-  else:
-    options = {'with_statistics': kernel.kind == 'training forward'}
-    run = functools.partial(mosaic_gpu.forward, spec=spec, **options)
+  options = run_after, groups, rounding, gate
+  spec = Spec(1e-6, kernel.is_centred, y.dtype, *options)
+  given = {'x': x, 'gate': x} if gate else {'x': x}
+  for name in kernel.affine:
+    given[name] = jax.ShapeDtypeStruct(of_scale, kernel.parameters)
+  is_backward = kernel.kind == 'backward'
   if kernel.residual:
     given['dtotal' if is_backward else 'residual'] = x
-    inputs, outputs = inputs + 1, outputs + (not is_backward)
-  if gate:
-    given['gate'], inputs = x, inputs + 1
-  if groups:
-    return run, given, configs.groups_of(shape, groups, one * inputs, one)
-  more = sums, kernel.of != OF[0], bool(run_after or gate)
-  arrays = one * inputs, one * outputs, wide * parameters
-  return run, given, configs.Case(size, *arrays, *more)
+  if not is_backward:
+    options = {'with_statistics': kernel.kind == 'training forward'}
+    return functools.partial(mosaic_gpu.forward, spec=spec, **options), given
+  wanted = 'dx', *(f'd{name}' for name in kernel.affine)
+  wanted += ('dgate',) if gate else ()
+  run = functools.partial(mosaic_gpu.backward, spec=spec, wanted=wanted)
+  return run, given | {'dy': y}
 
 
 @functools.cache  # compiled again, the assembler would say nothing
 def _report(target: str, kernel: Kernel) -> Report:
-  run, given, case = _program(kernel)
+  run, given = _program(kernel)
   jax.clear_caches()  # or what was traced before would not be again
-  LAUNCHED.clear()
+  CHOSEN.clear()
+  HELD.clear()
   compiled, said = _said_by(lambda: targets.compile_for(target, run, given))
   (found,) = re.findall(
     r'(\d+) bytes spill stores, (\d+) bytes spill loads.*\n.*Used (\d+) reg',
     said,
   )
   stores, loads, registers = map(int, found)
-  ((config, held),) = LAUNCHED
+  ((case, config),), (held,) = CHOSEN, HELD
   threads = config.warpgroups * configs.THREADS
   shared = configs.CHIPS[CHIPS[target]].shared + RESERVED
   resident = min(

@@ -482,6 +482,9 @@ EXTRAS = {
   'residual': ({'residual': True}, 2, 1),
   'rms': ({'center': False}, 0, 0),
   'rounding': ({'center': False, 'rounds': True}, 0, 0),
+  '16-bit parameters': ({'parameters': 'bfloat16'}, 0, 0),
+  'no parameters': ({'parameters': None}, 0, 0),
+  '16-bit result': ({'result': 'bfloat16'}, -0.5, -0.5),
 }
 
 
@@ -498,18 +501,17 @@ COMPILERS = [
 ]
 
 
-def table(kinds, sizes, dtypes, *extra, every=None):
+def table(kinds, sizes, dtypes, extra, every=None):
   """Cases for each chip; of so many, on diagonals, one is compiled in CI.
 
   Without `every` that is one kind of each.
   """
   for row in itertools.product(*map(enumerate, (CHIPS, sizes, dtypes))):
     places, (target, *case) = zip(*row, strict=True)
-    options = EXTRAS[extra[0]][0] if extra else {}
-    taken = [k for k in kinds if is_taken(k, *case, **options)]
+    taken = [k for k in kinds if is_taken(k, *case, **EXTRAS[extra][0])]
     for place, kind in enumerate(taken):
       in_ci = (place + sum(places)) % (every or len(taken)) == 0
-      yield in_ci, (target, kind, *case, *extra)
+      yield in_ci, (target, kind, *case, extra)
 
 
 def covering(*tables):
@@ -539,6 +541,9 @@ FEW = SIZES[::3]  # for float16, of which everything is as large as of bfloat16
     table(ENDS, HEAD_SIZES, DTYPES, 'head', every=4),
     table(ENDS, SIZES, ['bfloat16'], 'rounding', every=4),
     table(ENDS, FEW, ['float16'], 'rounding', every=4),
+    table(ENDS, FEW, ['bfloat16'], '16-bit parameters', every=4),
+    table(ENDS, FEW, SOME, 'no parameters', every=4),
+    table(ENDS, FEW, ['float32'], '16-bit result', every=4),
     *(
       table(ENDS, sizes, dtypes, extra, every=4)
       for extra in ('example', 'gelu', 'residual', 'rms')
@@ -565,15 +570,21 @@ LIMITS_OF_GROUPS = {
 
 @pytest.mark.optimized
 @pytest.mark.parametrize(
-  ('target', 'kind', 'size', 'dtype'),
-  covering(table(KINDS, GROUPS, DTYPES)),
+  ('target', 'kind', 'size', 'dtype', 'extra'),
+  covering(
+    table(KINDS, GROUPS, DTYPES, 'nothing'),
+    table(ENDS, GROUPS[::3], ['bfloat16'], '16-bit parameters', every=4),
+    table(ENDS, GROUPS[::3], ['bfloat16'], 'no parameters', every=4),
+    table(ENDS, GROUPS[::3], ['float32'], '16-bit result', every=4),
+  ),
   ids=str,
 )
-def test_compiled_groups(target, kind, size, dtype):
+def test_compiled_groups(target, kind, size, dtype, extra):
   """As rows, and sums for scale and bias do not count."""
-  found = report(target, kind, size, dtype, 'group')
+  options, added, _ = EXTRAS[extra]
+  found = report(target, kind, size, dtype, 'group', **options)
   assert found.spilled == 0
-  assert found.moved <= LIMITS_OF_GROUPS[kind]
+  assert found.moved <= LIMITS_OF_GROUPS[kind] + added
   config = found.config
   case = configs.groups_of((1, *size), 1, [dtype], [dtype])
   vectors = config.width // math.prod(case.lanes(config.width))
