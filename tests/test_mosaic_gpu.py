@@ -772,8 +772,8 @@ def test_lowered_groups(channels, groups, given, wanted):
 
 
 OTHER = {
-  'token': ((3, 5, 4), (3, 5, 4), NAME, 'neither of an example nor of a head'),
-  'between': ((3, 5, 2, 4), (1, 5, 1, 4), NAME, 'neither of an example'),
+  'token': ((3, 5, 4), (3, 5, 4), NAME, 'for each row'),
+  'between': ((3, 5, 2, 4), (1, 5, 1, 4), NAME, 'is neither of an example'),
   'both': ((3, 5, 2, 4), (3, 1, 2, 4), NAME, 'neither of an example'),
   'triton': ((3, 5, 4), (3, 1, 4), 'triton', 'more than one number a feature'),
 }

@@ -86,8 +86,10 @@ def refusal(  # noqa: PLR0911
   if implementation != 'mosaic_gpu':
     return None
   sets = plans.sets_of(shape, *parameters)
-  if sets is None or (sets.rows == 1 < sets.number):
-    return 'scale or bias neither of an example nor of a head'
+  if sets is None:
+    return 'a scale or bias that is neither of an example nor of a head'
+  if sets.rows == 1 < sets.number:
+    return 'a scale or bias for each row'
   inputs = 2 if residual or gate else 1
   fits = _config(shape, dtype, inputs, gate=gate) is not None
   return None if fits else 'rows that do not fit in shared memory'
