@@ -108,6 +108,10 @@ def named(values: Any) -> Any:
 # of SAMPLE_STRIDE standard deviations of the mean, which costs the variance at
 # most a few times SAMPLE_STRIDE roundings; for most data, none.
 SAMPLE_STRIDE, SAMPLE_SIZE = 32, 16
+# A row gives some elements of each of so many parts, of so many elements at
+# least: what `jit` shards in as many stays where it is. Each is a part of a
+# memory transaction of its own, and so they are few.
+SAMPLE_PARTS, PART_SIZE = 16, 256
 
 
 # XLA's GPU compiler keeps a row on chip up to about here (it does with 8,192
@@ -248,6 +252,8 @@ def _pivot(
   if where is not None:
     return _own_mean(x, count, sets, dtype, where)
   forms: dict[str, Callable[..., Any]] = {'default': _mean_of_sample}
+  if _sample_parts(x, sets.axes) > 1:  # a TPU would write x out for them
+    forms['tpu'] = functools.partial(_mean_of_sample, in_parts=False)
   if form.given == jnp.bfloat16:
     forms |= {'cuda': _zero, 'tpu': _zero}
   is_row = sets == Sets((x.ndim - 1,)) and _is_short(x.shape[-1])
@@ -309,10 +315,12 @@ def changes(
   return doffset, _ops.mul(dsecond, 2.0)
 
 
-def _mean_of_sample(x: Array, count: Array, sets: Sets, dtype: DType) -> Array:
+def _mean_of_sample(
+  x: Array, count: Array, sets: Sets, dtype: DType, in_parts: bool = True
+) -> Array:
   """Both sums about it come from one read of x."""
   del count
-  sample = _sample(x, sets.axes).astype(dtype)
+  sample = _sample(x, sets.axes, in_parts).astype(dtype)
   size = counts(sample, sets, None, _types.real_dtype(dtype))
   return fixed(sets.mean(sample, size))
 
@@ -353,29 +361,49 @@ def _valid(values: Array, where: Array | None) -> Array:
   return values if where is None else jnp.where(where, values, 0)
 
 
-def _sample(x: Array, axes: tuple[int, ...]) -> Array:
+def _sample(x: Array, axes: tuple[int, ...], in_parts: bool = True) -> Array:
   """Some elements of each set, evenly spaced.
 
   Small steps along several axes, rather than a large one, mostly divide the
-  shards of a sharded axis, and then nothing moves between devices. The last
-  axis is left whole, for its elements share memory transactions (where it is
-  the only one, the sample is its first elements), and so is one that an
-  explicit mesh shards, which cannot be sliced. An axis whose size is a symbol
-  is left whole too, and counts as one element.
+  shards of a sharded axis, and then nothing moves between devices: along the
+  first, of which a device may have one example, only if others are too short.
+  The last axis is left whole, for its elements share memory transactions (where
+  it is the only one, the sample is the first elements of it or of its parts),
+  and so is one that an explicit mesh shards, which cannot be sliced. An axis
+  whose size is a symbol is left whole too, and counts as one element.
   """
-  known, last = [a for a in axes if _types.is_known(x.shape[a])], x.ndim - 1
-  size = math.prod(x.shape[a] for a in known)
+  last = x.ndim - 1
+  size = math.prod(x.shape[a] for a in axes if _types.is_known(x.shape[a]))
   steps = min(SAMPLE_STRIDE, size // SAMPLE_SIZE).bit_length() - 1
-  free = [a for a in known if a not in _shards.sharded_axes(x)]
+  free = _free(x, axes)
   if free == [last]:
-    return x[..., : -(-x.shape[last] // 2 ** max(steps, 0))]
+    parts = _sample_parts(x, axes) if in_parts else 1
+    some = -(-size // (parts * 2 ** max(steps, 0)))
+    if parts == 1:
+      return x[..., :some]
+    each = lax.reshape(x, (*x.shape[:-1], parts, size // parts))
+    return lax.collapse(each[..., :some], last, last + 2)
   free = [a for a in free if a != last]
   step = [1] * x.ndim
   for _ in range(steps):
     fits = [a for a in free if 2 * step[a] <= x.shape[a]]
     if fits:
-      step[min(fits, key=step.__getitem__)] *= 2
+      step[min(filter(None, fits), key=step.__getitem__, default=0)] *= 2
   return lax.slice(x, [0] * x.ndim, x.shape, step)
+
+
+def _free(x: Array, axes: tuple[int, ...]) -> list[int]:
+  """Those that may be sliced."""
+  sharded = _shards.sharded_axes(x)
+  return [a for a in axes if _types.is_known(x.shape[a]) and a not in sharded]
+
+
+def _sample_parts(x: Array, axes: tuple[int, ...]) -> int:
+  """Of a row, a power of two; one of anything else."""
+  if _free(x, axes) != [x.ndim - 1]:
+    return 1
+  most = min(SAMPLE_PARTS, x.shape[-1] // PART_SIZE)
+  return math.gcd(x.shape[-1], 1 << max(most, 1).bit_length() - 1)
 
 
 def counts(x: Array, sets: Sets, where: Array | None, dtype: DType) -> Array:

@@ -130,3 +130,21 @@ def test_tracing_costs_little_more_than_flax(rows):
   )
   assert ours < 1.5 * theirs
   assert again < 0.54 * theirs_again
+
+
+@pytest.mark.parametrize(
+  ('dtype', 'rows', 'platform', 'is_apart'),
+  [
+    ('bfloat16', 40, 'cpu', True),
+    ('float16', 40, 'cpu', True),
+    ('bfloat16', 40, 'cuda', False),
+    ('float32', 40, 'cpu', False),
+    ('bfloat16', 4000, 'cpu', False),
+  ],
+)
+def test_what_is_small_is_widened_apart(dtype, rows, platform, is_apart):
+  """On a CPU, from half precision; other compilers would write it out."""
+  x = jax.ShapeDtypeStruct((rows, 70), dtype)
+  traced = jax.jit(jax.grad(lambda x: normkit.rms_norm(x).sum())).trace(x)
+  lowered = traced.lower(lowering_platforms=(platform,))
+  assert ('optimization_barrier' in lowered.as_text()) == is_apart

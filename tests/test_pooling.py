@@ -785,11 +785,17 @@ def test_every_mode_of_differentiation(form, groups):
 
 
 @pytest.mark.parametrize(
-  ('spec', 'most'),
-  [(P('d'), 2), (P(None, 'd'), 2), (P(None, None, 'd'), 0)],
+  ('shape', 'spec', 'most'),
+  [
+    ((64, 64, 16), P('d'), 2),
+    ((64, 32 * DEVICES, 16), P(None, 'd'), 2),
+    ((64, 64, 16), P(None, None, 'd'), 0),
+    ((DEVICES, 12, 12, 8), P('d'), 2),
+    ((DEVICES, 4, 4, 8), P('d'), 2),
+  ],
 )
-def test_at_most_two_where_jit_places_them(spec, most):
-  shape = 64, 64, 16
+def test_at_most_two_where_jit_places_them(shape, spec, most):
+  """Sums and nothing else, also where a device has one example."""
   x = jax.ShapeDtypeStruct(
     shape, jnp.float32, sharding=NamedSharding(mesh(DEVICES), spec)
   )
@@ -926,6 +932,25 @@ def test_rows_stay_where_they_are(transform, axis):
     return jax.grad(loss, (0, 1))(params, x)
 
   assert set(collectives(gradients, params, x)) == {'all-reduce'}
+
+
+@pytest.mark.parametrize('transform', [nk.LayerNorm(), nk.RMSNorm()])
+def test_features_stay_where_they_are(transform):
+  """Where `jit` shards them, what moves is sums, each way two or one."""
+  x = jax.ShapeDtypeStruct(
+    (4, 2048), jnp.float32, sharding=NamedSharding(mesh(DEVICES), P(None, 'd'))
+  )
+  params, state = transform.init(x)
+
+  def gradients(params, x):
+    def loss(params, x):
+      return jnp.sin(transform.apply(params, state, x, train=True)[0]).sum()
+
+    return jax.grad(loss, (0, 1))(params, x)
+
+  found = collectives(gradients, params, x)
+  assert set(found) == {'all-reduce'}
+  assert len(found) <= (4 if isinstance(transform, nk.LayerNorm) else 2)
 
 
 def test_virtual_batches_cost_no_collective_forward():

@@ -62,6 +62,9 @@ def test_both_parts_of_the_mean_count(form, scaled):
     ((64, 64, 8), (0, 1), 128),
     ((64, 5, 64), (0, 2), 128),
     ((5, 4096), (1,), 128),
+    ((5, 1024), (1,), 32),
+    ((5, 520), (1,), 18),
+    ((5, 999), (1,), 32),
     ((64, 3), (0,), 16),
     ((8, 3), (0,), 8),
     ((255, 3), (0,), 32),
@@ -71,11 +74,13 @@ def test_both_parts_of_the_mean_count(form, scaled):
 def test_a_sample_is_small(shape, axes, size):
   """One element of a set in 32, and 16 at least: all would be read again.
 
-  Neighbours on the last axis stay together, as memory brings them.
+  Neighbours on the last axis stay together, as memory brings them, or of a
+  row eight of them do.
   """
   x = jnp.arange(math.prod(shape)).reshape(shape)
   sample = centred._sample(x, axes)
-  np.testing.assert_array_equal(np.diff(sample), 1)
+  jumps = (np.diff(sample) != 1).sum(-1).max()
+  assert sample.shape[-1] >= (8 * (jumps + 1) if jumps else 0)
   assert math.prod(sample.shape[a] for a in axes) == size
   assert sample.size == size * math.prod(shape) // math.prod(
     shape[a] for a in axes
