@@ -17,7 +17,7 @@ from rich.progress import track
 
 from benchmarks import peers, report
 from normkit.affine import Arguments, affine
-from normkit.centred import Centred, _mean_of_sample, _own_mean, about
+from normkit.centred import Centred, Sets, _mean_of_sample, _own_mean, about
 
 RATIOS = 0, 1e2, 1e3, 1e4, 1e5
 SCALES = 1e-15, 1.0, 1e15
@@ -36,17 +36,20 @@ class Errors(NamedTuple):
 
 def about_the_mean(x: jax.Array, axis: int) -> Centred:
   """The form of short rows, but on TPU, and of masked input."""
-  count = jnp.full((1, 1), x.shape[axis], x.dtype)
-  pivot = _own_mean(x, count, (axis,), x.dtype)
-  return Centred(*about(pivot, x, count, (axis,)), count)
+  return about_a_pivot(_own_mean, x, axis)
 
 
 def about_a_sample(x: jax.Array, axis: int) -> Centred:
   """The form of all else."""
-  count = jnp.full((1, 1), x.shape[axis], x.dtype)
-  axes = (axis % x.ndim,)
-  pivot = _mean_of_sample(x, count, axes, x.dtype)
-  return Centred(*about(pivot, x, count, axes), count)
+  return about_a_pivot(_mean_of_sample, x, axis)
+
+
+def about_a_pivot(
+  pivot_of: Callable[..., jax.Array], x: jax.Array, axis: int
+) -> Centred:
+  count, sets = jnp.full((1, 1), x.shape[axis], x.dtype), Sets((axis % x.ndim,))
+  pivot = pivot_of(x, count, sets, x.dtype)
+  return Centred(*about(pivot, x, count, sets), count)
 
 
 def textbook(x: jax.Array, axis: int) -> Centred:

@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 from tiers import thinned
 
-from benchmarks import compiling, device, family, gpu, kernels, shapes, speed
+from benchmarks import (
+  accuracy,
+  compiling,
+  device,
+  family,
+  gpu,
+  kernels,
+  shapes,
+  speed,
+)
 from benchmarks.__main__ import main
 from normkit.kernels import cases, dispatch, record
 
@@ -81,6 +90,21 @@ def test_formulas_written_out_are_the_norms(name):
   with jax.numpy_rank_promotion('allow'):
     y, want = (jax.jit(f)(*args) for f in (case.ours, case.written))
   np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.second_tier
+def test_accuracy_is_what_is_promised(monkeypatch, capsys):
+  """Not by a pivot that knows nothing of the mean."""
+  few = {'ROWS': (16, 520), 'BATCHES': (100,), 'SEEDS': 1, 'RATIOS': (0, 1e4)}
+  for name, value in few.items():
+    monkeypatch.setattr(accuracy, name, value)
+  monkeypatch.setattr(sys, 'argv', ['benchmarks', 'accuracy'])
+  assert main() == 0
+  assert 'every bound holds' in capsys.readouterr().out
+  monkeypatch.setattr(accuracy.peers, 'available', dict)
+  monkeypatch.setattr(accuracy, '_mean_of_sample', lambda x, *_: 0 * x[:1, :1])
+  jax.clear_caches()
+  assert main() == 1
 
 
 def test_timing_and_its_table(tmp_path):
