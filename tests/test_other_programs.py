@@ -54,7 +54,10 @@ class Use(NamedTuple):
 def made(make: Callable[[], Any]) -> Any:
   """No tracers, also where a program that is traced asks first."""
   with jax.ensure_compile_time_eval():
-    return make()
+    variables = make()
+  traced = [isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(variables)]
+  assert not any(traced)
+  return variables
 
 
 def of_transform(case: Case) -> Use:
@@ -520,9 +523,10 @@ def test_variables_may_be_donated(use):
 def test_jet(use):
   """Taylor series along a line: the first and second derivative."""
   x, v = draw(use.shape), draw(use.shape, seed=1)
+  variables = use.variables  # in jet they would be its tracers
 
   def apply(x):
-    return use.run(use.variables, x, True)[0]
+    return use.run(variables, x, True)[0]
 
   @jax.jit
   def both(x, v, t):
