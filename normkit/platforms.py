@@ -93,7 +93,7 @@ def for_platform(name: str) -> Iterator[None]:
   Examples:
     >>> import jax, jax.numpy as jnp, normkit as nk
     >>> with nk.for_platform('cpu'):
-    ...   program = jax.make_jaxpr(nk.layer_norm)(jnp.ones((4, 6)))
+    ...   program = jax.make_jaxpr(lambda x: nk.layer_norm(x))(jnp.ones((4, 6)))
     >>> 'normkit_form' in str(program)
     False
   """
