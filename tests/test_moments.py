@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 from tiers import thinned
 
+from benchmarks.accuracy import about_a_sample, about_the_mean
 import normkit as nk
 from normkit.affine import Arguments, affine
 from normkit.centred import (
   Centred,
   Sets,
-  _mean_of_sample,
-  _own_mean,
   _zero,
   about,
   centred,
@@ -40,20 +39,6 @@ def exact(x, axis, where=True):
 
 def public(x, axis):
   return centred(x, (axis % x.ndim,))
-
-
-def rows_on_gpu(x, axis):
-  """What a GPU runs for rows, and all platforms with a mask."""
-  count, sets = jnp.full((1, 1), x.shape[axis], x.dtype), Sets((axis % 2,))
-  pivot = _own_mean(x, count, sets, x.dtype)
-  return Centred(*about(pivot, x, count, sets), count)
-
-
-def elsewhere(x, axis):
-  """What all platforms run for columns, and all but the GPU for rows."""
-  count, sets = jnp.full((1, 1), x.shape[axis], x.dtype), Sets((axis % 2,))
-  pivot = _mean_of_sample(x, count, sets, x.dtype)
-  return Centred(*about(pivot, x, count, sets), count)
 
 
 def naive(x, axis):
@@ -84,7 +69,7 @@ def normal(shape, ratio, scale=1.0, seed=0):
   return (values * scale).astype(np.float32)
 
 
-FORMS = (public, rows_on_gpu, elsewhere)
+FORMS = (public, about_the_mean, about_a_sample)
 
 
 @pytest.mark.parametrize(
