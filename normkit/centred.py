@@ -145,7 +145,7 @@ def centred(
     where,
     center,
     _types.statistics_dtype(x.dtype if dtype is None else dtype),
-    Form(jnp.dtype(given or x.dtype), output_alone, platforms.named()),
+    Form(jnp.dtype(given or x.dtype), output_alone),
   )
   return found
 
@@ -155,7 +155,6 @@ class Form(NamedTuple):
 
   given: DType
   output_alone: bool
-  platform: str | None
 
 
 @functools.partial(jax.jit, static_argnums=(1, 3, 4, 5))

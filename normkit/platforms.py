@@ -2,36 +2,25 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
-import contextvars
 import importlib
 import os
 from typing import Any
+
+import jax
 
 from normkit import _types
 from normkit._types import Array, Implementation
 
 VARIABLE = 'NORMKIT_IMPLEMENTATION'
 PLATFORMS = 'cpu', 'cuda', 'rocm', 'tpu'
-_named: contextvars.ContextVar[str | None] = contextvars.ContextVar(
-  'platform', default=None
-)
-_preferred: contextvars.ContextVar[Implementation | None] = (
-  contextvars.ContextVar('implementation', default=None)
-)
-
-
-@contextlib.contextmanager
-def _set(variable: contextvars.ContextVar[Any], value: Any) -> Iterator[None]:
-  token = variable.set(value)
-  try:
-    yield
-  finally:
-    variable.reset(token)
+# The platform that was named, and the implementation that is preferred. JAX
+# looks here before it runs again what it has traced.
+_context = jax.make_user_context((None, None))
 
 
 @contextlib.contextmanager
 def implementation(name: Implementation) -> Iterator[None]:
-  """Prefers a kernel for every norm that is traced inside, as it is.
+  """Prefers a kernel for every norm that runs inside, as it is.
 
   For models that one did not write: whatever has no `implementation` of its own
   runs by this kernel, forward and backward, where the kernel takes the case and
@@ -39,8 +28,9 @@ def implementation(name: Implementation) -> Iterator[None]:
   The environment variable `NORMKIT_IMPLEMENTATION` is the same for a process,
   and this is stronger.
 
-  Wrap what traces, not what runs: your `jax.jit` keeps what it has traced, and
-  does not look here before it uses that again.
+  Wrap what runs, as with `jax.default_matmul_precision`: what `jax.jit` has
+  traced outside is traced anew inside, and the other way round. What is
+  compiled inside, by `jax.jit(f).lower(x).compile()`, stays as it is.
 
   Args:
     name: 'triton', 'mosaic_gpu', 'mosaic_tpu' or 'xla'.
@@ -59,13 +49,13 @@ def implementation(name: Implementation) -> Iterator[None]:
   if name is None:
     raise ValueError('name: None prefers nothing; give the name of a kernel.')
   _types.check_implementation(name)
-  with _set(_preferred, name):
+  with _context((named(), name)):
     yield
 
 
 def preferred() -> Implementation | None:
   """What is preferred where a call names nothing."""
-  name = _preferred.get()
+  name: Implementation | None = _context.value[1]
   if name is None and (given := os.environ.get(VARIABLE)):
     name = _types.check_implementation(given, VARIABLE)
   return name
@@ -80,9 +70,6 @@ def for_platform(name: str) -> Iterator[None]:
   and the compiler takes the one of its platform. A tool that reads the traced
   program itself, such as jax2onnx, wants one; and no kernel, unless it is
   named.
-
-  Wrap what traces, not what runs: your `jax.jit` keeps what it has traced, and
-  does not look here before it uses that again.
 
   Args:
     name: 'cpu', 'cuda', 'rocm' or 'tpu'.
@@ -100,13 +87,14 @@ def for_platform(name: str) -> Iterator[None]:
   if name not in PLATFORMS:
     known = ', '.join(map(repr, PLATFORMS))
     raise ValueError(f'name: {name!r} is no platform; give one of {known}.')
-  with _set(_named, name):
+  with _context((name, _context.value[1])):
     yield
 
 
 def named() -> str | None:
   """The platform that was named."""
-  return _named.get()
+  name: str | None = _context.value[0]
+  return name
 
 
 def implied(name: Implementation | None) -> Implementation | None:
@@ -125,8 +113,7 @@ def context() -> tuple[str | None, Implementation | None]:
 @contextlib.contextmanager
 def within(found: tuple[str | None, Implementation | None]) -> Iterator[None]:
   """In what `context` said before: for rules that JAX traces later."""
-  platform, name = found
-  with _set(_named, platform), _set(_preferred, name):
+  with _context(found):
     yield
 
 

@@ -13,6 +13,7 @@ from cases import CASES, draw, draw_mask, precision
 import chex
 import jax
 from jax import export, lax
+from jax.extend.core import jaxpr_as_fun
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
@@ -398,25 +399,44 @@ def test_preferred(name, monkeypatch):
   assert not calls  # outside again
 
 
-def test_a_derivative_is_of_its_forward(name, monkeypatch):
-  """Taken outside, too; it is kept for norms that are traced inside later."""
+def test_preferred_where_it_runs(name, monkeypatch):
+  """`jit` traces anew what it has traced outside, and once."""
   monkeypatch.setattr(record, 'entries', lambda: ())
   calls = called(name, monkeypatch)
-  x, norm = draw((4, 8)), jax.jit(lambda x: nk.rms_norm(x))
+  x = draw((4, 8))
+  step = jax.jit(jax.value_and_grad(lambda x: nk.rms_norm(x).sum()))
+  for _ in range(2):
+    step(x)
+    assert not calls
+  found = []
+  for _ in range(2):
+    with nk.implementation(name):
+      step(x)
+      found.append(sorted(set(calls)))
+      calls.clear()
+  assert found == [['backward', 'forward'], []]
+  step(x)
+  assert not calls
+
+
+def test_a_derivative_is_of_its_forward(name, monkeypatch):
+  """Of a program that was traced elsewhere, too."""
+  monkeypatch.setattr(record, 'entries', lambda: ())
+  calls, x = called(name, monkeypatch), draw((4, 8))
+
+  def program():
+    return jaxpr_as_fun(jax.make_jaxpr(lambda x: nk.rms_norm(x))(x))
 
   def backward(norm):
     calls.clear()
-    jax.jit(jax.grad(lambda x: norm(x).sum()))(x)
+    jax.jit(jax.grad(lambda x: norm(x)[0].sum()))(x)
     return 'backward' in calls
 
+  outside = program()
   with nk.implementation(name):
-    norm(x)
-  assert backward(norm)
-  norm = jax.jit(lambda x: nk.rms_norm(x))
-  norm(x)
-  with nk.implementation(name):
-    assert not backward(norm)
-    assert backward(lambda x: nk.rms_norm(x))
+    inside = program()
+    assert not backward(outside)
+  assert backward(inside)
 
 
 def test_preferred_by_the_environment(name, monkeypatch):
