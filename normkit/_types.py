@@ -123,11 +123,17 @@ def ruled(function: Any, *args: Any, **options: Any) -> Any:
   Under `jax.experimental.jet`, whose tracers such rules do not take (it cannot
   differentiate `jax.nn.relu`), it calls what the function wraps.
   """
-  if jet := sys.modules.get('jax.experimental.jet'):
-    leaves = jax.tree.leaves((args, options))
-    if any(isinstance(leaf, jet.JetTracer) for leaf in leaves):
-      function = inspect.unwrap(function)
+  if in_jet((args, options)):
+    function = inspect.unwrap(function)
   return function(*args, **options)
+
+
+def in_jet(given: Any) -> bool:
+  """Whether there is a tracer of `jax.experimental.jet` among what is given."""
+  jet = sys.modules.get('jax.experimental.jet')
+  if jet is None:
+    return False
+  return any(isinstance(leaf, jet.JetTracer) for leaf in jax.tree.leaves(given))
 
 
 def has_hash(value: Any) -> bool:

@@ -123,8 +123,12 @@ def dependent(
   result: Any,
   linear: Sequence[Array] = (),
 ) -> Array:
-  """`forms.choose`, or the form of the platform that was named."""
-  name = 'default' if len(forms) == 1 and not linear else named()
+  """`forms.choose`, or the form of the platform that was named.
+
+  Under `jax.experimental.jet`, which knows no primitive but JAX's, the default.
+  """
+  is_alone = len(forms) == 1 and not linear
+  name = 'default' if is_alone or _types.in_jet((operands, linear)) else named()
   if name is not None:
     return forms.get(name, forms['default'])(*operands, *linear)
   module = importlib.import_module('normkit.forms')  # jax.extend takes 20 ms
