@@ -129,11 +129,13 @@ def ruled(function: Any, *args: Any, **options: Any) -> Any:
 
 
 def in_jet(given: Any) -> bool:
-  """Whether there is a tracer of `jax.experimental.jet` among what is given."""
-  jet = sys.modules.get('jax.experimental.jet')
-  if jet is None:
-    return False
-  return any(isinstance(leaf, jet.JetTracer) for leaf in jax.tree.leaves(given))
+  """Whether `jax.experimental.jet` traces any of this, other tracers around."""
+  jet: Any = sys.modules.get('jax.experimental.jet')
+  found = jax.tree.leaves(given) if jet else []
+  while found and not any(isinstance(value, jet.JetTracer) for value in found):
+    inside = [getattr(v, 'primal', getattr(v, 'val', None)) for v in found]
+    found = [v for v in inside if isinstance(v, jax.core.Tracer)]
+  return bool(found)
 
 
 def has_hash(value: Any) -> bool:

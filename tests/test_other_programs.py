@@ -543,6 +543,28 @@ def test_jet(use, dtype):
   chex.assert_trees_all_close(terms, desired, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize('change', [jax.grad, jax.jacfwd, jax.vmap])
+@rows_with('dtype', ('float32', 'bfloat16'))
+def test_jet_of_what_is_transformed(use, dtype, change):
+  """Its tracers are inside of others there."""
+  if use.name == 'derf' and change is not jax.vmap:
+    pytest.skip('jax.lax.erf has a rule of its own, which jet does not take')
+  x = draw(use.shape, dtype)
+  inputs = jnp.stack([x, 2 * x]) if change is jax.vmap else x
+  variables = use.variables
+
+  def apply(x):
+    y = use.run(variables, x, True)[0]
+    return y if change is jax.vmap else jnp.sum(jnp.sin(y))
+
+  run, v = change(apply), draw(inputs.shape, dtype, seed=1)
+  y, (slope,) = jet.jet(run, (inputs,), ((v,),))
+  found = jax.tree.map(np.float32, (y, slope))
+  desired = jax.tree.map(np.float32, jax.jvp(run, (inputs,), (v,)))
+  tolerance = {'float32': 1e-4, 'bfloat16': 0.1}[dtype]
+  chex.assert_trees_all_close(found, desired, atol=tolerance, rtol=tolerance)
+
+
 @pytest.mark.parametrize('dtype', ['bfloat16', second_tier('float32')])
 @rows()
 def test_strict_promotion(use, dtype):
