@@ -3,13 +3,16 @@
 Their last arguments are what they are linear in.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+import types
 from typing import Any
 
 import jax
 from jax.interpreters import ad, batching
 
-from normkit._types import Array
+from normkit._types import Array, is_known
+
+ANY_SIZE: Mapping[str, range] = types.MappingProxyType({})
 
 
 def compiled(primitive: Any) -> Callable[..., list[Array]]:
@@ -40,3 +43,20 @@ def batched(
   pairs = list(zip(arguments, axes, strict=True))
   size = next(a.shape[d] for a, d in pairs if d is not None)
   return [batching.bdim_at_front(a, d, size) for a, d in pairs[count:]]
+
+
+def is_one_device(ctx: Any) -> bool:
+  """Whether the program is lowered for one device, or one at a time."""
+  context = ctx.module_context.axis_context
+  if (manual := getattr(context, 'manual_axes', None)) is not None:
+    sizes = dict(context.mesh.shape)
+    return all(sizes[name] == 1 for name in set(sizes) - set(manual))
+  return getattr(context, 'num_devices', 1) in (None, 1)
+
+
+def fits(sizes: range | None, arrays: Sequence[Any]) -> bool:
+  """Whether the largest of the arrays has one of so many elements."""
+  if sizes is None:
+    return True
+  found = [a.size for a in arrays]
+  return all(map(is_known, found)) and max(found) in sizes

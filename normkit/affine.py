@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import functools
 import importlib
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -198,12 +199,12 @@ def _of_rows(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:
     y = evaluate(*primals)
     if not moved:
       return y, jnp.zeros_like(y)
-    forms = {'default': functools.partial(along, _by_roots)}
-    if _types.is_known(y.size) and y.size >= LARGE:
-      forms['cpu'] = functools.partial(along, _by_outer)
+    forms = {'default': _by_roots, 'cpu': _by_outer}
+    runs = {n: functools.partial(along, form) for n, form in forms.items()}
+    sizes = {'cpu': range(LARGE, sys.maxsize)}
     given = [tangents[i] for i in moved]
     kind = jax.typeof(y).to_tangent_aval()
-    return y, platforms.dependent(forms, primals[:held], kind, given)
+    return y, platforms.dependent(runs, primals[:held], kind, given, sizes)
 
   evaluate.defjvp(derive, symbolic_zeros=True)
   y: Array = _types.ruled(evaluate, *leaves)
@@ -264,9 +265,8 @@ def _is_outer(stats: Centred, args: Arguments) -> bool:
   if not all(jnp.issubdtype(a.dtype, jnp.floating) for a in arrays):
     return False
   rows, *columns = map(_long_axes, arrays)
-  return bool(rows and columns) and all(
-    c and max(rows) < min(c) for c in columns
-  )
+  last = max(rows, default=-1)  # of a single row there is none
+  return bool(columns) and all(c and last < min(c) for c in columns)
 
 
 def _by_outer(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:
@@ -348,6 +348,8 @@ def _by_dot_of_columns(rows: list[Array], columns: list[Array]) -> Array:
     found = lax.dot_general(_matrix(left, 0), dy, axes, 'highest')
     return [found[i].reshape(shape) for i in range(len(rows))]
 
+  if not _long_axes(rows[0]):  # `vmap` may add rows to the one, and sums then
+    return _by_dot(rows, columns)
   shape = columns[0].shape
   dispatch = importlib.import_module('normkit.kernels.dispatch')
   y: Array = dispatch.choose_linear(_by_dot, sums, rows, columns)
@@ -367,7 +369,7 @@ def _matrix(vectors: list[Array], axis: int) -> Array:
 
 
 def _first_column(rows: Array) -> int:
-  return max(_long_axes(rows), default=0) + 1
+  return max(_long_axes(rows), default=-1) + 1
 
 
 def _long_axes(array: Array) -> list[int]:

@@ -25,24 +25,41 @@ form_p.multiple_results = True
 class Forms:
   """Functions of arrays to lists of arrays, by platform and 'default'.
 
-  They close over no array. A program that is printed shows the platforms.
+  One of 'cpu alone' is for programs of one device. `sizes` says for how many
+  elements one is meant, of the largest array as it is in the program: `vmap`
+  may have added axes. They close over no array. A program that is printed shows
+  the platforms.
   """
 
-  def __init__(self, forms: Mapping[str, Function]) -> None:
-    self.of = dict(forms)
+  def __init__(
+    self, forms: Mapping[str, Function], sizes: Mapping[str, range]
+  ) -> None:
+    self.of, self.sizes = dict(forms), sizes
 
   def __repr__(self) -> str:
     return '/'.join(self.of)
 
   def map(self, change: Callable[[Function], Function]) -> 'Forms':
     """Each of them, changed."""
-    return Forms({name: change(form) for name, form in self.of.items()})
+    changed = {name: change(form) for name, form in self.of.items()}
+    return Forms(changed, self.sizes)
 
-  def on(self, platforms: Sequence[str]) -> Function:
+  def on(
+    self, platforms: Sequence[str], is_alone: bool, arrays: Sequence[Any]
+  ) -> Function:
     """The one for a platform, or for several a choice."""
-    if len(platforms) == 1 or len(self.of) == 1:
-      return self.of.get(platforms[0], self.of['default'])
-    return lambda *leaves: lax.platform_dependent(*leaves, **self.of)
+    fits = {
+      name: form
+      for name, form in self.of.items()
+      if _primitives.fits(self.sizes.get(name), arrays)
+    }
+    found = {}
+    for name in 'default', *platforms:
+      names = f'{name} alone' if is_alone else name, name, 'default'
+      found[name] = next(fits[n] for n in names if n in fits)
+    if len(platforms) == 1 or len(fits) == 1:
+      return found[platforms[0]]
+    return lambda *leaves: lax.platform_dependent(*leaves, **found)
 
 
 def choose(
@@ -50,20 +67,23 @@ def choose(
   operands: Sequence[Array],
   result: Any,
   linear: Sequence[Array] = (),
+  sizes: Mapping[str, range] = _primitives.ANY_SIZE,
 ) -> Array:
   """Runs a function in the form of the platform.
 
   Args:
     forms: functions `(*operands, *linear)` to an array, by platform; one of
-      them for `'default'`. They close over no array.
+      them for `'default'`, and one may be for `'cpu alone'`. They close over no
+      array.
     operands: what the function is not linear in.
     result: the type of what it returns, as `jax.typeof` gives it.
     linear: what the function is linear in: it may be transposed by these.
+    sizes: for how many elements a form is meant; see `Forms`.
 
   Returns:
     What the form of the platform returns.
   """
-  lists = Forms(forms).map(lambda form: lambda *leaves: [form(*leaves)])
+  lists = Forms(forms, sizes).map(lambda form: lambda *a: [form(*a)])
   found: Array = _bind(lists, operands, linear, [result])[0]
   return found
 
@@ -89,7 +109,9 @@ def _lower(
   ctx: Any, *arguments: Any, forms: Forms, is_wide: bool, **_: Any
 ) -> Any:
   """By the settings that count while the norm is traced, not here."""
-  run = mlir.lower_fun(forms.on(ctx.module_context.platforms))
+  is_alone = _primitives.is_one_device(ctx)
+  platforms = ctx.module_context.platforms
+  run = mlir.lower_fun(forms.on(platforms, is_alone, ctx.avals_in))
   with jax.enable_x64(is_wide), jax.numpy_dtype_promotion('standard'):
     return run(ctx, *arguments)
 
@@ -145,14 +167,11 @@ def _transposed(form: Function, count: int, linear: Any) -> Function:
 def _batch(
   arguments: Any, axes: Any, *, forms: Forms, linear: Any, **_: Any
 ) -> Any:
-  """Each form under `vmap`; whatever is linear gets the new axis."""
+  """Each form under `vmap`: of what has no axis, gradients are sums there."""
   count = len(arguments) - len(linear)
-  given = _primitives.batched(arguments, axes, count)
-  places = *axes[:count], *[0] * len(given)
-  forms = forms.map(lambda form: jax.vmap(form, places))
-  operands = arguments[:count]
-  results = jax.make_jaxpr(forms.of['default'])(*operands, *given).out_avals
-  found = _bind(forms, operands, given, results)
+  forms = forms.map(lambda form: jax.vmap(form, axes))
+  results = jax.make_jaxpr(forms.of['default'])(*arguments).out_avals
+  found = _bind(forms, arguments[:count], arguments[count:], results)
   return found, [0] * len(found)
 
 

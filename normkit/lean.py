@@ -100,7 +100,8 @@ def _widened(x: Array, dtype: DType) -> Array:
     return wide(x)
   forms = {'default': wide, 'cpu': lambda x: lax.optimization_barrier(wide(x))}
   kind = jax.typeof(x).update(dtype=dtype, weak_type=False)
-  return platforms.dependent(forms, (), kind, (x,))
+  sizes = {'cpu': range(SMALL + 1)}
+  return platforms.dependent(forms, (), kind, (x,), sizes)
 
 
 def is_kept(size: int, primitive: Any, *avals: Any, **params: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from normkit import _types
+from normkit import _primitives, _types
 from normkit._types import Array, Implementation
 
 VARIABLE = 'NORMKIT_IMPLEMENTATION'
@@ -122,15 +122,18 @@ def dependent(
   operands: Sequence[Array],
   result: Any,
   linear: Sequence[Array] = (),
+  sizes: Mapping[str, range] = _primitives.ANY_SIZE,
 ) -> Array:
   """`forms.choose`, or the form of the platform that was named.
 
   Under `jax.experimental.jet`, which knows no primitive but JAX's, the default.
   """
+  arrays = *operands, *linear
   is_alone = len(forms) == 1 and not linear
-  name = 'default' if is_alone or _types.in_jet((operands, linear)) else named()
+  name = 'default' if is_alone or _types.in_jet(arrays) else named()
   if name is not None:
-    return forms.get(name, forms['default'])(*operands, *linear)
+    is_meant = name in forms and _primitives.fits(sizes.get(name), arrays)
+    return forms[name if is_meant else 'default'](*arrays)
   module = importlib.import_module('normkit.forms')  # jax.extend takes 20 ms
-  found: Array = module.choose(forms, operands, result, linear)
+  found: Array = module.choose(forms, operands, result, linear, sizes)
   return found

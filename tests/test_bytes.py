@@ -168,6 +168,28 @@ def test_passes(target, norm, dtype):
 
 
 @pytest.mark.parametrize('target', ['cpu', *DEVICES])
+@pytest.mark.parametrize('dtype', layers.DTYPES)
+@pytest.mark.parametrize('shape', [(2048, 512), (32, 64)], ids=str)
+def test_vmap_over_single_rows(shape, dtype, target):
+  """It moves what the same rows move at once, forward and backward."""
+
+  def moved(change):
+    def norm(x, scale, bias):
+      return nk.layer_norm(x, scale, bias, dtype=dtype)
+
+    def step(dy, *given):
+      y, pull = jax.vjp(change(norm), *given)
+      return y, pull(dy)
+
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    param = jax.ShapeDtypeStruct(shape[1:], jnp.float32)
+    return measure(target, step, (x, x, param, param)).bytes
+
+  of_rows = moved(lambda norm: jax.vmap(norm, (0, None, None)))
+  assert of_rows <= 1.01 * moved(lambda norm: norm)
+
+
+@pytest.mark.parametrize('target', ['cpu', *DEVICES])
 @pytest.mark.parametrize('norm', layers.NORMS)
 def test_kept_by_the_compiled_forward(norm, target):
   """Besides y: x itself and the statistics, in the program's own results."""

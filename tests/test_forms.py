@@ -1,6 +1,7 @@
 """A function in a form for each platform: traced when it is lowered."""
 
 import cProfile
+import functools
 import pstats
 
 import chex
@@ -8,6 +9,7 @@ from flax import linen as nn
 import jax
 from jax import export
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 import pytest
 
@@ -15,6 +17,7 @@ from normkit import forms
 import normkit.linen
 
 X, DY = np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32)
+FORMS = 'default', 'cpu', 'cpu alone'
 
 
 def linear(names, x, v):
@@ -87,6 +90,60 @@ def test_for_several_platforms():
   np.testing.assert_allclose(exported.call(X, DY), np.cos(X) * DY, 1e-6)
 
 
+def test_of_one_device():
+  """Each device of `shard_map` runs a program of its own."""
+  mesh = jax.make_mesh((2,), ('data',), (AxisType.Auto,))
+  names = []
+
+  def run(x):
+    found = {n: lambda x, n=n: (names.append(n), x)[1] for n in FORMS}
+    return forms.choose(found, (x,), jax.typeof(x))
+
+  local = jax.shard_map(run, mesh=mesh, in_specs=P('data'), out_specs=P('data'))
+  placed = jax.device_put(jnp.ones((4, 4)), NamedSharding(mesh, P('data')))
+  for function, x in (run, X), (run, placed), (local, placed):
+    jax.jit(function)(x)
+  jax.jit(run).trace(X).lower(lowering_platforms=('cuda',))
+  export.export(jax.jit(run), platforms=('cpu', 'cuda'))(X)
+  alone, cpu, other = FORMS[::-1]
+  assert names[:3] == [alone, cpu, alone]
+  assert names[3:4] == [other]
+  assert sorted(set(names[4:])) == sorted([alone, other])
+
+
+def test_of_a_size():
+  """That which arrays have in the program, where `vmap` has added an axis."""
+  names = []
+
+  def form(name, x, v):
+    names.append(name)
+    return jnp.cos(x) * v
+
+  def run(x, v):
+    found = {n: functools.partial(form, n) for n in ('default', 'cpu')}
+    sizes = {'cpu': range(X.size + 1)}
+    return forms.choose(found, (x,), jax.typeof(v), (v,), sizes)
+
+  many, all_dy = np.stack([X, -X]), np.stack([DY, DY])
+  grads = jax.grad(lambda x, v: run(x, v).sum(), 1)
+  calls = {
+    'cpu': ((run, X, DY), (grads, X, DY), (jax.vmap(run), X, DY)),
+    'default': (
+      (jax.vmap(run), many, all_dy),
+      (jax.vmap(run, (0, None)), many, DY),
+      (jax.vmap(jax.grad(lambda x: run(x, x).sum())), many),
+    ),
+  }
+  for name, each in calls.items():
+    for function, *arrays in each:
+      traced = jax.jit(function).trace(*arrays)
+      names.clear()  # the default is traced for its shape, too
+      traced.lower()
+      assert set(names) == {name}
+  summed = jax.vjp(lambda v: jax.vmap(run, (0, None))(many, v), DY)[1](all_dy)
+  np.testing.assert_allclose(summed[0], 2 * np.cos(X) * DY, 1e-5)
+
+
 def test_by_the_settings_that_it_was_traced_with():
   """Of 64 bits, though nothing is when the program is lowered."""
   with jax.enable_x64(True):
@@ -115,7 +172,7 @@ def test_tracing_costs_little_more_than_flax(rows):
     def loss(variables, x):
       return module.apply(variables, x).sum()
 
-    x = jax.ShapeDtypeStruct((rows, 11, 13), jnp.float32)
+    x = jax.ShapeDtypeStruct((rows, 11, 40), jnp.float32)
     given = jax.eval_shape(module.init, jax.random.key(0), x), x
     profile = cProfile.Profile()
     profile.runcall(jax.make_jaxpr(jax.value_and_grad(loss, (0, 1))), *given)

@@ -11,11 +11,12 @@ from cases import draw
 from flax import linen as nn, nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 import pytest
 
 import normkit as nk
-from normkit import affine, centred
+from normkit import affine, centred, samples
 import normkit.linen
 import normkit.nnx
 
@@ -78,13 +79,29 @@ def test_a_sample_is_small(shape, axes, size):
   row eight of them do.
   """
   x = jnp.arange(math.prod(shape)).reshape(shape)
-  sample = centred._sample(x, axes)
+  sample = samples.sample(x, axes)
   jumps = (np.diff(sample) != 1).sum(-1).max()
   assert sample.shape[-1] >= (8 * (jumps + 1) if jumps else 0)
   assert math.prod(sample.shape[a] for a in axes) == size
   assert sample.size == size * math.prod(shape) // math.prod(
     shape[a] for a in axes
   )
+
+
+@pytest.mark.parametrize('width', [33, 34, 40, 66, 256, 1000])
+def test_small_rows_are_summed_by_halves(width):
+  """On a CPU, where it has one device; all elements, about a large mean."""
+  x = 1000 + draw((4, width))
+  found = jax.jit(lambda x: nk.moments(x, -1))(x)
+  exact = np.asarray(x, np.float64)
+  np.testing.assert_allclose(found.mean, exact.mean(-1), rtol=1e-7)
+  np.testing.assert_allclose(found.var, exact.var(-1), rtol=1e-5)
+  mesh = jax.make_mesh((2,), ('rows',), (AxisType.Auto,))
+  placed = jax.device_put(x, NamedSharding(mesh, P('rows')))
+  for given, is_alone in (x, True), (placed, False):
+    lowered = jax.jit(lambda x: nk.layer_norm(x)).lower(given)
+    has_halves = f'tensor<4x{width // 2}xf32>' in lowered.as_text()
+    assert has_halves == (is_alone and not width % 2)
 
 
 def test_one_form_is_no_choice_of_platforms():

@@ -222,7 +222,7 @@ def _form(
 
 def _obstacle(name: Implementation, ctx: Any) -> str | None:
   """What keeps a kernel out of a program, and how to mend it."""
-  if not _is_one_device(ctx):
+  if not _primitives.is_one_device(ctx):
     return (
       'XLA partitions the program over several devices, and would gather the '
       "kernel's input. Call it under jax.shard_map over all axes of the mesh, "
@@ -265,15 +265,6 @@ def chip() -> str | None:
   except RuntimeError:
     return None
   return kinds.pop() if len(kinds) == 1 else None
-
-
-def _is_one_device(ctx: Any) -> bool:
-  """Whether the program is lowered for one device, or one at a time."""
-  context = ctx.module_context.axis_context
-  if (manual := getattr(context, 'manual_axes', None)) is not None:
-    sizes = dict(context.mesh.shape)
-    return all(sizes[name] == 1 for name in set(sizes) - set(manual))
-  return getattr(context, 'num_devices', 1) in (None, 1)
 
 
 mlir.register_lowering(choice_p, _lowering(None))
