@@ -17,7 +17,8 @@ from rich.progress import track
 
 from benchmarks import peers, report
 from normkit.affine import Arguments, affine
-from normkit.centred import Centred, Sets, _mean_of_sample, _own_mean, about
+from normkit.centred import Centred, _mean_of_sample, _own_mean, about
+from normkit.sets import Sets
 
 RATIOS = 0, 1e2, 1e3, 1e4, 1e5
 SCALES = 1e-15, 1.0, 1e15

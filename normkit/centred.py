@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from normkit import _ops, _shards, _types, platforms, samples
 from normkit._types import Array, DType
+from normkit.sets import Sets, kind_of, means, spread
 
 
 class Centred(NamedTuple):
@@ -34,53 +35,6 @@ class Centred(NamedTuple):
   offset: Array
   var: Array
   count: Array  # type: ignore[assignment]
-
-
-class Sets(NamedTuple):
-  """Which elements are one set: along `axes`, of a group of channels.
-
-  What belongs to a set has size one along the axes and, where there are groups,
-  one number for each of them along the axis of the channels.
-  """
-
-  axes: tuple[int, ...]
-  channel: int = 0
-  groups: int | None = None
-
-  def sum(self, values: Array) -> Array:
-    """The sum of each set, of values in float32 or wider."""
-    total = lax.expand_dims(lax.reduce_sum(values, self.axes), self.axes)
-    if self.groups is None:
-      return total
-    total = _shards.unshard(total, self.channel)
-    shape = list(total.shape)
-    shape[self.channel] //= self.groups
-    shape.insert(self.channel, self.groups)
-    return lax.reduce_sum(lax.reshape(total, shape), (self.channel + 1,))
-
-  def mean(self, values: Array, count: Array) -> Array:
-    """The mean of each set; zero for one without elements."""
-    return self.means(count, values)[0]
-
-  def means(self, count: Array, *values: Array) -> list[Array]:
-    """The same of each of several values."""
-    size = _ops.maximum(count, 1.0)
-    return [_ops.div(self.sum(v), size) for v in values]
-
-  def spread(self, values: Array, x: Array) -> Array:
-    """Gives what belongs to a set to each of its channels in x."""
-    if self.groups is None:
-      return values
-    return spread(values, self.channel, x.shape[self.channel])
-
-
-def spread(values: Array, channel: int, num_channels: int) -> Array:
-  """Gives each channel the value of its group."""
-  shape = list(values.shape)
-  shape.insert(channel + 1, num_channels // values.shape[channel])
-  axes = [a for a in range(len(shape)) if a != channel + 1]
-  repeated = lax.broadcast_in_dim(values, shape, axes)
-  return lax.collapse(repeated, channel, channel + 2)
 
 
 def of_channels(stats: Centred, channel: int, num_channels: int) -> Centred:
@@ -106,9 +60,6 @@ def named(values: Any) -> Any:
 # XLA's GPU compiler keeps a row on chip up to about here (it does with 8,192
 # elements, and not with 32,768): then two passes are one, 2 n against 3 n.
 SHORT_ROW = 16_384
-# Arrays of up to so many elements a CPU sums one by one, rows longer than this
-# in parts that it writes out.
-SMALL, WINDOW = 2**12, 32
 
 
 def centred(
@@ -215,7 +166,7 @@ def _local(
   costs is an eighth at most of what rounding x to bfloat16 has cost already.
   """
   pivot = _pivot(lax.stop_gradient(x), where, count, sets, dtype, form)
-  return about(pivot, x, count, sets, where)
+  return about(pivot, x, count, sets, where, form.given)
 
 
 def about(
@@ -224,46 +175,13 @@ def about(
   count: Array,
   sets: Sets,
   where: Array | None = None,
+  given: DType | None = None,
 ) -> tuple[Array, Array, Array]:
-  """Pivot, offset and variance, about a pivot that is given."""
+  """Pivot, offset and variance, about a pivot; `given` as in `centred`."""
   d = _valid(_ops.sub(x.astype(pivot.dtype), sets.spread(pivot, x)), where)
-  offset, second = _means(sets, count, d, square(d))
+  offset, second = means(sets, given, count, d, square(d))
   var = _ops.sub(second, square(offset))
   return pivot, offset, _ops.maximum(var, 0.0)
-
-
-def _means(sets: Sets, count: Array, *values: Array) -> list[Array]:
-  """`sets.means`; of small rows by the form of a CPU."""
-  x = values[0]
-  is_small = _types.is_known(x.size) and x.size <= SMALL
-  if sets != Sets((x.ndim - 1,)) or x.dtype != jnp.float32 or not is_small:
-    return sets.means(count, *values)
-  if x.shape[-1] <= WINDOW or x.shape[-1] % 2 or _shards.sharded_axes(x):
-    return sets.means(count, *values)
-  size = _ops.maximum(count, 1.0)
-  return [_ops.div(_sum_of_row(sets, v), size) for v in values]
-
-
-def _sum_of_row(sets: Sets, values: Array) -> Array:
-  """The sum of each row; on one CPU of its halves, and of theirs.
-
-  Within a row each addition waits for the one before it, and those of two
-  halves do not: a step of layer norm of 8 x 256 takes .95 of Flax's time, and
-  1.02 without. Of several devices each may hold but one of the halves.
-  """
-
-  def by_halves(values: Array) -> Array:
-    row = values.shape[-1]
-    while row > WINDOW and row % 2 == 0:
-      row //= 2
-      halves = (lax.slice_in_dim(values, a, a + row, axis=-1) for a in (0, row))
-      values = lax.add(*halves)
-    return sets.sum(values)
-
-  kind = _kind(values, sets, values.dtype)
-  forms = {'default': sets.sum, 'cpu alone': by_halves}
-  sizes = {'cpu alone': range(SMALL + 1)}
-  return platforms.dependent(forms, (values,), kind, sizes=sizes)
 
 
 def _pivot(
@@ -286,21 +204,7 @@ def _pivot(
     forms |= dict.fromkeys(('cpu', 'cuda'), _own_mean)
   options = {'sets': sets, 'dtype': dtype}
   runs = {n: functools.partial(f, **options) for n, f in forms.items()}
-  return platforms.dependent(runs, (x, count), _kind(x, sets, dtype))
-
-
-def _kind(x: Array, sets: Sets, dtype: DType) -> Any:
-  """The type of what belongs to the sets of x."""
-  kind, shape = jax.typeof(x), [*x.shape]
-  spec = [*kind.sharding.spec]
-  for axis in sets.axes:
-    shape[axis], spec[axis] = 1, None
-  if sets.groups is not None:
-    shape[sets.channel], spec[sets.channel] = sets.groups, None
-  sharding = kind.sharding.update(spec=spec)
-  return kind.update(
-    shape=tuple(shape), dtype=dtype, weak_type=False, sharding=sharding
-  )
+  return platforms.dependent(runs, (x, count), kind_of(x, sets, dtype))
 
 
 def _is_short(row: Any) -> bool:
@@ -358,7 +262,8 @@ def _own_mean(
   where: Array | None = None,
 ) -> Array:
   """The mean, whose rounding error the offset holds."""
-  return fixed(_means(sets, count, _valid(x.astype(dtype), where))[0])
+  x = _valid(x.astype(dtype), where)
+  return fixed(means(sets, None, count, x)[0])
 
 
 def _zero(x: Array, count: Array, sets: Sets, dtype: DType) -> Array:

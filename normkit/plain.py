@@ -10,13 +10,13 @@ from normkit._types import Array, DType
 from normkit.affine import Arguments, activated, rounded
 from normkit.centred import (
   Centred,
-  Sets,
   centred,
   changes,
   counts,
   of_channels,
 )
 from normkit.kernels.rows import Spec, statistics
+from normkit.sets import Sets
 
 Arrays = dict[str, Array]
 SUMMANDS = 'x', 'residual'

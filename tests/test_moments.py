@@ -16,12 +16,12 @@ import normkit as nk
 from normkit.affine import Arguments, affine
 from normkit.centred import (
   Centred,
-  Sets,
   _zero,
   about,
   centred,
   counts,
 )
+from normkit.sets import Sets
 
 UNIT = 2.0**-24
 

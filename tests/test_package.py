@@ -80,7 +80,7 @@ LAYERS = (
   ('kernels.plans', 'kernels.activations', 'kernels.clusters'),
   ('kernels.configs', 'kernels.record'),
   ('kernels',),
-  ('closures', 'samples'),
+  ('closures', 'samples', 'sets'),
   ('_shards', '_groups', 'platforms'),
   ('forms',),
   ('_primitives', '_ops'),

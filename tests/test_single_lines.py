@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import normkit as nk
-from normkit import affine, centred, samples
+from normkit import affine, centred, samples, sets
 import normkit.linen
 import normkit.nnx
 
@@ -33,7 +33,7 @@ def test_a_variance_is_never_negative():
   count, pivot = jnp.full((1, 1), size, jnp.float32), jnp.zeros((500, 1))
   unclamped = jnp.mean(x * x, 1) - jnp.mean(x, 1) ** 2
   assert (unclamped < 0).any()  # so that there is something to clamp
-  assert (centred.about(pivot, x, count, centred.Sets((1,)))[2] >= 0).all()
+  assert (centred.about(pivot, x, count, sets.Sets((1,)))[2] >= 0).all()
 
 
 @pytest.mark.parametrize('scaled', [False, True])
@@ -102,6 +102,41 @@ def test_small_rows_are_summed_by_halves(width):
     lowered = jax.jit(lambda x: nk.layer_norm(x)).lower(given)
     has_halves = f'tensor<4x{width // 2}xf32>' in lowered.as_text()
     assert has_halves == (is_alone and not width % 2)
+
+
+@pytest.mark.parametrize('form', ['_sum_by_lines', '_sum_by_halves'])
+@pytest.mark.parametrize('groups', [None, 5])
+def test_sums_in_parts_are_whole(form, groups):
+  x = 3 + draw((2, 3, 7, 70))
+  axes, exact = (1, 2), np.asarray(x, np.float64).sum((1, 2), keepdims=True)
+  which = sets.Sets(axes, 3, groups)
+  if form == '_sum_by_halves':
+    x = jnp.swapaxes(x, 2, 3)
+    which = sets.Sets((3,), 1, groups and 3)
+    exact = np.asarray(x, np.float64).sum(3, keepdims=True)
+  elif groups:
+    exact = exact.reshape(2, 1, 1, groups, -1).sum(-1)
+  np.testing.assert_allclose(getattr(sets, form)(which, x), exact, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  'norm', [nk.instance_norm, functools.partial(nk.group_norm, num_groups=4)]
+)
+def test_images_are_summed_by_lines(norm):
+  """In float32 and for one GPU; test_bytes.py holds what that moves."""
+
+  def by_lines(dtype, platform, devices=1):
+    mesh = jax.make_mesh((devices,), ('rows',), (AxisType.Auto,))
+    placed = NamedSharding(mesh, P(None, None, 'rows'))
+    x = jax.ShapeDtypeStruct((2, 6, 10, 8), dtype, sharding=placed)
+    traced = jax.jit(norm).trace(x)
+    lowered = traced.lower(lowering_platforms=(platform,))
+    return 'tensor<2x6x8xf32>' in lowered.as_text()
+
+  assert by_lines('float32', 'cuda')
+  assert not by_lines('bfloat16', 'cuda')
+  assert not by_lines('float32', 'cpu')
+  assert not by_lines('float32', 'cuda', 2)
 
 
 def test_one_form_is_no_choice_of_platforms():

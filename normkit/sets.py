@@ -1,0 +1,142 @@
+"""Which elements of an array are one set, and the sums of each.
+
+A sum may have a form of its own for one platform; see `means`.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from normkit import _ops, _shards, _types, platforms
+from normkit._types import Array, DType
+
+# Arrays of up to so many elements a CPU sums one by one, rows longer than this
+# in parts that it writes out.
+SMALL, WINDOW = 2**12, 32
+# What fits in a GPU's cache, of elements, XLA writes out there.
+CACHED = 2**24
+
+
+class Sets(NamedTuple):
+  """Which elements are one set: along `axes`, of a group of channels.
+
+  What belongs to a set has size one along the axes and, where there are groups,
+  one number for each of them along the axis of the channels.
+  """
+
+  axes: tuple[int, ...]
+  channel: int = 0
+  groups: int | None = None
+
+  def sum(self, values: Array) -> Array:
+    """The sum of each set, of values in float32 or wider."""
+    total = lax.expand_dims(lax.reduce_sum(values, self.axes), self.axes)
+    if self.groups is None:
+      return total
+    total = _shards.unshard(total, self.channel)
+    shape = list(total.shape)
+    shape[self.channel] //= self.groups
+    shape.insert(self.channel, self.groups)
+    return lax.reduce_sum(lax.reshape(total, shape), (self.channel + 1,))
+
+  def mean(self, values: Array, count: Array) -> Array:
+    """The mean of each set; zero for one without elements."""
+    return self.means(count, values)[0]
+
+  def means(self, count: Array, *values: Array) -> list[Array]:
+    """The same of each of several values."""
+    size = _ops.maximum(count, 1.0)
+    return [_ops.div(self.sum(v), size) for v in values]
+
+  def spread(self, values: Array, x: Array) -> Array:
+    """Gives what belongs to a set to each of its channels in x."""
+    if self.groups is None:
+      return values
+    return spread(values, self.channel, x.shape[self.channel])
+
+
+def spread(values: Array, channel: int, num_channels: int) -> Array:
+  """Gives each channel the value of its group."""
+  shape = list(values.shape)
+  shape.insert(channel + 1, num_channels // values.shape[channel])
+  axes = [a for a in range(len(shape)) if a != channel + 1]
+  repeated = lax.broadcast_in_dim(values, shape, axes)
+  return lax.collapse(repeated, channel, channel + 2)
+
+
+def kind_of(x: Array, sets: Sets, dtype: DType) -> Any:
+  """The type of what belongs to the sets of x."""
+  kind, shape = jax.typeof(x), [*x.shape]
+  spec = [*kind.sharding.spec]
+  for axis in sets.axes:
+    shape[axis], spec[axis] = 1, None
+  if sets.groups is not None:
+    shape[sets.channel], spec[sets.channel] = sets.groups, None
+  sharding = kind.sharding.update(spec=spec)
+  return kind.update(
+    shape=tuple(shape), dtype=dtype, weak_type=False, sharding=sharding
+  )
+
+
+def means(
+  sets: Sets, given: DType | None, count: Array, *values: Array
+) -> list[Array]:
+  """`sets.means`, by the sums of the platform; `given` as in `centred`."""
+  x = values[0]
+  forms: dict[str, Callable[..., Any]] = {}
+  are_images = len(sets.axes) > 1 and sets.axes[0] > 0
+  if are_images and given == x.dtype == jnp.float32:
+    forms['cuda alone'] = _sum_by_lines
+  if _is_small_row(x, sets):
+    forms['cpu alone'] = _sum_by_halves
+  if not forms:
+    return sets.means(count, *values)
+  forms['default'] = Sets.sum
+  runs = {n: functools.partial(form, sets) for n, form in forms.items()}
+  kind = kind_of(x, sets, x.dtype)
+  sizes = {'cpu alone': range(SMALL + 1), 'cuda alone': range(CACHED)}
+  sums = (platforms.dependent(runs, (v,), kind, sizes=sizes) for v in values)
+  size = _ops.maximum(count, 1.0)
+  return [_ops.div(total, size) for total in sums]
+
+
+def _is_small_row(x: Array, sets: Sets) -> bool:
+  """Whether a CPU is faster by `_sum_by_halves`."""
+  if sets != Sets((x.ndim - 1,)) or _shards.sharded_axes(x):
+    return False
+  is_small = _types.is_known(x.size) and x.size <= SMALL
+  row = x.shape[-1]
+  return is_small and x.dtype == jnp.float32 and row > WINDOW and row % 2 == 0
+
+
+def _sum_by_halves(sets: Sets, values: Array) -> Array:
+  """The sum of each row, for one CPU: of its halves, and of theirs.
+
+  Within a row each addition waits for the one before it, and those of two
+  halves do not: a step of layer norm of 8 x 256 takes .95 of Flax's time, and
+  1.02 without. Of several devices each may hold but one of the halves.
+  """
+  row = values.shape[-1]
+  while row > WINDOW and row % 2 == 0:
+    row //= 2
+    halves = (lax.slice_in_dim(values, a, a + row, axis=-1) for a in (0, row))
+    values = lax.add(*halves)
+  return sets.sum(values)
+
+
+def _sum_by_lines(sets: Sets, values: Array) -> Array:
+  """The sum of each set along the last axis first, for one H200.
+
+  XLA has few threads for the sums of few images, and so leaves them no
+  arithmetic: it writes x - pivot out, where that fits in the cache. Group norm
+  of 16 x 56 x 56 x 64 in float32 moves 5.0 n so, and 3.1 by lines. Of several
+  devices each may hold a part of every line.
+  """
+  line = sets.axes[-1:]
+  total = lax.expand_dims(lax.reduce_sum(values, line), line)
+  # Halved and doubled, or XLA makes one sum of the two.
+  return _ops.mul(sets.sum(_ops.mul(total, 0.5)), 2.0)
