@@ -17,8 +17,9 @@ from normkit._types import Array, DType
 # Arrays of up to so many elements a CPU sums one by one, rows longer than this
 # in parts that it writes out.
 SMALL, WINDOW = 2**12, 32
-# What fits in a GPU's cache, of elements, XLA writes out there.
-CACHED = 2**24
+# What fits in a GPU's cache, of elements, XLA writes out there. Images have
+# lines, and an axis by itself is taken for so many of them.
+CACHED, LINE, LINES = 2**24, 64, 16
 
 
 class Sets(NamedTuple):
@@ -88,8 +89,7 @@ def means(
   """`sets.means`, by the sums of the platform; `given` as in `centred`."""
   x = values[0]
   forms: dict[str, Callable[..., Any]] = {}
-  are_images = len(sets.axes) > 1 and sets.axes[0] > 0
-  if are_images and given == x.dtype == jnp.float32:
+  if given == x.dtype == jnp.float32 and _has_lines(x, sets):
     forms['cuda alone'] = _sum_by_lines
   if _is_small_row(x, sets):
     forms['cpu alone'] = _sum_by_halves
@@ -128,15 +128,32 @@ def _sum_by_halves(sets: Sets, values: Array) -> Array:
   return sets.sum(values)
 
 
+def _has_lines(x: Array, sets: Sets) -> bool:
+  """Whether a GPU moves less by `_sum_by_lines`: of images and of one axis.
+
+  Of batches of images XLA does not write x - pivot out.
+  """
+  if not sets.axes or sets.axes[-1] == x.ndim - 1:
+    return False
+  *others, last = sets.axes
+  if others:
+    return others[0] > 0
+  size = x.shape[last]
+  return _types.is_known(size) and size % LINE == 0 and size >= LINES * LINE
+
+
 def _sum_by_lines(sets: Sets, values: Array) -> Array:
-  """The sum of each set along the last axis first, for one H200.
+  """The sum of each set along its last axis first, for one H200, or in parts.
 
   XLA has few threads for the sums of few images, and so leaves them no
   arithmetic: it writes x - pivot out, where that fits in the cache. Group norm
   of 16 x 56 x 56 x 64 in float32 moves 5.0 n so, and 3.1 by lines. Of several
   devices each may hold a part of every line.
   """
-  line = sets.axes[-1:]
-  total = lax.expand_dims(lax.reduce_sum(values, line), line)
+  *others, axis = sets.axes
+  shape = list(values.shape)
+  parts = 1 if others else shape[axis] // LINE
+  shape[axis : axis + 1] = parts, shape[axis] // parts
+  total = lax.reduce_sum(lax.reshape(values, shape), (axis + 1,))
   # Halved and doubled, or XLA makes one sum of the two.
   return _ops.mul(sets.sum(_ops.mul(total, 0.5)), 2.0)

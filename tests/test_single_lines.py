@@ -104,34 +104,51 @@ def test_small_rows_are_summed_by_halves(width):
     assert has_halves == (is_alone and not width % 2)
 
 
-@pytest.mark.parametrize('form', ['_sum_by_lines', '_sum_by_halves'])
-@pytest.mark.parametrize('groups', [None, 5])
-def test_sums_in_parts_are_whole(form, groups):
-  x = 3 + draw((2, 3, 7, 70))
-  axes, exact = (1, 2), np.asarray(x, np.float64).sum((1, 2), keepdims=True)
-  which = sets.Sets(axes, 3, groups)
-  if form == '_sum_by_halves':
-    x = jnp.swapaxes(x, 2, 3)
-    which = sets.Sets((3,), 1, groups and 3)
-    exact = np.asarray(x, np.float64).sum(3, keepdims=True)
-  elif groups:
-    exact = exact.reshape(2, 1, 1, groups, -1).sum(-1)
-  np.testing.assert_allclose(getattr(sets, form)(which, x), exact, rtol=1e-6)
+PARTS = {
+  'halves': ((5, 70), '_sum_by_halves', sets.Sets((1,))),
+  'images': ((2, 3, 7, 10), '_sum_by_lines', sets.Sets((1, 2))),
+  'groups': ((2, 3, 7, 10), '_sum_by_lines', sets.Sets((1, 2), 3, 5)),
+  'sequences': ((2, 192, 10), '_sum_by_lines', sets.Sets((1,), 2, 5)),
+  'empty': ((2, 3, 0, 10), '_sum_by_lines', sets.Sets((1, 2))),
+}
+
+
+@pytest.mark.parametrize(('shape', 'form', 'of'), PARTS.values(), ids=PARTS)
+def test_sums_in_parts_are_whole(shape, form, of):
+  x = 3 + draw(shape)
+  exact = np.asarray(x, np.float64).sum(of.axes, keepdims=True)
+  if of.groups:
+    exact = exact.reshape(*exact.shape[:-1], of.groups, -1).sum(-1)
+  np.testing.assert_allclose(getattr(sets, form)(of, x), exact, rtol=1e-6)
+
+
+def group_norm(x):
+  return nk.group_norm(x, num_groups=4)
+
+
+def batch_norm(x):
+  return nk.batch_norm(x, nk.BatchNorm().init(x)[1], train=True)
 
 
 @pytest.mark.parametrize(
-  'norm', [nk.instance_norm, functools.partial(nk.group_norm, num_groups=4)]
+  ('norm', 'shape', 'sums'),
+  [
+    (nk.instance_norm, (2, 6, 10, 8), '2x6x1x8'),
+    (group_norm, (2, 6, 10, 8), '2x6x1x8'),
+    (group_norm, (2, 1024, 8), '2x16x8'),
+    (batch_norm, (1024, 8), '16x8'),
+  ],
 )
-def test_images_are_summed_by_lines(norm):
+def test_few_sets_are_summed_by_lines(norm, shape, sums):
   """In float32 and for one GPU; test_bytes.py holds what that moves."""
 
   def by_lines(dtype, platform, devices=1):
     mesh = jax.make_mesh((devices,), ('rows',), (AxisType.Auto,))
-    placed = NamedSharding(mesh, P(None, None, 'rows'))
-    x = jax.ShapeDtypeStruct((2, 6, 10, 8), dtype, sharding=placed)
+    placed = NamedSharding(mesh, P(*[None] * (len(shape) - 2), 'rows'))
+    x = jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
     traced = jax.jit(norm).trace(x)
     lowered = traced.lower(lowering_platforms=(platform,))
-    return 'tensor<2x6x8xf32>' in lowered.as_text()
+    return f'tensor<{sums}xf32>' in lowered.as_text()
 
   assert by_lines('float32', 'cuda')
   assert not by_lines('bfloat16', 'cuda')
