@@ -4,6 +4,7 @@ Their last arguments are what they are linear in.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import operator
 import types
 from typing import Any
 
@@ -55,8 +56,8 @@ def is_one_device(ctx: Any) -> bool:
 
 
 def fits(sizes: range | None, arrays: Sequence[Any]) -> bool:
-  """Whether the largest of the arrays has one of so many elements."""
+  """Whether `sizes` holds the number of elements of the largest array."""
   if sizes is None:
     return True
   found = [a.size for a in arrays]
-  return all(map(is_known, found)) and max(found) in sizes
+  return all(map(is_known, found)) and operator.index(max(found)) in sizes

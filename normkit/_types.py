@@ -129,7 +129,7 @@ def ruled(function: Any, *args: Any, **options: Any) -> Any:
 
 
 def in_jet(given: Any) -> bool:
-  """Whether `jax.experimental.jet` traces any of this, other tracers around."""
+  """Whether `jax.experimental.jet` traces any of this, inside of others too."""
   jet: Any = sys.modules.get('jax.experimental.jet')
   found = jax.tree.leaves(given) if jet else []
   while found and not any(isinstance(value, jet.JetTracer) for value in found):

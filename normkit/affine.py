@@ -201,7 +201,10 @@ def _of_rows(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:
       return y, jnp.zeros_like(y)
     forms = {'default': _by_roots, 'cpu': _by_outer}
     runs = {n: functools.partial(along, form) for n, form in forms.items()}
-    sizes = {'cpu': range(LARGE, sys.maxsize)}
+    least = LARGE
+    if not _long_axes(stats.var) and _types.is_known(y.size):
+      least = max(LARGE, 2 * y.size)  # of a single row, if `vmap` makes it many
+    sizes = {'cpu': range(least, sys.maxsize)}
     given = [tangents[i] for i in moved]
     kind = jax.typeof(y).to_tangent_aval()
     return y, platforms.dependent(runs, primals[:held], kind, given, sizes)
@@ -265,7 +268,7 @@ def _is_outer(stats: Centred, args: Arguments) -> bool:
   if not all(jnp.issubdtype(a.dtype, jnp.floating) for a in arrays):
     return False
   rows, *columns = map(_long_axes, arrays)
-  last = max(rows, default=-1)  # of a single row there is none
+  last = max(rows, default=-1)  # a single row has no such axis
   return bool(columns) and all(c and last < min(c) for c in columns)
 
 
@@ -348,7 +351,7 @@ def _by_dot_of_columns(rows: list[Array], columns: list[Array]) -> Array:
     found = lax.dot_general(_matrix(left, 0), dy, axes, 'highest')
     return [found[i].reshape(shape) for i in range(len(rows))]
 
-  if not _long_axes(rows[0]):  # `vmap` may add rows to the one, and sums then
+  if not _long_axes(rows[0]):  # under `vmap` JAX sums over the rows it adds
     return _by_dot(rows, columns)
   shape = columns[0].shape
   dispatch = importlib.import_module('normkit.kernels.dispatch')
@@ -373,9 +376,9 @@ def _first_column(rows: Array) -> int:
 
 
 def _long_axes(array: Array) -> list[int]:
-  """The axes that may hold more than one element."""
+  """The axes of another size than one, or that may be."""
   sizes = enumerate(array.shape)
-  return [a for a, n in sizes if not _types.is_known(n) or n > 1]
+  return [a for a, n in sizes if not _types.is_known(n) or n != 1]
 
 
 def _plus(y: Array, shift: Array | None) -> Array:

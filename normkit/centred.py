@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from normkit import _ops, _shards, _types, platforms, samples
 from normkit._types import Array, DType
-from normkit.sets import Sets, kind_of, means, spread
+from normkit.sets import Sets, kind_of, means_by_platform, spread
 
 
 class Centred(NamedTuple):
@@ -179,7 +179,7 @@ def about(
 ) -> tuple[Array, Array, Array]:
   """Pivot, offset and variance, about a pivot; `given` as in `centred`."""
   d = _valid(_ops.sub(x.astype(pivot.dtype), sets.spread(pivot, x)), where)
-  offset, second = means(sets, given, count, d, square(d))
+  offset, second = means_by_platform(sets, given, count, d, square(d))
   var = _ops.sub(second, square(offset))
   return pivot, offset, _ops.maximum(var, 0.0)
 
@@ -235,13 +235,16 @@ def changes(
   sets: Sets,
   where: Array | None = None,
 ) -> tuple[Array, Array]:
-  """dE[x] = E[dx] and dVar[x] = 2 E[(x - E[x]) dx]."""
+  """dE[x] = E[dx] and dVar[x] = 2 E[(x - E[x]) dx].
+
+  The second about the pivot, so that no sum of it waits for the mean.
+  """
   dtype = stats.pivot.dtype
   dx = _valid(dx.astype(dtype), where)
-  pivot, offset = (sets.spread(s, x) for s in (stats.pivot, stats.offset))
-  d = _valid(_ops.sub(_ops.sub(x.astype(dtype), pivot), offset), where)
+  d = _valid(_ops.sub(x.astype(dtype), sets.spread(stats.pivot, x)), where)
   doffset, dsecond = sets.means(stats.count, dx, product(d, dx))
-  return doffset, _ops.mul(dsecond, 2.0)
+  dvar = _ops.sub(dsecond, product(stats.offset, doffset))
+  return doffset, _ops.mul(dvar, 2.0)
 
 
 def _mean_of_sample(
@@ -263,7 +266,7 @@ def _own_mean(
 ) -> Array:
   """The mean, whose rounding error the offset holds."""
   x = _valid(x.astype(dtype), where)
-  return fixed(means(sets, None, count, x)[0])
+  return fixed(means_by_platform(sets, None, count, x)[0])
 
 
 def _zero(x: Array, count: Array, sets: Sets, dtype: DType) -> Array:

@@ -34,7 +34,7 @@ def traced_once(run: Callable[..., Any], *given: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _norm(run: Callable[..., Any], context: Any, *given: Any) -> Any:
-  """`context` keeps apart what was traced; see `platforms.context`.
+  """`context` keeps apart what the environment's variable prefers.
 
   Programs and profiles show its name.
   """

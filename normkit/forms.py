@@ -25,8 +25,9 @@ form_p.multiple_results = True
 class Forms:
   """Functions of arrays to lists of arrays, by platform and 'default'.
 
-  One of 'cpu alone' is for programs of one device. `sizes` says for how many
-  elements one is meant, of the largest array as it is in the program: `vmap`
+  Where the platform's name is followed by ' alone', it is for programs of one
+  device, and comes before the platform's other one. `sizes` says for how many
+  elements a form is meant, of the largest array as it is in the program: `vmap`
   may have added axes. They close over no array. A program that is printed shows
   the platforms.
   """
@@ -53,13 +54,17 @@ class Forms:
       for name, form in self.of.items()
       if _primitives.fits(self.sizes.get(name), arrays)
     }
+    default = fits['default']
     found = {}
-    for name in 'default', *platforms:
-      names = f'{name} alone' if is_alone else name, name, 'default'
-      found[name] = next(fits[n] for n in names if n in fits)
-    if len(platforms) == 1 or len(fits) == 1:
+    for name in platforms:
+      names = f'{name} alone' if is_alone else name, name
+      found[name] = next((fits[n] for n in names if n in fits), default)
+    if len(platforms) == 1:
       return found[platforms[0]]
-    return lambda *leaves: lax.platform_dependent(*leaves, **found)
+    own = {name: form for name, form in found.items() if form is not default}
+    if not own:
+      return default
+    return lambda *a: lax.platform_dependent(*a, default=default, **own)
 
 
 def choose(
@@ -72,9 +77,8 @@ def choose(
   """Runs a function in the form of the platform.
 
   Args:
-    forms: functions `(*operands, *linear)` to an array, by platform; one of
-      them for `'default'`, and one may be for `'cpu alone'`. They close over no
-      array.
+    forms: functions `(*operands, *linear)` to an array, by platform as in
+      `Forms`; one of them for `'default'`. They close over no array.
     operands: what the function is not linear in.
     result: the type of what it returns, as `jax.typeof` gives it.
     linear: what the function is linear in: it may be transposed by these.
@@ -167,7 +171,10 @@ def _transposed(form: Function, count: int, linear: Any) -> Function:
 def _batch(
   arguments: Any, axes: Any, *, forms: Forms, linear: Any, **_: Any
 ) -> Any:
-  """Each form under `vmap`: of what has no axis, gradients are sums there."""
+  """Each form under `vmap`.
+
+  What has no axis of it gets none: its gradient is summed inside of the form.
+  """
   count = len(arguments) - len(linear)
   forms = forms.map(lambda form: jax.vmap(form, axes))
   results = jax.make_jaxpr(forms.of['default'])(*arguments).out_avals

@@ -30,7 +30,8 @@ def implementation(name: Implementation) -> Iterator[None]:
 
   Wrap what runs, as with `jax.default_matmul_precision`: what `jax.jit` has
   traced outside is traced anew inside, and the other way round. What is
-  compiled inside, by `jax.jit(f).lower(x).compile()`, stays as it is.
+  compiled inside, by `jax.jit(f).lower(x).compile()`, stays as it is. As JAX's
+  own contexts it is the thread's: do not hold it over an `await`.
 
   Args:
     name: 'triton', 'mosaic_gpu', 'mosaic_tpu' or 'xla'.
@@ -69,7 +70,8 @@ def for_platform(name: str) -> Iterator[None]:
   values to rounding, at other costs. What `jax.jit` traces holds all of them,
   and the compiler takes the one of its platform. A tool that reads the traced
   program itself, such as jax2onnx, wants one; and no kernel, unless it is
-  named.
+  named. Forms for programs of one device are not among them. Do not hold it
+  over an `await`.
 
   Args:
     name: 'cpu', 'cuda', 'rocm' or 'tpu'.

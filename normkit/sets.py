@@ -1,6 +1,6 @@
 """Which elements of an array are one set, and the sums of each.
 
-A sum may have a form of its own for one platform; see `means`.
+A sum may have a form of its own for one platform; see `means_by_platform`.
 """
 
 from collections.abc import Callable
@@ -17,9 +17,9 @@ from normkit._types import Array, DType
 # Arrays of up to so many elements a CPU sums one by one, rows longer than this
 # in parts that it writes out.
 SMALL, WINDOW = 2**12, 32
-# What fits in a GPU's cache, of elements, XLA writes out there. Images have
-# lines, and an axis by itself is taken for so many of them.
-CACHED, LINE, LINES = 2**24, 64, 16
+# What fits in a GPU's cache, of elements, XLA writes out there. A line of an
+# image has LEAST elements or more; an axis by itself has LINES of LINE or more.
+CACHED, LEAST, LINE, LINES = 2**24, 24, 64, 16
 
 
 class Sets(NamedTuple):
@@ -83,7 +83,7 @@ def kind_of(x: Array, sets: Sets, dtype: DType) -> Any:
   )
 
 
-def means(
+def means_by_platform(
   sets: Sets, given: DType | None, count: Array, *values: Array
 ) -> list[Array]:
   """`sets.means`, by the sums of the platform; `given` as in `centred`."""
@@ -108,9 +108,10 @@ def _is_small_row(x: Array, sets: Sets) -> bool:
   """Whether a CPU is faster by `_sum_by_halves`."""
   if sets != Sets((x.ndim - 1,)) or _shards.sharded_axes(x):
     return False
-  is_small = _types.is_known(x.size) and x.size <= SMALL
+  if x.dtype != jnp.float32 or not all(map(_types.is_known, x.shape)):
+    return False
   row = x.shape[-1]
-  return is_small and x.dtype == jnp.float32 and row > WINDOW and row % 2 == 0
+  return x.size <= SMALL and row > WINDOW and row % 2 == 0
 
 
 def _sum_by_halves(sets: Sets, values: Array) -> Array:
@@ -131,15 +132,18 @@ def _sum_by_halves(sets: Sets, values: Array) -> Array:
 def _has_lines(x: Array, sets: Sets) -> bool:
   """Whether a GPU moves less by `_sum_by_lines`: of images and of one axis.
 
-  Of batches of images XLA does not write x - pivot out.
+  Of whole batches of images XLA does not write x - pivot out.
   """
   if not sets.axes or sets.axes[-1] == x.ndim - 1:
     return False
   *others, last = sets.axes
-  if others:
-    return others[0] > 0
   size = x.shape[last]
-  return _types.is_known(size) and size % LINE == 0 and size >= LINES * LINE
+  if not _types.is_known(size):
+    return False
+  if others:
+    are_many = others[0] > 0 or sets.groups is not None
+    return are_many and size >= LEAST
+  return size % LINE == 0 and size >= LINES * LINE
 
 
 def _sum_by_lines(sets: Sets, values: Array) -> Array:

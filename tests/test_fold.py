@@ -685,6 +685,19 @@ def test_own_statistics_are_reported(norm):
   assert 'its own input' in folded.report.rows[0].reason
 
 
+@pytest.mark.parametrize('is_centred', [False, True])
+def test_own_statistics_that_have_forms(is_centred):
+  """Of rows that a CPU sums by halves, behind sums over the batch too."""
+
+  def call(v, x):
+    x = x - x.mean(0, keepdims=True) if is_centred else x
+    return nk.layer_norm(x, v['scale']) @ v['kernel']
+
+  v = {'scale': positive(40), 'kernel': image(40, 3)}
+  (row,) = fold(call, v, image(4, 40)).report.rows
+  assert 'its own input' in row.reason
+
+
 def test_loops_are_reported():
   def call(v, x):
     def layer(x, v):

@@ -13,11 +13,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 import pytest
 
-from normkit import forms
+from normkit import forms, platforms
 import normkit.linen
 
 X, DY = np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32)
-FORMS = 'default', 'cpu', 'cpu alone'
+FORMS = 'default', 'cpu', 'cpu alone', 'cuda alone'
 
 
 def linear(names, x, v):
@@ -96,19 +96,25 @@ def test_of_one_device():
   names = []
 
   def run(x):
-    found = {n: lambda x, n=n: (names.append(n), x)[1] for n in FORMS}
+    found = {n: lambda x, n=n: (names.append(n), x + 1)[1] for n in FORMS}
     return forms.choose(found, (x,), jax.typeof(x))
 
   local = jax.shard_map(run, mesh=mesh, in_specs=P('data'), out_specs=P('data'))
   placed = jax.device_put(jnp.ones((4, 4)), NamedSharding(mesh, P('data')))
   for function, x in (run, X), (run, placed), (local, placed):
     jax.jit(function)(x)
-  jax.jit(run).trace(X).lower(lowering_platforms=('cuda',))
-  export.export(jax.jit(run), platforms=('cpu', 'cuda'))(X)
-  alone, cpu, other = FORMS[::-1]
-  assert names[:3] == [alone, cpu, alone]
-  assert names[3:4] == [other]
-  assert sorted(set(names[4:])) == sorted([alone, other])
+  assert names == ['cpu alone', 'cpu', 'cpu alone']
+  for chosen, desired in (
+    (('cuda',), {'cuda alone'}),
+    (('rocm',), {'default'}),
+    (('cpu', 'cuda', 'rocm'), {'cpu alone', 'cuda alone', 'default'}),
+    (('tpu', 'rocm'), {'default'}),
+  ):
+    names.clear()
+    exported = export.export(jax.jit(run), platforms=chosen)(X)
+    assert set(names) == desired
+    has_choice = 'stablehlo.case' in exported.mlir_module()
+    assert has_choice == (len(desired) > 1)
 
 
 def test_of_a_size():
@@ -142,6 +148,34 @@ def test_of_a_size():
       assert set(names) == {name}
   summed = jax.vjp(lambda v: jax.vmap(run, (0, None))(many, v), DY)[1](all_dy)
   np.testing.assert_allclose(summed[0], 2 * np.cos(X) * DY, 1e-5)
+
+
+@pytest.mark.parametrize(('size', 'name'), [(12, 'cpu'), (13, 'default')])
+def test_of_a_platform_that_was_named(size, name):
+  names = []
+
+  def form(name, x):
+    names.append(name)
+    return x
+
+  runs = {n: functools.partial(form, n) for n in FORMS}
+  x, sizes = jnp.ones(size), {'cpu': range(13), 'cpu alone': range(99)}
+  with normkit.for_platform('cpu'):
+    platforms.dependent(runs, (x,), jax.typeof(x), sizes=sizes)
+  assert names == [name]
+
+
+@pytest.mark.parametrize(('rows', 'has_products'), [(1, False), (2, True)])
+def test_a_single_row_is_one_of_many_under_vmap_alone(rows, has_products):
+  """Products of matrices are slower for one row, of however many elements."""
+
+  def loss(x, scale):
+    norm = jax.vmap(normkit.rms_norm, (0, None))
+    return norm(x[None] if rows == 1 else x, scale).sum()
+
+  x = jnp.ones(9000) if rows == 1 else jnp.ones((rows, 9000))
+  lowered = jax.jit(jax.grad(loss, (0, 1))).lower(x, jnp.ones(9000))
+  assert ('dot_general' in lowered.as_text()) == has_products
 
 
 def test_by_the_settings_that_it_was_traced_with():

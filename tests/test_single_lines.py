@@ -8,8 +8,10 @@ import functools
 import math
 
 from cases import draw
+import chex
 from flax import linen as nn, nnx
 import jax
+from jax import export
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
@@ -104,6 +106,22 @@ def test_small_rows_are_summed_by_halves(width):
     assert has_halves == (is_alone and not width % 2)
 
 
+@pytest.mark.parametrize('norm', [nk.layer_norm, nk.rms_norm])
+@pytest.mark.parametrize('shape', [(0, 8192), (2, 0, 8192)])
+def test_no_rows_have_gradients(norm, shape):
+  """The scale, which a CPU sums by products of matrices, is not empty."""
+  x, scale = jnp.ones(shape), jnp.ones(8192)
+  dx, dscale = jax.grad(lambda *a: norm(*a).sum(), (0, 1))(x, scale)
+  chex.assert_shape(dx, shape)
+  np.testing.assert_array_equal(dscale, 0 * scale)
+
+
+def test_rows_of_a_symbol_beside_none():
+  kind = jax.ShapeDtypeStruct(export.symbolic_shape('0, n'), jnp.float32)
+  exported = export.export(jax.jit(nk.layer_norm))(kind)
+  chex.assert_shape(exported.call(jnp.ones((0, 40))), (0, 40))
+
+
 PARTS = {
   'halves': ((5, 70), '_sum_by_halves', sets.Sets((1,))),
   'images': ((2, 3, 7, 10), '_sum_by_lines', sets.Sets((1, 2))),
@@ -133,8 +151,8 @@ def batch_norm(x):
 @pytest.mark.parametrize(
   ('norm', 'shape', 'sums'),
   [
-    (nk.instance_norm, (2, 6, 10, 8), '2x6x1x8'),
-    (group_norm, (2, 6, 10, 8), '2x6x1x8'),
+    (nk.instance_norm, (2, 6, 32, 8), '2x6x1x8'),
+    (group_norm, (2, 6, 32, 8), '2x6x1x8'),
     (group_norm, (2, 1024, 8), '2x16x8'),
     (batch_norm, (1024, 8), '16x8'),
   ],

@@ -63,15 +63,29 @@ def _sums(op: Op) -> Iterator[core.JaxprEqn]:
       if source is None or source in seen or source.name in LAYERS:
         continue
       seen.add(source)
-      sums = [e for e in _inner(source.eqn) if e.primitive.name == 'reduce_sum']
+      sums = [e for e in _inner(source.eqn) if _axes(e)]
       yield from sums
       if not sums:
         found.append(source)
 
 
+def _axes(eqn: core.JaxprEqn) -> list[int]:
+  """Those that it sums over; of a sum with forms, those that it shortens."""
+  if eqn.primitive.name == 'reduce_sum':
+    return list(eqn.params['axes'])
+  if eqn.primitive.name != 'normkit_form':
+    return []
+  given: Any = eqn.invars[0].aval
+  found: Any = eqn.outvars[0].aval
+  if given.ndim != found.ndim:
+    return []
+  sizes = zip(given.shape, found.shape, strict=True)
+  return [a for a, (n, m) in enumerate(sizes) if n != m]
+
+
 def _is_over_batch(eqn: core.JaxprEqn) -> bool:
   summed: Any = eqn.invars[0].aval
-  return 0 in eqn.params['axes'] and len(summed.shape) > 1
+  return 0 in _axes(eqn) and len(summed.shape) > 1
 
 
 def _nearest(op: Op) -> str:
