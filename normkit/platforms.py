@@ -131,8 +131,8 @@ def dependent(
   Under `jax.experimental.jet`, which knows no primitive but JAX's, the default.
   """
   arrays = *operands, *linear
-  is_alone = len(forms) == 1 and not linear
-  name = 'default' if is_alone or _types.in_jet(arrays) else named()
+  is_only = len(forms) == 1 and not linear
+  name = 'default' if is_only or _types.in_jet(arrays) else named()
   if name is not None:
     is_meant = name in forms and _primitives.fits(sizes.get(name), arrays)
     return forms[name if is_meant else 'default'](*arrays)
