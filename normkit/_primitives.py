@@ -9,7 +9,7 @@ import types
 from typing import Any
 
 import jax
-from jax.interpreters import ad, batching
+from jax.interpreters import ad
 
 from normkit._types import Array, is_known
 
@@ -35,15 +35,6 @@ def transposed(arguments: Sequence[Any], found: Sequence[Any]) -> list[Any]:
   return [None] * count + [
     c if u else None for c, u in zip(found, unknown, strict=True)
   ]
-
-
-def batched(
-  arguments: Sequence[Any], axes: Sequence[Any], count: int
-) -> list[Any]:
-  """The arguments from `count` on, the axis of `vmap` at the front of each."""
-  pairs = list(zip(arguments, axes, strict=True))
-  size = next(a.shape[d] for a, d in pairs if d is not None)
-  return [batching.bdim_at_front(a, d, size) for a, d in pairs[count:]]
 
 
 def is_one_device(ctx: Any) -> bool:

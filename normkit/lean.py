@@ -95,8 +95,7 @@ def _widened(x: Array, dtype: DType) -> Array:
   def wide(x: Array) -> Array:
     return x.astype(dtype)
 
-  is_small = is_known(x.size) and x.size <= SMALL
-  if x.dtype.itemsize > 2 or not is_small or platforms.named():
+  if x.dtype.itemsize > 2 or platforms.named():
     return wide(x)
   forms = {'default': wide, 'cpu': lambda x: lax.optimization_barrier(wide(x))}
   kind = jax.typeof(x).update(dtype=dtype, weak_type=False)

@@ -128,11 +128,18 @@ def dependent(
 ) -> Array:
   """`forms.choose`, or the form of the platform that was named.
 
-  Under `jax.experimental.jet`, which knows no primitive but JAX's, the default.
+  Forms for smaller arrays are left out, since `vmap` only adds elements. Under
+  `jax.experimental.jet`, which knows no primitive but JAX's, the default runs.
   """
   arrays = *operands, *linear
-  is_only = len(forms) == 1 and not linear
-  name = 'default' if is_only or _types.in_jet(arrays) else named()
+  limits = {name: range(size.stop) for name, size in sizes.items()}
+  forms = {
+    name: form
+    for name, form in forms.items()
+    if _primitives.fits(limits.get(name), arrays)
+  }
+  is_settled = len(forms) == 1 or _types.in_jet(arrays)
+  name = 'default' if is_settled else named()
   if name is not None:
     is_meant = name in forms and _primitives.fits(sizes.get(name), arrays)
     return forms[name if is_meant else 'default'](*arrays)

@@ -48,10 +48,15 @@ class Sets(NamedTuple):
     """The mean of each set; zero for one without elements."""
     return self.means(count, values)[0]
 
-  def means(self, count: Array, *values: Array) -> list[Array]:
-    """The same of each of several values."""
+  def means(
+    self,
+    count: Array,
+    *values: Array,
+    total: Callable[[Array], Array] | None = None,
+  ) -> list[Array]:
+    """The same of each of several values, whose sums `total` may give."""
     size = _ops.maximum(count, 1.0)
-    return [_ops.div(self.sum(v), size) for v in values]
+    return [_ops.div((total or self.sum)(v), size) for v in values]
 
   def spread(self, values: Array, x: Array) -> Array:
     """Gives what belongs to a set to each of its channels in x."""
@@ -88,30 +93,29 @@ def means_by_platform(
 ) -> list[Array]:
   """`sets.means`, by the sums of the platform; `given` as in `centred`."""
   x = values[0]
-  forms: dict[str, Callable[..., Any]] = {}
+  forms: dict[str, Callable[..., Any]] = {'default': Sets.sum}
   if given == x.dtype == jnp.float32 and _has_lines(x, sets):
     forms['cuda alone'] = _sum_by_lines
-  if _is_small_row(x, sets):
+  if x.dtype == jnp.float32 and _has_halves(x, sets):
     forms['cpu alone'] = _sum_by_halves
-  if not forms:
+  if len(forms) == 1:
     return sets.means(count, *values)
-  forms['default'] = Sets.sum
   runs = {n: functools.partial(form, sets) for n, form in forms.items()}
   kind = kind_of(x, sets, x.dtype)
   sizes = {'cpu alone': range(SMALL + 1), 'cuda alone': range(CACHED)}
-  sums = (platforms.dependent(runs, (v,), kind, sizes=sizes) for v in values)
-  size = _ops.maximum(count, 1.0)
-  return [_ops.div(total, size) for total in sums]
+
+  def total(values: Array) -> Array:
+    return platforms.dependent(runs, (values,), kind, sizes=sizes)
+
+  return sets.means(count, *values, total=total)
 
 
-def _is_small_row(x: Array, sets: Sets) -> bool:
-  """Whether a CPU is faster by `_sum_by_halves`."""
+def _has_halves(x: Array, sets: Sets) -> bool:
+  """Whether a CPU is faster by `_sum_by_halves`, of so many elements."""
   if sets != Sets((x.ndim - 1,)) or _shards.sharded_axes(x):
     return False
-  if x.dtype != jnp.float32 or not all(map(_types.is_known, x.shape)):
-    return False
   row = x.shape[-1]
-  return x.size <= SMALL and row > WINDOW and row % 2 == 0
+  return _types.is_known(row) and row > WINDOW and row % 2 == 0
 
 
 def _sum_by_halves(sets: Sets, values: Array) -> Array:

@@ -519,6 +519,12 @@ def test_variables_may_be_donated(use):
   assert all(a.is_deleted() for a in jax.tree.leaves(given))
 
 
+def assert_series(terms, desired, dtype):
+  tolerance = {'float32': 1e-4, 'bfloat16': 0.1}[dtype]
+  terms, desired = jax.tree.map(np.float32, (terms, desired))
+  chex.assert_trees_all_close(terms, desired, atol=tolerance, rtol=tolerance)
+
+
 @rows_with('dtype', ('float32', 'bfloat16'))
 def test_jet(use, dtype):
   """Taylor series along a line: the first and second derivative."""
@@ -538,9 +544,7 @@ def test_jet(use, dtype):
     return terms, (y, [first, second])
 
   terms, desired = both(x, v, 0.0)
-  tolerance = {'float32': 1e-4, 'bfloat16': 0.1}[dtype]
-  terms, desired = jax.tree.map(np.float32, (terms, desired))
-  chex.assert_trees_all_close(terms, desired, atol=tolerance, rtol=tolerance)
+  assert_series(terms, desired, dtype)
 
 
 @pytest.mark.parametrize('change', [jax.grad, jax.jacfwd, jax.vmap])
@@ -559,10 +563,7 @@ def test_jet_of_what_is_transformed(use, dtype, change):
 
   run, v = change(apply), draw(inputs.shape, dtype, seed=1)
   y, (slope,) = jet.jet(run, (inputs,), ((v,),))
-  found = jax.tree.map(np.float32, (y, slope))
-  desired = jax.tree.map(np.float32, jax.jvp(run, (inputs,), (v,)))
-  tolerance = {'float32': 1e-4, 'bfloat16': 0.1}[dtype]
-  chex.assert_trees_all_close(found, desired, atol=tolerance, rtol=tolerance)
+  assert_series((y, slope), jax.jvp(run, (inputs,), (v,)), dtype)
 
 
 @pytest.mark.parametrize('dtype', ['bfloat16', second_tier('float32')])

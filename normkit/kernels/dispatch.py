@@ -294,7 +294,9 @@ def _batch(arguments: Any, axes: Any, **params: Any) -> Any:
   """Each form under `vmap`; whatever is linear gets the new axis."""
   count = len(arguments) - params['linear']
   residuals = arguments[:count]
-  linear = _primitives.batched(arguments, axes, count)
+  pairs = list(zip(arguments, axes, strict=True))
+  size = next(a.shape[d] for a, d in pairs if d is not None)
+  linear = [batching.bdim_at_front(a, d, size) for a, d in pairs[count:]]
   fixed = tuple(axes[:count])
   plain, transpose = core.jaxpr_as_fun(params['plain']), params['transpose']
   results = len(params['plain'].out_avals)

@@ -12,6 +12,7 @@ from normkit.tools import files
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
+  """A shape of an example, its sizes with an x between them."""
   try:
     shape = tuple(map(int, text.split('x')))
   except ValueError:
