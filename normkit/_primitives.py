@@ -6,14 +6,29 @@ Their last arguments are what they are linear in.
 from collections.abc import Callable, Mapping, Sequence
 import operator
 import types
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.interpreters import ad
 
 from normkit._types import Array, is_known
 
-ANY_SIZE: Mapping[str, range] = types.MappingProxyType({})
+
+class Sizes(NamedTuple):
+  """Which arrays a form is meant for, as they are in the program.
+
+  Args:
+    elements: how many the largest array has.
+    part: the position of an array, or None for any.
+    repeats: how often this one goes into the largest, at least.
+  """
+
+  elements: range
+  part: int | None = None
+  repeats: int = 1
+
+
+ANY_SIZE: Mapping[str, Sizes] = types.MappingProxyType({})
 
 
 def compiled(primitive: Any) -> Callable[..., list[Array]]:
@@ -46,9 +61,13 @@ def is_one_device(ctx: Any) -> bool:
   return getattr(context, 'num_devices', 1) in (None, 1)
 
 
-def fits(sizes: range | None, arrays: Sequence[Any]) -> bool:
-  """Whether `sizes` holds the number of elements of the largest array."""
+def fits(sizes: Sizes | None, arrays: Sequence[Any]) -> bool:
+  """Whether these are arrays that a form is meant for."""
   if sizes is None:
     return True
   found = [a.size for a in arrays]
-  return all(map(is_known, found)) and operator.index(max(found)) in sizes
+  if not all(map(is_known, found)):
+    return False
+  largest = operator.index(max(found))
+  part = 0 if sizes.part is None else operator.index(found[sizes.part])
+  return largest in sizes.elements and largest >= sizes.repeats * part

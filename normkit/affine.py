@@ -2,16 +2,15 @@
 
 from collections.abc import Callable
 import functools
-import importlib
 import sys
 from typing import Any, NamedTuple
 
 import jax
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 
-from normkit import _ops, _rules, _shards, _types, platforms
+from normkit import _ops, _rules, _shards, _types, platforms, products
+from normkit._primitives import Sizes
 from normkit._types import Array, DType, Scalar
 from normkit.centred import Centred
 from normkit.closures import traced_once
@@ -20,7 +19,9 @@ from normkit.lean import lean
 
 # On a CPU the form that is faster from here on, by 1 to 10 % of a step, takes
 # 20 ms more to trace and 20 ms more to compile, a norm that is the first.
-LARGE = 2**12
+# So does that of up to MODERATE elements, of which XLA compiles less; above, a
+# second core has more to do. Sums over fewer rows than FEW are no faster by it.
+LARGE, MODERATE, FEW = 2**12, 2**17, 8
 
 
 class Arguments(NamedTuple):
@@ -196,15 +197,30 @@ def _of_rows(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:
       y: Array = _rules.along(of_leaves, primals, moved, given)[1]
       return y
 
+    def by_products(is_early: bool, *leaves: Array) -> Array:
+      given = dict(zip(moved, leaves[held:], strict=True))
+      changes = jax.tree.unflatten(tree, map(given.get, range(len(tangents))))
+      bias = [None] * (len(tangents) - held)
+      x, stats, scale, _ = jax.tree.unflatten(tree, [*leaves[:held], *bias])
+      x = x.astype(args.statistics_dtype)
+      root = reciprocal_root(stats.var, args.epsilon)
+      options = changes, center, is_early
+      dy = products.change(x, stats, root, scale, *options)
+      return jnp.broadcast_to(dy, y.shape).astype(y.dtype)
+
     y = evaluate(*primals)
     if not moved:
       return y, jnp.zeros_like(y)
-    forms = {'default': _by_roots, 'cpu': _by_outer}
-    runs = {n: functools.partial(along, form) for n, form in forms.items()}
-    least = LARGE
-    if not _long_axes(stats.var) and _types.is_known(y.size):
-      least = max(LARGE, 2 * y.size)  # of a single row, if `vmap` makes it many
-    sizes = {'cpu': range(least, sys.maxsize)}
+    runs = {
+      'default': functools.partial(along, _by_roots),
+      'cpu small': functools.partial(by_products, False),
+      'cpu': functools.partial(by_products, True),
+    }
+    columns = () if parameters[0] is None else (held - 1, FEW)
+    sizes = {
+      'cpu small': Sizes(range(LARGE, MODERATE + 1), *columns),
+      'cpu': Sizes(range(LARGE, sys.maxsize), *columns),
+    }
     given = [tangents[i] for i in moved]
     kind = jax.typeof(y).to_tangent_aval()
     return y, platforms.dependent(runs, primals[:held], kind, given, sizes)
@@ -267,118 +283,9 @@ def _is_outer(stats: Centred, args: Arguments) -> bool:
     return False
   if not all(jnp.issubdtype(a.dtype, jnp.floating) for a in arrays):
     return False
-  rows, *columns = map(_long_axes, arrays)
+  rows, *columns = map(products.long_axes, arrays)
   last = max(rows, default=-1)  # a single row has no such axis
   return bool(columns) and all(c and last < min(c) for c in columns)
-
-
-def _by_outer(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:
-  """For CPUs, where XLA writes out what it sums, and broadcasts to that.
-
-  Forward and backward of layer norm, float32, 4096 x 768, take .7 of the time
-  of `_by_factors`.
-  """
-  x = x.astype(args.statistics_dtype)
-  root = reciprocal_root(stats.var, args.epsilon)
-  shifts = []
-  if center:
-    x = x - stats.pivot
-    # Minus inside, or -dy is written out.
-    shifts.append((-stats.offset * root, args.scale))
-  if args.bias is not None:
-    shifts.append((jnp.ones_like(root), args.bias))
-  y = x * _outer([(root, args.scale)])
-  return (y + _outer(shifts) if shifts else y).astype(args.dtype)
-
-
-def _outer(pairs: list[tuple[Array, Array | None]]) -> Array:
-  """The sum of rows times columns, where there are columns."""
-  alone = [r for r, c in pairs if c is None]
-  rows = [r for r, c in pairs if c is not None]
-  columns = [c.astype(r.dtype) for r, c in pairs if c is not None]
-  terms = [*alone, _outer_product(rows, columns)] if rows else alone
-  return sum(terms[1:], terms[0])
-
-
-@jax.custom_jvp
-def _outer_product(rows: list[Array], columns: list[Array]) -> Array:
-  """A sum of products whose derivatives are sums by products of matrices."""
-  terms = [r * c for r, c in zip(rows, columns, strict=True)]
-  return sum(terms[1:], terms[0])
-
-
-def _outer_product_jvp(primals: Any, tangents: Any) -> tuple[Array, Any]:
-  (rows, columns), y = primals, _outer_product(*primals)
-  drows, dcolumns = tangents
-  terms = []
-  if _rules.moved(drows):
-    terms.append(_by_dot(_instantiated(drows, rows), columns))
-  if _rules.moved(dcolumns):
-    terms.append(_by_dot_of_columns(rows, _instantiated(dcolumns, columns)))
-  return y, sum(terms[1:], terms[0]) if terms else jnp.zeros_like(y)
-
-
-_outer_product.defjvp(_outer_product_jvp, symbolic_zeros=True)
-
-
-def _instantiated(tangents: list[Any], primals: list[Array]) -> list[Array]:
-  return [
-    jnp.zeros_like(p) if isinstance(t, SymbolicZero) else t
-    for t, p in zip(tangents, primals, strict=True)
-  ]
-
-
-def _by_dot(rows: list[Array], columns: list[Array]) -> Array:
-  """In all axes: a reshape to two would gather what is sharded along one."""
-  at = _first_column(rows[0])
-  left = [r.reshape(*r.shape[:at], 1) for r in rows]
-  right = [c.reshape(1, *c.shape[at:]) for c in columns]
-  axes = ((at,), (0,)), ((), ())
-  return lax.dot_general(_matrix(left, at), _matrix(right, 0), axes, 'highest')
-
-
-def _by_dot_of_columns(rows: list[Array], columns: list[Array]) -> Array:
-  """The same, linear in the columns.
-
-  Their gradient has the rows first: in the order that JAX would choose, XLA
-  writes out the other factor, which is as large as x, with its axes swapped.
-  """
-
-  def sums(rows: list[Array], dy: Array) -> list[Array]:
-    at = _first_column(rows[0])
-    left = [r.reshape(1, *r.shape[:at]) for r in rows]
-    axes = (tuple(range(1, at + 1)), tuple(range(at))), ((), ())
-    found = lax.dot_general(_matrix(left, 0), dy, axes, 'highest')
-    return [found[i].reshape(shape) for i in range(len(rows))]
-
-  if not _long_axes(rows[0]):  # under `vmap` JAX sums over the rows it adds
-    return _by_dot(rows, columns)
-  shape = columns[0].shape
-  dispatch = importlib.import_module('normkit.kernels.dispatch')
-  y: Array = dispatch.choose_linear(_by_dot, sums, rows, columns)
-  return y
-
-
-def _matrix(vectors: list[Array], axis: int) -> Array:
-  """Two vectors at least: XLA calls a library for products of matrices.
-
-  For those with one vector it makes code, which is hardly faster: with five of
-  them a norm, twelve transformer blocks took 2.0 times Flax's time to compile,
-  and so 1.0.
-  """
-  if len(vectors) == 1:
-    vectors = [*vectors, jnp.zeros_like(vectors[0])]
-  return jnp.concatenate(vectors, axis)
-
-
-def _first_column(rows: Array) -> int:
-  return max(_long_axes(rows), default=-1) + 1
-
-
-def _long_axes(array: Array) -> list[int]:
-  """The axes of another size than one, or that may be."""
-  sizes = enumerate(array.shape)
-  return [a for a, n in sizes if not _types.is_known(n) or n != 1]
 
 
 def _plus(y: Array, shift: Array | None) -> Array:

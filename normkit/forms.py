@@ -25,15 +25,15 @@ form_p.multiple_results = True
 class Forms:
   """Functions of arrays to lists of arrays, by platform and 'default'.
 
-  Where the platform's name is followed by ' alone', it is for programs of one
-  device, and comes before the platform's other one. `sizes` says for how many
-  elements a form is meant, of the largest array as it is in the program: `vmap`
-  may have added axes. They close over no array. A program that is printed shows
-  the platforms.
+  A platform may have several, of which the first counts that fits: another word
+  may follow its name, and where that is 'alone', the form is for programs of
+  one device. `sizes` says for which arrays a form is meant, as they are in the
+  program: `vmap` may have added axes. They close over no array. A program that
+  is printed shows the platforms.
   """
 
   def __init__(
-    self, forms: Mapping[str, Function], sizes: Mapping[str, range]
+    self, forms: Mapping[str, Function], sizes: Mapping[str, _primitives.Sizes]
   ) -> None:
     self.of, self.sizes = dict(forms), sizes
 
@@ -49,16 +49,14 @@ class Forms:
     self, platforms: Sequence[str], is_alone: bool, arrays: Sequence[Any]
   ) -> Function:
     """The one for a platform, or for several a choice."""
-    fits = {
-      name: form
-      for name, form in self.of.items()
-      if _primitives.fits(self.sizes.get(name), arrays)
-    }
-    default = fits['default']
-    found = {}
-    for name in platforms:
-      names = f'{name} alone' if is_alone else name, name
-      found[name] = next((fits[n] for n in names if n in fits), default)
+    default = self.of['default']
+    found = dict.fromkeys(platforms, default)
+    for name, form in reversed(self.of.items()):
+      platform, *words = name.split()
+      if platform not in found or (words == ['alone'] and not is_alone):
+        continue
+      if _primitives.fits(self.sizes.get(name), arrays):
+        found[platform] = form
     if len(platforms) == 1:
       return found[platforms[0]]
     own = {name: form for name, form in found.items() if form is not default}
@@ -72,7 +70,7 @@ def choose(
   operands: Sequence[Array],
   result: Any,
   linear: Sequence[Array] = (),
-  sizes: Mapping[str, range] = _primitives.ANY_SIZE,
+  sizes: Mapping[str, _primitives.Sizes] = _primitives.ANY_SIZE,
 ) -> Array:
   """Runs a function in the form of the platform.
 
@@ -82,7 +80,7 @@ def choose(
     operands: what the function is not linear in.
     result: the type of what it returns, as `jax.typeof` gives it.
     linear: what the function is linear in: it may be transposed by these.
-    sizes: for how many elements a form is meant; see `Forms`.
+    sizes: which arrays a form is meant for; see `Forms`.
 
   Returns:
     What the form of the platform returns.

@@ -15,6 +15,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from normkit import _rules, platforms
+from normkit._primitives import Sizes
 from normkit._types import Array, DType, is_known, ruled
 from normkit.centred import STATISTICS
 from normkit.closures import run_traced, traced_once
@@ -99,7 +100,7 @@ def _widened(x: Array, dtype: DType) -> Array:
     return wide(x)
   forms = {'default': wide, 'cpu': lambda x: lax.optimization_barrier(wide(x))}
   kind = jax.typeof(x).update(dtype=dtype, weak_type=False)
-  sizes = {'cpu': range(SMALL + 1)}
+  sizes = {'cpu': Sizes(range(SMALL + 1))}
   return platforms.dependent(forms, (), kind, (x,), sizes)
 
 

@@ -124,7 +124,7 @@ def dependent(
   operands: Sequence[Array],
   result: Any,
   linear: Sequence[Array] = (),
-  sizes: Mapping[str, range] = _primitives.ANY_SIZE,
+  sizes: Mapping[str, _primitives.Sizes] = _primitives.ANY_SIZE,
 ) -> Array:
   """`forms.choose`, or the form of the platform that was named.
 
@@ -132,7 +132,9 @@ def dependent(
   `jax.experimental.jet`, which knows no primitive but JAX's, the default runs.
   """
   arrays = *operands, *linear
-  limits = {name: range(size.stop) for name, size in sizes.items()}
+  limits = {
+    n: _primitives.Sizes(range(s.elements.stop)) for n, s in sizes.items()
+  }
   forms = {
     name: form
     for name, form in forms.items()

@@ -12,6 +12,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from normkit import _ops, _shards, _types, platforms
+from normkit._primitives import Sizes
 from normkit._types import Array, DType
 
 # Arrays of up to so many elements a CPU sums one by one, rows longer than this
@@ -102,7 +103,10 @@ def means_by_platform(
     return sets.means(count, *values)
   runs = {n: functools.partial(form, sets) for n, form in forms.items()}
   kind = kind_of(x, sets, x.dtype)
-  sizes = {'cpu alone': range(SMALL + 1), 'cuda alone': range(CACHED)}
+  sizes = {
+    'cpu alone': Sizes(range(SMALL + 1)),
+    'cuda alone': Sizes(range(CACHED)),
+  }
 
   def total(values: Array) -> Array:
     return platforms.dependent(runs, (values,), kind, sizes=sizes)

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 
 from normkit import forms, platforms
+from normkit._primitives import Sizes
+from normkit.affine import FEW
 import normkit.linen
 
 X, DY = np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32)
-FORMS = 'default', 'cpu', 'cpu alone', 'cuda alone'
+FORMS = 'default', 'cpu alone', 'cpu', 'cuda alone'
 
 
 def linear(names, x, v):
@@ -127,7 +129,7 @@ def test_of_a_size():
 
   def run(x, v):
     found = {n: functools.partial(form, n) for n in ('default', 'cpu')}
-    sizes = {'cpu': range(X.size + 1)}
+    sizes = {'cpu': Sizes(range(X.size + 1))}
     return forms.choose(found, (x,), jax.typeof(v), (v,), sizes)
 
   many, all_dy = np.stack([X, -X]), np.stack([DY, DY])
@@ -150,6 +152,23 @@ def test_of_a_size():
   np.testing.assert_allclose(summed[0], 2 * np.cos(X) * DY, 1e-5)
 
 
+def test_the_first_that_fits():
+  """Of several for one platform."""
+  names = []
+
+  def run(x):
+    runs = {
+      name: lambda x, name=name: (names.append(name), x + 1)[1]
+      for name in ('default', 'cpu small', 'cpu', 'cpu large')
+    }
+    sizes = {'cpu small': Sizes(range(3, 6)), 'cpu': Sizes(range(4, 8))}
+    return forms.choose(runs, (x,), jax.typeof(x), (), sizes)
+
+  for size in (2, 3, 5, 6, 8):
+    jax.jit(run)(jnp.ones(size))
+  assert names == ['cpu large', 'cpu small', 'cpu small', 'cpu', 'cpu large']
+
+
 @pytest.mark.parametrize(('size', 'name'), [(12, 'cpu'), (13, 'default')])
 def test_of_a_platform_that_was_named(size, name):
   names = []
@@ -159,23 +178,33 @@ def test_of_a_platform_that_was_named(size, name):
     return x
 
   runs = {n: functools.partial(form, n) for n in FORMS}
-  x, sizes = jnp.ones(size), {'cpu': range(13), 'cpu alone': range(99)}
+  x, sizes = (
+    jnp.ones(size),
+    {'cpu': Sizes(range(13)), 'cpu alone': Sizes(range(99))},
+  )
   with normkit.for_platform('cpu'):
     platforms.dependent(runs, (x,), jax.typeof(x), sizes=sizes)
   assert names == [name]
 
 
-@pytest.mark.parametrize(('rows', 'has_products'), [(1, False), (2, True)])
-def test_a_single_row_is_one_of_many_under_vmap_alone(rows, has_products):
-  """Products of matrices are slower for one row, of however many elements."""
+@pytest.mark.parametrize(
+  ('rows', 'has_products'), [(1, False), (FEW - 1, False), (FEW, True)]
+)
+@pytest.mark.parametrize('is_one_scale', [True, False])
+def test_products_of_rows_that_vmap_makes_many(
+  rows, has_products, is_one_scale
+):
+  """They are slower for one row, and so where each has a scale of its own."""
 
   def loss(x, scale):
-    norm = jax.vmap(normkit.rms_norm, (0, None))
-    return norm(x[None] if rows == 1 else x, scale).sum()
+    norm = jax.vmap(normkit.rms_norm, (0, None if is_one_scale else 0))
+    return norm(x, scale).sum()
 
-  x = jnp.ones(9000) if rows == 1 else jnp.ones((rows, 9000))
-  lowered = jax.jit(jax.grad(loss, (0, 1))).lower(x, jnp.ones(9000))
-  assert ('dot_general' in lowered.as_text()) == has_products
+  shape = rows, 9000
+  scale = jnp.ones(shape[is_one_scale:])
+  lowered = jax.jit(jax.grad(loss, (0, 1))).lower(jnp.ones(shape), scale)
+  has_some = 'dot_general' in lowered.as_text()
+  assert has_some == (has_products and is_one_scale)
 
 
 def test_by_the_settings_that_it_was_traced_with():

@@ -70,6 +70,7 @@ LAYERS = (
   ('rows', 'arguments'),
   ('plain',),
   ('affine', 'moments'),
+  ('products',),
   ('pooling', 'lean'),
   ('centred',),
   ('kernels.triton', 'kernels.mosaic_gpu', 'kernels.mosaic_tpu'),

@@ -118,12 +118,16 @@ def root_of(var: Array, epsilon: float) -> Array:
 def _reciprocal_root_jvp(
   epsilon: float, primals: Any, tangents: Any
 ) -> tuple[Array, Array]:
-  """Factor by factor: float32 has the root of 1e-30, and not its cube."""
   root = _reciprocal_root(*primals, epsilon)
-  slope = _ops.mul(tangents[0], -0.5)
-  for _ in range(3):
-    slope = _ops.mul(slope, root)
-  return root, slope
+  return root, _ops.mul(log_change(tangents[0], root), root)
+
+
+def log_change(dvar: Array, root: Array) -> Array:
+  """How the logarithm of `reciprocal_root` changes.
+
+  Factor by factor: float32 has the root of 1e-30, and not its cube.
+  """
+  return _ops.mul(_ops.mul(_ops.mul(dvar, -0.5), root), root)
 
 
 def row_mean(size: int) -> Mean:
