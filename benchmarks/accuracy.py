@@ -16,8 +16,15 @@ import numpy as np
 from rich.progress import track
 
 from benchmarks import peers, report
+from normkit import samples
 from normkit.affine import Arguments, affine
-from normkit.centred import Centred, _mean_of_sample, _own_mean, about
+from normkit.centred import (
+  Centred,
+  _mean_of_few,
+  _mean_of_sample,
+  _own_mean,
+  about,
+)
 from normkit.sets import Sets
 
 RATIOS = 0, 1e2, 1e3, 1e4, 1e5
@@ -45,6 +52,11 @@ def about_a_sample(x: jax.Array, axis: int) -> Centred:
   return about_a_pivot(_mean_of_sample, x, axis)
 
 
+def about_a_few(x: jax.Array, axis: int) -> Centred:
+  """The form of a CPU for short rows that are many."""
+  return about_a_pivot(_mean_of_few, x, axis)
+
+
 def about_a_pivot(
   pivot_of: Callable[..., jax.Array], x: jax.Array, axis: int
 ) -> Centred:
@@ -64,6 +76,7 @@ FORMS: dict[str, Callable[..., Centred]] = {
   'normkit, about a sample': about_a_sample,
   'normkit, about the mean': about_the_mean,
 }
+SHORT = {'normkit, about a few': about_a_few}  # of rows
 
 
 def sample(
@@ -118,7 +131,8 @@ def measure(quick: bool) -> dict[tuple[str, float], dict[str, Errors]]:
   for (kind, shape, axis), ratio, scale, seed in track(cases, 'measuring'):
     x = sample(seed, shape, ratio, scale)
     worsts = found.setdefault((kind, ratio), {})
-    for name, form in FORMS.items():
+    is_short = kind == 'rows' and samples.has_few(x)
+    for name, form in (FORMS | (SHORT if is_short else {})).items():
       new = errors(form, x, axis)
       old = worsts.get(name, Errors(0.0, 0.0))
       worsts[name] = Errors(*map(max, old, new))

@@ -12,6 +12,7 @@ The mean is pivot + offset, kept in two parts.
 from collections.abc import Callable
 import functools
 import math
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -20,8 +21,9 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from normkit import _ops, _shards, _types, platforms, samples
+from normkit._primitives import Sizes
 from normkit._types import Array, DType
-from normkit.sets import Sets, kind_of, means_by_platform, spread
+from normkit.sets import SMALL, Sets, kind_of, means_by_platform, spread
 
 
 class Centred(NamedTuple):
@@ -199,12 +201,16 @@ def _pivot(
     forms['tpu'] = functools.partial(_mean_of_sample, in_parts=False)
   if form.given == jnp.bfloat16:
     forms |= {'cuda': _zero, 'tpu': _zero}
-  is_row = sets == Sets((x.ndim - 1,)) and _is_short(x.shape[-1])
-  if is_row and form.output_alone:
+  is_row = sets == Sets((x.ndim - 1,))
+  if is_row and form.output_alone and _is_short(x.shape[-1]):
     forms |= dict.fromkeys(('cpu', 'cuda'), _own_mean)
+  elif is_row and form.given == dtype == jnp.float32 and samples.has_few(x):
+    forms['cpu alone'] = _mean_of_few
   options = {'sets': sets, 'dtype': dtype}
   runs = {n: functools.partial(f, **options) for n, f in forms.items()}
-  return platforms.dependent(runs, (x, count), kind_of(x, sets, dtype))
+  kind = kind_of(x, sets, dtype)
+  sizes = {'cpu alone': Sizes(range(SMALL + 1, sys.maxsize))}
+  return platforms.dependent(runs, (x, count), kind, sizes=sizes)
 
 
 def _is_short(row: Any) -> bool:
@@ -255,6 +261,17 @@ def _mean_of_sample(
   sample = samples.sample(x, sets.axes, in_parts).astype(dtype)
   size = counts(sample, sets, None, _types.real_dtype(dtype))
   return fixed(sets.mean(sample, size))
+
+
+def _mean_of_few(x: Array, count: Array, sets: Sets, dtype: DType) -> Array:
+  """Of short rows, for one CPU: part of what uses it, and no sum by itself.
+
+  A step of layer norm of 2,000 x 100 takes .9 of Flax's time, and 1.0 without.
+  Of several devices each may hold but one of the elements.
+  """
+  del count, sets
+  first, *others = samples.few(x.astype(dtype))
+  return fixed(_ops.mul(sum(others, first), 1 / samples.FEW))
 
 
 def _own_mean(

@@ -16,6 +16,8 @@ SAMPLE_STRIDE, SAMPLE_SIZE = 32, 16
 # least: what `jit` shards in as many stays where it is. Each is a part of a
 # memory transaction of its own, and so they are few.
 SAMPLE_PARTS, PART_SIZE = 16, 256
+# Of a short row a CPU takes fewer: the square root holds.
+FEW = 4
 
 
 def sample(x: Array, axes: tuple[int, ...], in_parts: bool = True) -> Array:
@@ -61,3 +63,17 @@ def num_parts(x: Array, axes: tuple[int, ...]) -> int:
     return 1
   most = min(SAMPLE_PARTS, x.shape[-1] // PART_SIZE)
   return math.gcd(x.shape[-1], 1 << max(most, 1).bit_length() - 1)
+
+
+def has_few(x: Array) -> bool:
+  """Whether a few elements of each row are enough; see SAMPLE_STRIDE."""
+  row = x.shape[-1]
+  is_short = _types.is_known(row) and FEW <= row <= FEW * SAMPLE_STRIDE
+  return is_short and not _shards.sharded_axes(x)
+
+
+def few(x: Array) -> list[Array]:
+  """A few elements of each row, evenly spaced."""
+  row = x.shape[-1]
+  places = [(2 * i + 1) * row // (2 * FEW) for i in range(FEW)]
+  return [lax.slice_in_dim(x, a, a + 1, axis=-1) for a in places]

@@ -106,6 +106,24 @@ def test_small_rows_are_summed_by_halves(width):
     assert has_halves == (is_alone and not width % 2)
 
 
+@pytest.mark.parametrize('width', [3, 4, 5, 33, 128, 129])
+def test_the_pivot_of_many_short_rows_is_no_sum(width):
+  """On a CPU, where it has one device; about a mean and elements far off."""
+  x = 1000 + draw((2000, width))
+  x = x.at[:, 0].add(300).at[:, width // 8].add(-200)
+  run = jax.jit(lambda x: centred.centred(x, (1,), output_alone=False))
+  found = run(x)
+  exact = np.asarray(x, np.float64)
+  wide = [np.asarray(a, np.float64) for a in found]
+  mean, var = exact.mean(-1, keepdims=True), exact.var(-1, keepdims=True)
+  np.testing.assert_allclose(wide[0] + wide[1], mean, rtol=1e-7)
+  np.testing.assert_allclose(wide[2], var, rtol=1e-5)
+  mesh = jax.make_mesh((2,), ('rows',), (AxisType.Auto,))
+  placed = jax.device_put(x, NamedSharding(mesh, P('rows')))
+  sums = [run.lower(a).as_text().count('.reduce(') for a in (x, placed, x[:9])]
+  assert sums == [2 if 4 <= width <= 128 else 3, 3, 3]
+
+
 @pytest.mark.parametrize('norm', [nk.layer_norm, nk.rms_norm])
 @pytest.mark.parametrize('shape', [(0, 8192), (2, 0, 8192)])
 def test_no_rows_have_gradients(norm, shape):
