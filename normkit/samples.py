@@ -68,8 +68,7 @@ def num_parts(x: Array, axes: tuple[int, ...]) -> int:
 def has_few(x: Array) -> bool:
   """Whether a few elements of each row are enough; see SAMPLE_STRIDE."""
   row = x.shape[-1]
-  is_short = _types.is_known(row) and FEW <= row <= FEW * SAMPLE_STRIDE
-  return is_short and not _shards.sharded_axes(x)
+  return _types.is_known(row) and FEW <= row <= FEW * SAMPLE_STRIDE
 
 
 def few(x: Array) -> list[Array]:
