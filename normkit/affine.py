@@ -17,10 +17,10 @@ from normkit.closures import traced_once
 from normkit.kernels.rows import Rounding, reciprocal_root
 from normkit.lean import lean
 
-# On a CPU the form that is faster from here on, by 1 to 10 % of a step, takes
-# 20 ms more to trace and 20 ms more to compile, a norm that is the first.
-# So does that of up to MODERATE elements, of which XLA compiles less; above, a
-# second core has more to do. Sums over fewer rows than FEW are no faster by it.
+# On a CPU the form that is faster from LARGE elements on, by 1 to 10 % of a
+# step, takes 20 ms more to trace and to compile, a norm that is the first.
+# Above MODERATE there is another, which compiles longer and occupies a second
+# core. Of fewer rows than FEW neither is faster.
 LARGE, MODERATE, FEW = 2**12, 2**17, 8
 
 

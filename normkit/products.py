@@ -47,7 +47,7 @@ def change(
   dx, dstats, dscale, dbias = tangents
   distance, factor, shift = x, root, None
   dfactor = dshift = None
-  if center:
+  if center:  # minus inside, or -dy is written out
     distance, shift = x - stats.pivot, -stats.offset * root
     moved = [d for d in (dstats.pivot, dstats.offset) if d is not None]
     dshift = _sum([-d * root for d in moved])

@@ -178,10 +178,8 @@ def test_of_a_platform_that_was_named(size, name):
     return x
 
   runs = {n: functools.partial(form, n) for n in FORMS}
-  x, sizes = (
-    jnp.ones(size),
-    {'cpu': Sizes(range(13)), 'cpu alone': Sizes(range(99))},
-  )
+  x = jnp.ones(size)
+  sizes = {'cpu': Sizes(range(13)), 'cpu alone': Sizes(range(99))}
   with normkit.for_platform('cpu'):
     platforms.dependent(runs, (x,), jax.typeof(x), sizes=sizes)
   assert names == [name]
