@@ -20,8 +20,8 @@ from normkit.lean import lean
 # On a CPU the form that is faster from LARGE elements on, by 1 to 10 % of a
 # step, takes 20 ms more to trace and to compile, a norm that is the first.
 # Above MODERATE there is another, which compiles longer and occupies a second
-# core. Of fewer rows than FEW neither is faster.
-LARGE, MODERATE, FEW = 2**12, 2**17, 8
+# core. Of fewer rows than LEAST_ROWS neither is faster.
+LARGE, MODERATE, LEAST_ROWS = 2**12, 2**17, 8
 
 
 class Arguments(NamedTuple):
@@ -216,7 +216,7 @@ def _of_rows(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:
       'cpu small': functools.partial(by_products, False),
       'cpu': functools.partial(by_products, True),
     }
-    columns = () if parameters[0] is None else (held - 1, FEW)
+    columns = () if parameters[0] is None else (held - 1, LEAST_ROWS)
     sizes = {
       'cpu small': Sizes(range(LARGE, MODERATE + 1), *columns),
       'cpu': Sizes(range(LARGE, sys.maxsize), *columns),

@@ -45,20 +45,18 @@ def change(
     The change, or what broadcasts to it.
   """
   dx, dstats, dscale, dbias = tangents
-  distance, factor, shift = x, root, None
-  dfactor = dshift = None
-  if center:  # minus inside, or -dy is written out
-    distance, shift = x - stats.pivot, -stats.offset * root
-    moved = [d for d in (dstats.pivot, dstats.offset) if d is not None]
-    dshift = _sum([-d * root for d in moved])
-  if dstats.var is not None:
-    dfactor = log_change(dstats.var, root)
-  if not is_early:
-    distance = (distance - stats.offset if center else x) * root
+  means = [d for d in dstats[:2] if center and d is not None]
+  dshift = _sum([-d * root for d in means])  # so that -dy is not written out
+  dfactor = None if dstats.var is None else log_change(dstats.var, root)
+  distance = x - stats.pivot if center else x
+  if is_early:
+    factor, shift = root, -stats.offset * root if center else None
+    if dfactor is not None:
+      dfactor = dfactor * root
+      dshift = _sum([dshift, -stats.offset * dfactor if center else None])
+  else:
     factor, shift = jnp.ones_like(root), None
-  elif dfactor is not None:
-    dfactor = dfactor * root
-    dshift = _sum([dshift, -stats.offset * dfactor if center else None])
+    distance = (distance - stats.offset if center else x) * root
   one = jnp.ones_like(root, distance.dtype)
   factors = _outer(dfactor, scale, (factor, dscale))
   terms = [_outer(dshift, scale, (shift, dscale), (one, dbias))]

@@ -171,5 +171,7 @@ def test_explicit_meshes(data, center):
   assert jax.typeof(found[0]).sharding.spec[0] == 'd'
   for got, want in zip(found, desired, strict=True):
     largest = np.abs(want).max()
-    rounding = float(jnp.finfo(want.dtype).eps)  # one may fall the other way
-    np.testing.assert_allclose(got / largest, want / largest, rounding, 1e-5)
+    pair = got / largest, want / largest
+    is_close = np.isclose(*pair, 1e-7, 1e-5)
+    assert is_close.mean() > 1 - 1e-4  # of a few the rounding falls elsewhere
+    np.testing.assert_allclose(*pair, rtol=2.0**-7, atol=1e-5)
