@@ -9,7 +9,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from normkit import _ops, _rules, _shards, _types, platforms, products
+from normkit import _ops, _rules, _shards, _types, derivatives, platforms
 from normkit._primitives import Sizes
 from normkit._types import Array, DType, Scalar
 from normkit.centred import Centred
@@ -20,8 +20,8 @@ from normkit.lean import lean
 # On a CPU the form that is faster from LARGE elements on, by 1 to 10 % of a
 # step, takes 20 ms more to trace and to compile, a norm that is the first.
 # Above MODERATE there is another, which compiles longer and occupies a second
-# core. Of fewer rows than LEAST_ROWS neither is faster.
-LARGE, MODERATE, LEAST_ROWS = 2**12, 2**17, 8
+# core. Of fewer rows than LEAST_ROWS neither is faster, nor of so few columns.
+LARGE, MODERATE, LEAST_ROWS, FEW_COLUMNS = 2**12, 2**17, 8, 8
 
 
 class Arguments(NamedTuple):
@@ -177,6 +177,12 @@ def _of_rows(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:
   ]
   leaves, tree = jax.tree.flatten((x, stats, *parameters))
   held = len(leaves) - (args.bias is not None)  # no tangent needs a bias
+  part = () if args.scale is None else (held - 1, LEAST_ROWS)
+  sizes = {
+    'cpu pairs alone': Sizes(range(_end_of_pairs(x, stats, args))),
+    'cpu late': Sizes(range(LARGE, MODERATE + 1), *part),
+    'cpu': Sizes(range(LARGE, sys.maxsize), *part),
+  }
   args = args._replace(scale=None, bias=None)  # they are among the leaves
 
   def run(form: Callable[..., Array], *leaves: Array) -> Array:
@@ -197,15 +203,14 @@ def _of_rows(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:
       y: Array = _rules.along(of_leaves, primals, moved, given)[1]
       return y
 
-    def by_products(is_early: bool, *leaves: Array) -> Array:
+    def by_change(form: Callable[..., Any], *leaves: Array) -> Array:
       given = dict(zip(moved, leaves[held:], strict=True))
       changes = jax.tree.unflatten(tree, map(given.get, range(len(tangents))))
       bias = [None] * (len(tangents) - held)
       x, stats, scale, _ = jax.tree.unflatten(tree, [*leaves[:held], *bias])
       x = x.astype(args.statistics_dtype)
       root = reciprocal_root(stats.var, args.epsilon)
-      options = changes, center, is_early
-      dy = products.change(x, stats, root, scale, *options)
+      dy = derivatives.change(form, x, stats, root, scale, changes, center)
       return jnp.broadcast_to(dy, y.shape).astype(y.dtype)
 
     y = evaluate(*primals)
@@ -213,13 +218,9 @@ def _of_rows(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:
       return y, jnp.zeros_like(y)
     runs = {
       'default': functools.partial(along, _by_roots),
-      'cpu small': functools.partial(by_products, False),
-      'cpu': functools.partial(by_products, True),
-    }
-    columns = () if parameters[0] is None else (held - 1, LEAST_ROWS)
-    sizes = {
-      'cpu small': Sizes(range(LARGE, MODERATE + 1), *columns),
-      'cpu': Sizes(range(LARGE, sys.maxsize), *columns),
+      'cpu pairs alone': functools.partial(by_change, derivatives.by_pairs),
+      'cpu late': functools.partial(by_change, derivatives.late),
+      'cpu': functools.partial(by_change, derivatives.early),
     }
     given = [tangents[i] for i in moved]
     kind = jax.typeof(y).to_tangent_aval()
@@ -228,6 +229,15 @@ def _of_rows(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:
   evaluate.defjvp(derive, symbolic_zeros=True)
   y: Array = _types.ruled(evaluate, *leaves)
   return y
+
+
+def _end_of_pairs(x: Array, stats: Centred, args: Arguments) -> int:
+  """Below how many elements a CPU is faster by `derivatives.by_pairs`."""
+  is_row = stats.var.shape == (*x.shape[:-1], 1)
+  is_single = args.statistics_dtype == (args.given or x.dtype) == jnp.float32
+  if not (is_row and is_single and _types.is_known(x.shape[-1])):
+    return 0
+  return sys.maxsize if x.shape[-1] <= FEW_COLUMNS else LARGE
 
 
 def _by_steps(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:
@@ -283,7 +293,7 @@ def _is_outer(stats: Centred, args: Arguments) -> bool:
     return False
   if not all(jnp.issubdtype(a.dtype, jnp.floating) for a in arrays):
     return False
-  rows, *columns = map(products.long_axes, arrays)
+  rows, *columns = map(derivatives.long_axes, arrays)
   last = max(rows, default=-1)  # a single row has no such axis
   return bool(columns) and all(c and last < min(c) for c in columns)
 

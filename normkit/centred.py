@@ -210,7 +210,8 @@ def _pivot(
   runs = {n: functools.partial(f, **options) for n, f in forms.items()}
   kind = kind_of(x, sets, dtype)
   sizes = {'cpu alone': Sizes(range(SMALL + 1, sys.maxsize))}
-  return platforms.dependent(runs, (x, count), kind, sizes=sizes)
+  pivot: Array = platforms.dependent(runs, (x, count), kind, sizes=sizes)
+  return pivot
 
 
 def _is_short(row: Any) -> bool:

@@ -25,8 +25,8 @@ form_p.multiple_results = True
 class Forms:
   """Functions of arrays to lists of arrays, by platform and 'default'.
 
-  A platform may have several, of which the first counts that fits: another word
-  may follow its name, and where that is 'alone', the form is for programs of
+  A platform may have several, of which the first counts that fits: other words
+  may follow its name, and where one is 'alone', the form is for programs of
   one device. `sizes` says for which arrays a form is meant, as they are in the
   program: `vmap` may have added axes. They close over no array. A program that
   is printed shows the platforms.
@@ -53,7 +53,7 @@ class Forms:
     found = dict.fromkeys(platforms, default)
     for name, form in reversed(self.of.items()):
       platform, *words = name.split()
-      if platform not in found or (words == ['alone'] and not is_alone):
+      if platform not in found or ('alone' in words and not is_alone):
         continue
       if _primitives.fits(self.sizes.get(name), arrays):
         found[platform] = form
@@ -66,28 +66,28 @@ class Forms:
 
 
 def choose(
-  forms: Mapping[str, Callable[..., Array]],
+  forms: Mapping[str, Callable[..., Any]],
   operands: Sequence[Array],
   result: Any,
   linear: Sequence[Array] = (),
   sizes: Mapping[str, _primitives.Sizes] = _primitives.ANY_SIZE,
-) -> Array:
+) -> Any:
   """Runs a function in the form of the platform.
 
   Args:
-    forms: functions `(*operands, *linear)` to an array, by platform as in
-      `Forms`; one of them for `'default'`. They close over no array.
+    forms: functions `(*operands, *linear)` to a tree of arrays, by platform as
+      in `Forms`; one of them for `'default'`. They close over no array.
     operands: what the function is not linear in.
-    result: the type of what it returns, as `jax.typeof` gives it.
+    result: the type of what it returns, as `jax.typeof` gives it: a tree.
     linear: what the function is linear in: it may be transposed by these.
     sizes: which arrays a form is meant for; see `Forms`.
 
   Returns:
     What the form of the platform returns.
   """
-  lists = Forms(forms, sizes).map(lambda form: lambda *a: [form(*a)])
-  found: Array = _bind(lists, operands, linear, [result])[0]
-  return found
+  leaves, tree = jax.tree.flatten(result)
+  lists = Forms(forms, sizes).map(lambda f: lambda *a: jax.tree.leaves(f(*a)))
+  return jax.tree.unflatten(tree, _bind(lists, operands, linear, leaves))
 
 
 def _bind(

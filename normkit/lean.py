@@ -101,7 +101,8 @@ def _widened(x: Array, dtype: DType) -> Array:
   forms = {'default': wide, 'cpu': lambda x: lax.optimization_barrier(wide(x))}
   kind = jax.typeof(x).update(dtype=dtype, weak_type=False)
   sizes = {'cpu': Sizes(range(SMALL + 1))}
-  return platforms.dependent(forms, (), kind, (x,), sizes)
+  y: Array = platforms.dependent(forms, (), kind, (x,), sizes)
+  return y
 
 
 def is_kept(size: int, primitive: Any, *avals: Any, **params: Any) -> bool:

@@ -120,12 +120,12 @@ def within(found: tuple[str | None, Implementation | None]) -> Iterator[None]:
 
 
 def dependent(
-  forms: Mapping[str, Callable[..., Array]],
+  forms: Mapping[str, Callable[..., Any]],
   operands: Sequence[Array],
   result: Any,
   linear: Sequence[Array] = (),
   sizes: Mapping[str, _primitives.Sizes] = _primitives.ANY_SIZE,
-) -> Array:
+) -> Any:
   """`forms.choose`, or the form of the platform that was named.
 
   Forms for smaller arrays are left out, since `vmap` only adds elements. Under
@@ -146,5 +146,4 @@ def dependent(
     is_meant = name in forms and _primitives.fits(sizes.get(name), arrays)
     return forms[name if is_meant else 'default'](*arrays)
   module = importlib.import_module('normkit.forms')  # jax.extend takes 20 ms
-  found: Array = module.choose(forms, operands, result, linear, sizes)
-  return found
+  return module.choose(forms, operands, result, linear, sizes)

@@ -70,7 +70,7 @@ LAYERS = (
   ('rows', 'arguments'),
   ('plain',),
   ('affine', 'moments'),
-  ('products',),
+  ('derivatives',),
   ('pooling', 'lean'),
   ('centred',),
   ('kernels.triton', 'kernels.mosaic_gpu', 'kernels.mosaic_tpu'),

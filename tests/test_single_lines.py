@@ -90,7 +90,7 @@ def test_a_sample_is_small(shape, axes, size):
   )
 
 
-@pytest.mark.parametrize('width', [33, 34, 40, 66, 256, 1000])
+@pytest.mark.parametrize('width', [33, 34, 40, 65, 66, 256, 999, 1000])
 def test_small_rows_are_summed_by_halves(width):
   """On a CPU, where it has one device; all elements, about a large mean."""
   x = 1000 + draw((4, width))
@@ -102,8 +102,8 @@ def test_small_rows_are_summed_by_halves(width):
   placed = jax.device_put(x, NamedSharding(mesh, P('rows')))
   for given, is_alone in (x, True), (placed, False):
     lowered = jax.jit(lambda x: nk.layer_norm(x)).lower(given)
-    has_halves = f'tensor<4x{width // 2}xf32>' in lowered.as_text()
-    assert has_halves == (is_alone and not width % 2)
+    has_halves = f'tensor<4x{-(-width // 2)}xf32>' in lowered.as_text()
+    assert has_halves == (is_alone and width != 33)  # short enough, and odd
 
 
 @pytest.mark.parametrize('width', [3, 4, 5, 33, 128, 129])
@@ -121,7 +121,8 @@ def test_the_pivot_of_many_short_rows_is_no_sum(width):
   mesh = jax.make_mesh((2,), ('rows',), (AxisType.Auto,))
   placed = jax.device_put(x, NamedSharding(mesh, P('rows')))
   sums = [run.lower(a).as_text().count('.reduce(') for a in (x, placed, x[:9])]
-  assert sums == [2 if 4 <= width <= 128 else 3, 3, 3]
+  of_pivot, of_others = not 4 <= width <= 128, 1 if width <= 32 else 2
+  assert sums == [of_pivot + of_others, 3, 2]
 
 
 @pytest.mark.parametrize('norm', [nk.layer_norm, nk.rms_norm])
@@ -136,26 +137,52 @@ def test_no_rows_have_gradients(norm, shape):
 
 def test_rows_of_a_symbol_beside_none():
   kind = jax.ShapeDtypeStruct(export.symbolic_shape('0, n'), jnp.float32)
-  exported = export.export(jax.jit(nk.layer_norm))(kind)
-  chex.assert_shape(exported.call(jnp.ones((0, 40))), (0, 40))
+  scale = jax.ShapeDtypeStruct(kind.shape[1:], jnp.float32)
+  run = jax.jit(jax.grad(lambda x, scale: nk.layer_norm(x, scale).sum()))
+  exported = export.export(run)(kind, scale)
+  given = jnp.ones((0, 40)), jnp.ones(40)
+  chex.assert_shape(exported.call(*given), (0, 40))
 
 
 PARTS = {
-  'halves': ((5, 70), '_sum_by_halves', sets.Sets((1,))),
-  'images': ((2, 3, 7, 10), '_sum_by_lines', sets.Sets((1, 2))),
-  'groups': ((2, 3, 7, 10), '_sum_by_lines', sets.Sets((1, 2), 3, 5)),
-  'sequences': ((2, 192, 10), '_sum_by_lines', sets.Sets((1,), 2, 5)),
-  'empty': ((2, 3, 0, 10), '_sum_by_lines', sets.Sets((1, 2))),
+  'halves': ((5, 70), 'sums_at_once', sets.Sets((1,))),
+  'odd': ((5, 331), 'sums_at_once', sets.Sets((1,))),
+  'no elements': ((5, 0), 'sums_at_once', sets.Sets((1,))),
+  'groups at once': ((2, 3, 7, 10), 'sums_at_once', sets.Sets((1, 2), 3, 5)),
+  'channels first': ((2, 6, 3, 7), 'sums_at_once', sets.Sets((2, 3), 1, 3)),
+  'images': ((2, 3, 7, 10), '_sums_by_lines', sets.Sets((1, 2))),
+  'groups': ((2, 3, 7, 10), '_sums_by_lines', sets.Sets((1, 2), 3, 5)),
+  'sequences': ((2, 192, 10), '_sums_by_lines', sets.Sets((1,), 2, 5)),
+  'empty': ((2, 3, 0, 10), '_sums_by_lines', sets.Sets((1, 2))),
 }
 
 
 @pytest.mark.parametrize(('shape', 'form', 'of'), PARTS.values(), ids=PARTS)
 def test_sums_in_parts_are_whole(shape, form, of):
-  x = 3 + draw(shape)
-  exact = np.asarray(x, np.float64).sum(of.axes, keepdims=True)
+  """Of one array, and of two."""
+  x = 3 + draw((2, *shape))
+  axes = tuple(a + 1 for a in of.axes)
+  exact = np.asarray(x, np.float64).sum(axes, keepdims=True)
   if of.groups:
-    exact = exact.reshape(*exact.shape[:-1], of.groups, -1).sum(-1)
-  np.testing.assert_allclose(getattr(sets, form)(of, x), exact, rtol=1e-6)
+    at = of.channel + 1
+    parts = np.split(exact, of.groups, at)
+    exact = np.concatenate([p.sum(at, keepdims=True) for p in parts], at)
+  run = functools.partial(getattr(sets, form), of)
+  for found in run(*x), run(x[0]) + run(x[1]):
+    np.testing.assert_allclose(found, exact, rtol=1e-6)
+
+
+def test_sums_of_small_groups_at_once():
+  """On a CPU: of x - pivot and its square, by one loop."""
+  x = 1000 + draw((2, 4, 4, 32))
+  run = jax.jit(lambda x: nk.group_norm(x, num_groups=8))
+  few, many = (run.lower(a).as_text() for a in (x, jnp.tile(x, (9, 1, 1, 1))))
+  # Of channels and of groups, of the pivot's sample and of either.
+  assert (few.count('.reduce('), many.count('.reduce(')) == (3, 6)
+  exact = np.asarray(x, np.float64).reshape(2, 16, 8, 4)
+  exact -= exact.mean((1, 3), keepdims=True)
+  exact /= np.sqrt((exact**2).mean((1, 3), keepdims=True) + 1e-6)
+  np.testing.assert_allclose(run(x), exact.reshape(x.shape), atol=1e-4)
 
 
 def group_norm(x):
