@@ -178,10 +178,12 @@ def _of_rows(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:
   leaves, tree = jax.tree.flatten((x, stats, *parameters))
   held = len(leaves) - (args.bias is not None)  # no tangent needs a bias
   part = () if args.scale is None else (held - 1, LEAST_ROWS)
+  few, others = _ranges_of_pairs(x, stats, args)
   sizes = {
-    'cpu pairs alone': Sizes(range(_end_of_pairs(x, stats, args))),
+    'cpu few alone': Sizes(few),
     'cpu late': Sizes(range(LARGE, MODERATE + 1), *part),
     'cpu': Sizes(range(LARGE, sys.maxsize), *part),
+    'cpu pairs alone': Sizes(others),
   }
   args = args._replace(scale=None, bias=None)  # they are among the leaves
 
@@ -216,11 +218,13 @@ def _of_rows(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:
     y = evaluate(*primals)
     if not moved:
       return y, jnp.zeros_like(y)
+    pairs = functools.partial(by_change, derivatives.by_pairs)
     runs = {
       'default': functools.partial(along, _by_roots),
-      'cpu pairs alone': functools.partial(by_change, derivatives.by_pairs),
+      'cpu few alone': pairs,
       'cpu late': functools.partial(by_change, derivatives.late),
       'cpu': functools.partial(by_change, derivatives.early),
+      'cpu pairs alone': pairs,
     }
     given = [tangents[i] for i in moved]
     kind = jax.typeof(y).to_tangent_aval()
@@ -231,13 +235,16 @@ def _of_rows(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:
   return y
 
 
-def _end_of_pairs(x: Array, stats: Centred, args: Arguments) -> int:
-  """Below how many elements a CPU is faster by `derivatives.by_pairs`."""
+def _ranges_of_pairs(
+  x: Array, stats: Centred, args: Arguments
+) -> tuple[range, range]:
+  """Of how many elements `derivatives.by_pairs` is first, and last."""
   is_row = stats.var.shape == (*x.shape[:-1], 1)
   is_single = args.statistics_dtype == (args.given or x.dtype) == jnp.float32
   if not (is_row and is_single and _types.is_known(x.shape[-1])):
-    return 0
-  return sys.maxsize if x.shape[-1] <= FEW_COLUMNS else LARGE
+    return range(0), range(0)
+  any_size = range(sys.maxsize)
+  return any_size if x.shape[-1] <= FEW_COLUMNS else range(0), any_size
 
 
 def _by_steps(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:

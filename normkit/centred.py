@@ -23,7 +23,14 @@ import jax.numpy as jnp
 from normkit import _ops, _shards, _types, platforms, samples
 from normkit._primitives import Sizes
 from normkit._types import Array, DType
-from normkit.sets import SMALL, Sets, kind_of, means_by_platform, spread
+from normkit.sets import (
+  SMALL,
+  Sets,
+  end_of_lanes,
+  kind_of,
+  means_by_platform,
+  spread,
+)
 
 
 class Centred(NamedTuple):
@@ -159,8 +166,8 @@ def _local(
   pivot, but only with `output_alone`: as soon as a derivative uses the
   statistics too, the compiler keeps wide copies of x instead (14 n for layer
   norm, its output and gradients, against 6 n). A CPU keeps a row in its cache,
-  and so reads it twice for the output alone; with derivatives what counts is
-  how many sums there are.
+  and so reads it twice for the output alone, where it does not take both sums
+  about a pivot in one loop; see `sets.end_of_lanes`.
 
   bfloat16 takes a pivot of zero there, which is known before x is: the sums
   are then taken where x is made. A step of ResNet-50 on H200 moves .8 GiB of
@@ -202,14 +209,20 @@ def _pivot(
   if form.given == jnp.bfloat16:
     forms |= {'cuda': _zero, 'tpu': _zero}
   is_row = sets == Sets((x.ndim - 1,))
-  if is_row and form.output_alone and _is_short(x.shape[-1]):
+  is_output = is_row and form.output_alone and _is_short(x.shape[-1])
+  end = end_of_lanes(x.shape[-1]) if is_output else sys.maxsize
+  if is_row and form.given == dtype == jnp.float32 and samples.has_few(x):
+    forms['cpu few alone'] = _mean_of_few
+  if is_output:
+    forms['cpu alone'] = _mean_of_sample
     forms |= dict.fromkeys(('cpu', 'cuda'), _own_mean)
-  elif is_row and form.given == dtype == jnp.float32 and samples.has_few(x):
-    forms['cpu alone'] = _mean_of_few
   options = {'sets': sets, 'dtype': dtype}
   runs = {n: functools.partial(f, **options) for n, f in forms.items()}
   kind = kind_of(x, sets, dtype)
-  sizes = {'cpu alone': Sizes(range(SMALL + 1, sys.maxsize))}
+  sizes = {
+    'cpu few alone': Sizes(range(SMALL + 1, end)),
+    'cpu alone': Sizes(range(end)),
+  }
   pivot: Array = platforms.dependent(runs, (x, count), kind, sizes=sizes)
   return pivot
 
@@ -284,7 +297,7 @@ def _own_mean(
 ) -> Array:
   """The mean, whose rounding error the offset holds."""
   x = _valid(x.astype(dtype), where)
-  return fixed(means_by_platform(sets, None, count, x)[0])
+  return fixed(sets.mean(x, count))
 
 
 def _zero(x: Array, count: Array, sets: Sets, dtype: DType) -> Array:

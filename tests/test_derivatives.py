@@ -1,7 +1,8 @@
 """Derivatives of layer and RMS norm: the forms for CPUs.
 
 By products of matrices from `affine.LARGE` elements on, in another way above
-`affine.MODERATE`; by both sums of a row at once below, and of few columns.
+`affine.MODERATE`; by both sums of a row at once below, and of few rows or
+columns.
 """
 
 import functools
@@ -20,7 +21,7 @@ from normkit.affine import LARGE, MODERATE
 ROWS = 64
 EPSILON = 1e-6
 PRODUCTS = [(ROWS, LARGE // ROWS), (ROWS, MODERATE // ROWS + 1)]
-PAIRS = [(48, 77), (700, 7)]
+PAIRS = [(48, 77), (700, 7), (4, 1120)]
 
 
 @pytest.fixture(scope='module', params=PRODUCTS + PAIRS, ids=str)
