@@ -23,14 +23,8 @@ import jax.numpy as jnp
 from normkit import _ops, _shards, _types, platforms, samples
 from normkit._primitives import Sizes
 from normkit._types import Array, DType
-from normkit.sets import (
-  SMALL,
-  Sets,
-  end_of_lanes,
-  kind_of,
-  means_by_platform,
-  spread,
-)
+from normkit.sets import Sets, kind_of, spread
+from normkit.sums import SMALL, end_of_lanes, means_by_platform
 
 
 class Centred(NamedTuple):
@@ -167,7 +161,7 @@ def _local(
   statistics too, the compiler keeps wide copies of x instead (14 n for layer
   norm, its output and gradients, against 6 n). A CPU keeps a row in its cache,
   and so reads it twice for the output alone, where it does not take both sums
-  about a pivot in one loop; see `sets.end_of_lanes`.
+  about a pivot in one loop; see `sums.end_of_lanes`.
 
   bfloat16 takes a pivot of zero there, which is known before x is: the sums
   are then taken where x is made. A step of ResNet-50 on H200 moves .8 GiB of

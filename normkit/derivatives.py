@@ -16,7 +16,8 @@ from normkit import _types
 from normkit._types import Array
 from normkit.centred import Centred
 from normkit.kernels.rows import log_change
-from normkit.sets import Sets, sums_at_once
+from normkit.sets import Sets
+from normkit.sums import sums_at_once
 
 Pair = tuple[Array | None, Array | None]
 

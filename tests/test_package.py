@@ -81,6 +81,7 @@ LAYERS = (
   ('kernels.plans', 'kernels.activations', 'kernels.clusters'),
   ('kernels.configs', 'kernels.record'),
   ('kernels',),
+  ('sums',),
   ('closures', 'samples', 'sets'),
   ('_shards', '_groups', 'platforms'),
   ('forms',),

@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 
 import normkit as nk
-from normkit import affine, centred, samples, sets
+from normkit import affine, centred, samples, sums
 import normkit.linen
 import normkit.nnx
+from normkit.sets import Sets
 
 KEY = jax.random.key(0)
 STATE = nk.BatchNormState(
@@ -36,7 +37,7 @@ def test_a_variance_is_never_negative():
   count, pivot = jnp.full((1, 1), size, jnp.float32), jnp.zeros((500, 1))
   unclamped = jnp.mean(x * x, 1) - jnp.mean(x, 1) ** 2
   assert (unclamped < 0).any()  # so that there is something to clamp
-  assert (centred.about(pivot, x, count, sets.Sets((1,)))[2] >= 0).all()
+  assert (centred.about(pivot, x, count, Sets((1,)))[2] >= 0).all()
 
 
 @pytest.mark.parametrize('scaled', [False, True])
@@ -169,17 +170,17 @@ def test_rows_of_a_symbol_beside_none():
 
 
 PARTS = {
-  'halves': ((5, 70), 'sums_at_once', sets.Sets((1,))),
-  'odd': ((5, 331), 'sums_at_once', sets.Sets((1,))),
-  'lanes': ((5, 96), '_sums_by_lanes', sets.Sets((1,))),
-  'lanes, and others': ((5, 83), '_sums_by_lanes', sets.Sets((1,))),
-  'no elements': ((5, 0), 'sums_at_once', sets.Sets((1,))),
-  'groups at once': ((2, 3, 7, 10), 'sums_at_once', sets.Sets((1, 2), 3, 5)),
-  'channels first': ((2, 6, 3, 7), 'sums_at_once', sets.Sets((2, 3), 1, 3)),
-  'images': ((2, 3, 7, 10), '_sums_by_lines', sets.Sets((1, 2))),
-  'groups': ((2, 3, 7, 10), '_sums_by_lines', sets.Sets((1, 2), 3, 5)),
-  'sequences': ((2, 192, 10), '_sums_by_lines', sets.Sets((1,), 2, 5)),
-  'empty': ((2, 3, 0, 10), '_sums_by_lines', sets.Sets((1, 2))),
+  'halves': ((5, 70), 'sums_at_once', Sets((1,))),
+  'odd': ((5, 331), 'sums_at_once', Sets((1,))),
+  'lanes': ((5, 96), '_sums_by_lanes', Sets((1,))),
+  'lanes, and others': ((5, 83), '_sums_by_lanes', Sets((1,))),
+  'no elements': ((5, 0), 'sums_at_once', Sets((1,))),
+  'groups at once': ((2, 3, 7, 10), 'sums_at_once', Sets((1, 2), 3, 5)),
+  'channels first': ((2, 6, 3, 7), 'sums_at_once', Sets((2, 3), 1, 3)),
+  'images': ((2, 3, 7, 10), '_sums_by_lines', Sets((1, 2))),
+  'groups': ((2, 3, 7, 10), '_sums_by_lines', Sets((1, 2), 3, 5)),
+  'sequences': ((2, 192, 10), '_sums_by_lines', Sets((1,), 2, 5)),
+  'empty': ((2, 3, 0, 10), '_sums_by_lines', Sets((1, 2))),
 }
 
 
@@ -193,7 +194,7 @@ def test_sums_in_parts_are_whole(shape, form, of):
     at = of.channel + 1
     parts = np.split(exact, of.groups, at)
     exact = np.concatenate([p.sum(at, keepdims=True) for p in parts], at)
-  run = functools.partial(getattr(sets, form), of)
+  run = functools.partial(getattr(sums, form), of)
   for found in run(*x), run(x[0]) + run(x[1]):
     np.testing.assert_allclose(found, exact, rtol=1e-6)
 
@@ -203,20 +204,49 @@ def test_sums_of_small_groups_at_once():
   x = 1000 + draw((2, 4, 4, 32))
   run = jax.jit(lambda x: nk.group_norm(x, num_groups=8))
   few, many = (run.lower(a).as_text() for a in (x, jnp.tile(x, (9, 1, 1, 1))))
-  # Of channels and of groups, of the pivot's sample and of either.
-  assert (few.count('.reduce('), many.count('.reduce(')) == (3, 6)
+  # Of channels and of groups: of the pivot's sample, and of both or of either.
+  assert (few.count('.reduce('), many.count('.reduce(')) == (3, 7)
   exact = np.asarray(x, np.float64).reshape(2, 16, 8, 4)
   exact -= exact.mean((1, 3), keepdims=True)
   exact /= np.sqrt((exact**2).mean((1, 3), keepdims=True) + 1e-6)
   np.testing.assert_allclose(run(x), exact.reshape(x.shape), atol=1e-4)
 
 
+def batch_norm(x):
+  return nk.batch_norm(x, nk.BatchNorm().init(x)[1], train=True)
+
+
 def group_norm(x):
   return nk.group_norm(x, num_groups=4)
 
 
-def batch_norm(x):
-  return nk.batch_norm(x, nk.BatchNorm().init(x)[1], train=True)
+@pytest.mark.parametrize(
+  ('norm', 'shape', 'lanes'),
+  [
+    (nk.moments, (9, 32, 32, 3), '9x64x16x3'),
+    (nk.moments, (200, 7, 7, 1), '200x7x7x1'),
+    (nk.moments, (2048, 5), '128x16x5'),
+    (nk.moments, (2049, 5), None),  # into three parts at most
+    (nk.moments, (819, 5), None),  # 4,095 elements
+    (nk.instance_norm, (2, 12, 14, 20), '2x12x14x20'),
+    (group_norm, (2, 14, 14, 20), '2x14x14x20'),
+    (group_norm, (2, 14, 9, 20), '2x9x14x20'),
+  ],
+)
+def test_images_are_summed_by_lanes(norm, shape, lanes):
+  """On a CPU, where it has one device; about a large mean."""
+  x = 1000 + draw(shape)
+  axis = tuple(range(len(shape) - 1))
+  is_moments = norm is nk.moments
+  run = jax.jit(functools.partial(norm, axis=axis) if is_moments else norm)
+  text = run.lower(x).as_text()
+  pair = f'(tensor<{lanes}xf32>, tensor<{lanes}xf32>, '
+  assert (pair in text) == (lanes is not None)
+  if is_moments:
+    exact = np.asarray(x, np.float64)
+    found = run(x)
+    np.testing.assert_allclose(found.mean, exact.mean(axis), rtol=1e-7)
+    np.testing.assert_allclose(found.var, exact.var(axis), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -248,9 +278,9 @@ def test_few_sets_are_summed_by_lines(norm, shape, sums):
 def test_one_form_is_no_choice_of_platforms():
   """Converters of programs, to ONNX for example, do not know such choices."""
   norms = (lambda x: nk.batch_norm(x, STATE, train=True)), nk.layer_norm
-  programs = [str(jax.make_jaxpr(norm)(draw((8, 3)))) for norm in norms]
+  programs = [str(jax.make_jaxpr(norm)(draw((3, 3)))) for norm in norms]
   found = ['normkit_form' in text for text in programs]
-  assert found == [False, True]  # of rows a CPU and a GPU have forms
+  assert found == [False, True]  # three rows are too few for lanes
 
 
 def test_rows_of_gpus_stay_on_chip_until_a_derivative_needs_them():
