@@ -17,10 +17,9 @@ from normkit.closures import traced_once
 from normkit.kernels.rows import Rounding, reciprocal_root
 from normkit.lean import lean
 
-# On a CPU the form that is faster from LARGE elements on, by 1 to 10 % of a
-# step, takes 20 ms more to trace and to compile, a norm that is the first.
-# Above MODERATE there is another, which compiles longer and occupies a second
-# core. Of fewer rows than LEAST_ROWS neither is faster, nor of so few columns.
+# Of the forms of derivatives for a CPU the late one is faster from LARGE on, of
+# elements. Above MODERATE the early one is, which compiles longer and keeps a
+# second core busy. Of few rows (LEAST_ROWS), or of so few columns, neither is.
 LARGE, MODERATE, LEAST_ROWS, FEW_COLUMNS = 2**12, 2**17, 8, 8
 
 
