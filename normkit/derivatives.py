@@ -6,7 +6,7 @@ products of matrices, or those of a row are taken at once where there is little.
 
 from collections.abc import Callable, Sequence
 import importlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -20,6 +20,20 @@ from normkit.sets import Sets
 from normkit.sums import sums_at_once
 
 Pair = tuple[Array | None, Array | None]
+
+
+class Rows(NamedTuple):
+  """What is normalized and scaled: (distance - offset) * root * scale."""
+
+  distance: Array
+  offset: Array | None  # None is zero
+  root: Array
+  scale: Array | None
+
+  def normalized(self) -> Array:
+    """The same without the scale."""
+    d = self.distance
+    return (d if self.offset is None else d - self.offset) * self.root
 
 
 def change(
@@ -50,7 +64,8 @@ def change(
   dshift = _sum([-d * root for d in means])  # so that -dy is not written out
   dfactor = None if dstats.var is None else log_change(dstats.var, root)
   distance, offset = (x - stats.pivot, stats.offset) if center else (x, None)
-  terms = form(distance, offset, root, scale, (dshift, dfactor), columns)
+  rows = Rows(distance, offset, root, scale)
+  terms = form(rows, (dshift, dfactor), columns)
   if dx is not None:
     dx = dx.astype(x.dtype)
     terms.append(dx * root if scale is None else dx * (root * scale))
@@ -58,20 +73,14 @@ def change(
   return jnp.zeros_like(x) if found is None else found
 
 
-def early(
-  distance: Array,
-  offset: Array | None,
-  root: Array,
-  scale: Array | None,
-  rows: Pair,
-  columns: Pair,
-) -> list[Array | None]:
+def early(rows: Rows, drows: Pair, columns: Pair) -> list[Array | None]:
   """All but the change of x itself, by dy times x - pivot.
 
   That is there before the statistics are, as the normalized x is not. So a
   second core has work meanwhile, and XLA two programs more to compile.
   """
-  (dshift, dfactor), (dscale, dbias) = rows, columns
+  distance, offset, root, scale = rows
+  (dshift, dfactor), (dscale, dbias) = drows, columns
   shift = None if offset is None else -offset * root
   if dfactor is not None:
     dfactor = dfactor * root
@@ -83,35 +92,18 @@ def early(
   return terms if factors is None else [*terms, distance * factors]
 
 
-def late(
-  distance: Array,
-  offset: Array | None,
-  root: Array,
-  scale: Array | None,
-  rows: Pair,
-  columns: Pair,
-) -> list[Array | None]:
+def late(rows: Rows, drows: Pair, columns: Pair) -> list[Array | None]:
   """The same, by dy times the normalized x."""
-  (dshift, dfactor), (dscale, dbias) = rows, columns
-  normalized = _normalized(distance, offset, root)
-  one = jnp.ones_like(root, normalized.dtype)
-  factors = _outer(dfactor, scale, (one, dscale))
-  terms = [_outer(dshift, scale, (one, dbias))]
-  return terms if factors is None else [*terms, normalized * factors]
+  one = jnp.ones_like(rows.root)
+  done = Rows(rows.normalized(), None, one, rows.scale)
+  return early(done, drows, columns)
 
 
-def by_pairs(
-  distance: Array,
-  offset: Array | None,
-  root: Array,
-  scale: Array | None,
-  rows: Pair,
-  columns: Pair,
-) -> list[Array | None]:
+def by_pairs(rows: Rows, drows: Pair, columns: Pair) -> list[Array | None]:
   """The same without products of matrices, and both sums of a row at once."""
   dscale, dbias = columns
-  normalized = _normalized(distance, offset, root)
-  terms = [_of_pair((normalized, scale), rows), dbias]
+  normalized = rows.normalized()
+  terms = [_of_pair((normalized, rows.scale), drows), dbias]
   return terms if dscale is None else [*terms, normalized * dscale]
 
 
@@ -129,13 +121,13 @@ def _of_pair(residuals: tuple[Array, Array | None], pair: Pair) -> Array | None:
     values = zip(pair, (dy, dy * x), strict=True)
     found = [None if p is None else v for p, v in values]
     leaves, tree = jax.tree.flatten(tuple(found))
-    return jax.tree.unflatten(tree, _sums_of_rows(leaves))
+    return jax.tree.unflatten(tree, _linear_sums(leaves))
 
   y: Array | None = _linear(plain, sums, residuals, pair)
   return y
 
 
-def _sums_of_rows(values: list[Array]) -> list[Array]:
+def _linear_sums(values: list[Array]) -> list[Array]:
   """Of each of them; linear, since JAX differentiates no sum of several."""
   shape = values[0].shape
 
@@ -153,10 +145,6 @@ def _linear(*given: Any) -> Any:
   """`dispatch.choose_linear`, which takes 20 ms to import."""
   dispatch = importlib.import_module('normkit.kernels.dispatch')
   return dispatch.choose_linear(*given)
-
-
-def _normalized(distance: Array, offset: Array | None, root: Array) -> Array:
-  return (distance if offset is None else distance - offset) * root
 
 
 def _sum(terms: Sequence[Array | None]) -> Array | None:

@@ -171,10 +171,10 @@ def test_sums_at_once(data):
 
   def pairs(x):
     text = run.lower(x, dy, scale, bias).as_text()
-    assert 'dot_general' not in text or x.size >= LARGE
     return len(re.findall(r'reduce\([^)]*\), \([^)]*\)', text))
 
   assert pairs(x) == 2
+  assert 'dot_general' not in run.lower(x, dy, scale, bias).as_text()
   grid = jax.make_mesh((4,), ('d',), axis_types=(AxisType.Auto,))
   assert pairs(jax.device_put(x, NamedSharding(grid, P('d')))) == 0
   assert pairs(x.astype(jnp.bfloat16)) == 1
@@ -194,6 +194,7 @@ def test_nothing_is_gathered(data, axis):
   assert set(re.findall(r' (all-[a-z]+)(?:-start)?\(', text)) == {'all-reduce'}
 
 
+@pytest.mark.parametrize('data', PRODUCTS, indirect=True, ids=str)
 @pytest.mark.parametrize('center', [True, False])
 def test_explicit_meshes(data, center):
   """Also where the sums are of bfloat16, about zero on some platforms."""
@@ -209,8 +210,6 @@ def test_explicit_meshes(data, center):
   for got, want in zip(found, desired, strict=True):
     largest = np.abs(want).max()
     pair = got / largest, want / largest
-    others = ~np.isclose(*pair, 1e-7, 1e-5)
-    assert (
-      others.sum() <= 1 + others.size // 10**4
-    )  # a rounding falls elsewhere
+    is_close = np.isclose(*pair, 1e-7, 1e-5)
+    assert is_close.mean() > 1 - 1e-4  # of a few the rounding falls elsewhere
     np.testing.assert_allclose(*pair, rtol=2.0**-7, atol=1e-5)

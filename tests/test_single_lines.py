@@ -162,6 +162,8 @@ def test_no_rows_have_gradients(norm, shape):
 
 def test_rows_of_a_symbol_beside_none():
   kind = jax.ShapeDtypeStruct(export.symbolic_shape('0, n'), jnp.float32)
+  exported = export.export(jax.jit(nk.layer_norm))(kind)
+  chex.assert_shape(exported.call(jnp.ones((0, 40))), (0, 40))
   scale = jax.ShapeDtypeStruct(kind.shape[1:], jnp.float32)
   run = jax.jit(jax.grad(lambda x, scale: nk.layer_norm(x, scale).sum()))
   exported = export.export(run)(kind, scale)
@@ -172,8 +174,9 @@ def test_rows_of_a_symbol_beside_none():
 PARTS = {
   'halves': ((5, 70), 'sums_at_once', Sets((1,))),
   'odd': ((5, 331), 'sums_at_once', Sets((1,))),
-  'lanes': ((5, 96), '_sums_by_lanes', Sets((1,))),
-  'lanes, and others': ((5, 83), '_sums_by_lanes', Sets((1,))),
+  'lanes': ((5, 96), '_sums_of_rows', Sets((1,))),
+  'lanes, and others': ((5, 83), '_sums_of_rows', Sets((1,))),
+  'lanes of images': ((2, 3, 6, 10), '_sums_by_lanes', Sets((1, 2), 3, 5)),
   'no elements': ((5, 0), 'sums_at_once', Sets((1,))),
   'groups at once': ((2, 3, 7, 10), 'sums_at_once', Sets((1, 2), 3, 5)),
   'channels first': ((2, 6, 3, 7), 'sums_at_once', Sets((2, 3), 1, 3)),
