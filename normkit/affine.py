@@ -18,9 +18,10 @@ from normkit.kernels.rows import Rounding, reciprocal_root
 from normkit.lean import lean
 
 # Of the forms of derivatives for a CPU the late one is faster from LARGE on, of
-# elements. Above MODERATE the early one is, which compiles longer and keeps a
-# second core busy. Of few rows (LEAST_ROWS), or of so few columns, neither is.
-LARGE, MODERATE, LEAST_ROWS, FEW_COLUMNS = 2**12, 2**17, 8, 8
+# elements. Above MODERATE, and of fewer than MANY_ROWS, the early one is, which
+# compiles longer and keeps a second core busy. Of fewer than FEW_ROWS, or of
+# FEW_COLUMNS or fewer, neither is.
+LARGE, MODERATE, MANY_ROWS, FEW_ROWS, FEW_COLUMNS = 2**12, 2**17, 8, 4, 8
 
 
 class Arguments(NamedTuple):
@@ -176,12 +177,12 @@ def _of_rows(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:
   ]
   leaves, tree = jax.tree.flatten((x, stats, *parameters))
   held = len(leaves) - (args.bias is not None)  # no tangent needs a bias
-  part = () if args.scale is None else (held - 1, LEAST_ROWS)
+  at = None if args.scale is None else held - 1  # it goes once into each row
   few, others = _ranges_of_pairs(x, stats, args)
   sizes = {
     'cpu few alone': Sizes(few),
-    'cpu late': Sizes(range(LARGE, MODERATE + 1), *part),
-    'cpu': Sizes(range(LARGE, sys.maxsize), *part),
+    'cpu late': Sizes(range(LARGE, MODERATE + 1), at, MANY_ROWS),
+    'cpu': Sizes(range(LARGE, sys.maxsize), at, FEW_ROWS),
     'cpu pairs alone': Sizes(others),
   }
   args = args._replace(scale=None, bias=None)  # they are among the leaves

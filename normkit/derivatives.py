@@ -16,8 +16,7 @@ from normkit import _types
 from normkit._types import Array
 from normkit.centred import Centred
 from normkit.kernels.rows import log_change
-from normkit.sets import Sets
-from normkit.sums import sums_at_once
+from normkit.sums import sums_of_rows
 
 Pair = tuple[Array | None, Array | None]
 
@@ -132,7 +131,7 @@ def _linear_sums(values: list[Array]) -> list[Array]:
   shape = values[0].shape
 
   def sums(_: None, values: list[Array]) -> list[Array]:
-    return sums_at_once(Sets((len(shape) - 1,)), *values)
+    return sums_of_rows(*values)
 
   def spread(_: None, totals: list[Array]) -> list[Array]:
     return [jnp.broadcast_to(t, shape) for t in totals]

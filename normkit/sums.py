@@ -66,7 +66,7 @@ def _on_a_cpu(x: Array, sets: Sets) -> dict[str, tuple[Form, range]]:
       return {'cpu alone': (sums_at_once, range(sys.maxsize))}
     return {
       'cpu small alone': (sums_at_once, range(SMALL + 1)),
-      'cpu alone': (_sums_of_rows, range(end_of_lanes(x.shape[-1]))),
+      'cpu alone': (_sums_of_long_rows, range(end_of_lanes(x.shape[-1]))),
     }
   forms = {}
   if sets.groups is not None:
@@ -105,14 +105,23 @@ def sums_at_once(sets: Sets, *values: Array) -> list[Array]:
   return [lax.expand_dims(t, sets.axes) for t in _totals(parts, axes)]
 
 
-def _sums_of_rows(sets: Sets, *values: Array) -> list[Array]:
-  """The same of longer rows, by lanes, and of what is left."""
+def sums_of_rows(*values: Array) -> list[Array]:
+  """The same of rows, for one CPU, in the form for as many elements."""
+  x = values[0]
+  is_long = x.size > SMALL and x.shape[-1] > SHORT
+  sums = _sums_of_long_rows if is_long else sums_at_once
+  return sums(Sets((x.ndim - 1,)), *values)
+
+
+def _sums_of_long_rows(sets: Sets, *values: Array) -> list[Array]:
+  """The same by lanes; of a size that has too few, the rest at once."""
   at = sets.axes[0]
   size = values[0].shape[at]
+  if _lanes(size) >= LANES // 2:
+    return _sums_by_lanes(sets, *values)
   cut = size - size % LANES, size % LANES
   wholes, rests = zip(*(lax.split(v, cut, at) for v in values), strict=True)
-  found = _sums_by_lanes(sets, *wholes)
-  return _added(found, sums_at_once(sets, *rests)) if cut[1] else found
+  return _added(_sums_by_lanes(sets, *wholes), sums_at_once(sets, *rests))
 
 
 def _sums_by_lanes(sets: Sets, *values: Array) -> list[Array]:

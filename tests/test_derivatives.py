@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 import normkit as nk
-from normkit.affine import LARGE, MODERATE
+from normkit.affine import LARGE, MANY_ROWS, MODERATE
 
 ROWS = 64
 EPSILON = 1e-6
 PRODUCTS = [(ROWS, LARGE // ROWS), (ROWS, MODERATE // ROWS + 1)]
-PAIRS = [(48, 77), (700, 7), (4, 1120)]
+PAIRS = [(48, 77), (700, 7), (3, 1540)]
 
 
 @pytest.fixture(scope='module', params=PRODUCTS + PAIRS, ids=str)
@@ -137,16 +137,17 @@ def test_only_from_this_size_on(data):
 
 @pytest.mark.optimized
 def test_fewer_programs_up_to_a_size():
-  """XLA compiles each; above, a second core does one of them earlier."""
+  """XLA compiles each; of more, or few rows, a second core does one earlier."""
 
-  def kernels(width):
-    x, scale = jnp.ones((ROWS, width)), jnp.ones(width)
+  def kernels(width, rows=ROWS):
+    x, scale = jnp.ones((rows, width)), jnp.ones(width)
     run = jax.jit(functools.partial(gradients, True))
     text = run.lower(x, x, scale, scale).compile().as_text()
     return len(re.findall(r' fusion\(', text))
 
   most = MODERATE // ROWS
   assert kernels(most) < kernels(most + 1)
+  assert kernels(1024, MANY_ROWS) < kernels(1024, MANY_ROWS - 1)
 
 
 @pytest.mark.parametrize('data', PRODUCTS, indirect=True, ids=str)
@@ -176,8 +177,19 @@ def test_sums_at_once(data):
   assert pairs(x) == 2
   assert 'dot_general' not in run.lower(x, dy, scale, bias).as_text()
   grid = jax.make_mesh((4,), ('d',), axis_types=(AxisType.Auto,))
-  assert pairs(jax.device_put(x, NamedSharding(grid, P('d')))) == 0
+  spec = P('d') if len(x) % 4 == 0 else P(None, 'd')
+  assert pairs(jax.device_put(x, NamedSharding(grid, spec))) == 0
   assert pairs(x.astype(jnp.bfloat16)) == 1
+
+
+@pytest.mark.parametrize(('width', 'parts'), [(1358, 0), (1540, 2)])
+def test_long_rows_by_lanes(width, parts):
+  """Both sums of the statistics, and both of their gradient."""
+  x, scale = jnp.ones((3, width)), jnp.ones(width)
+  run = jax.jit(functools.partial(gradients, True))
+  text = run.lower(x, x, scale, scale).as_text()
+  lanes = rf'reduce\([^)]*\), \([^)]*\).*: \(tensor<3x14x{width // 14}xf32>'
+  assert len(re.findall(lanes, text)) == parts
 
 
 @pytest.mark.parametrize('axis', [0, 1])

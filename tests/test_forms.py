@@ -15,7 +15,7 @@ import pytest
 
 from normkit import forms, platforms
 from normkit._primitives import Sizes
-from normkit.affine import LEAST_ROWS
+from normkit.affine import FEW_ROWS
 import normkit.linen
 
 X, DY = np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32)
@@ -187,7 +187,7 @@ def test_of_a_platform_that_was_named(size, name):
 
 @pytest.mark.parametrize(
   ('rows', 'has_products'),
-  [(1, False), (LEAST_ROWS - 1, False), (LEAST_ROWS, True)],
+  [(1, False), (FEW_ROWS - 1, False), (FEW_ROWS, True)],
 )
 @pytest.mark.parametrize('is_one_scale', [True, False])
 def test_products_of_rows_that_vmap_makes_many(

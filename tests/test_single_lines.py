@@ -174,8 +174,9 @@ def test_rows_of_a_symbol_beside_none():
 PARTS = {
   'halves': ((5, 70), 'sums_at_once', Sets((1,))),
   'odd': ((5, 331), 'sums_at_once', Sets((1,))),
-  'lanes': ((5, 96), '_sums_of_rows', Sets((1,))),
-  'lanes, and others': ((5, 83), '_sums_of_rows', Sets((1,))),
+  'lanes': ((5, 96), '_sums_of_long_rows', Sets((1,))),
+  'fewer lanes': ((5, 90), '_sums_of_long_rows', Sets((1,))),
+  'lanes, and others': ((5, 83), '_sums_of_long_rows', Sets((1,))),
   'lanes of images': ((2, 3, 6, 10), '_sums_by_lanes', Sets((1, 2), 3, 5)),
   'no elements': ((5, 0), 'sums_at_once', Sets((1,))),
   'groups at once': ((2, 3, 7, 10), 'sums_at_once', Sets((1, 2), 3, 5)),
