@@ -21,7 +21,7 @@ from normkit.lean import lean
 # elements. Above MODERATE, and of fewer than MANY_ROWS, the early one is, which
 # compiles longer and keeps a second core busy. Of fewer than FEW_ROWS, or of
 # FEW_COLUMNS or fewer, neither is.
-LARGE, MODERATE, MANY_ROWS, FEW_ROWS, FEW_COLUMNS = 2**12, 2**17, 8, 4, 8
+LARGE, MODERATE, MANY_ROWS, FEW_ROWS, FEW_COLUMNS = 2**12, 2**17, 8, 4, 12
 
 
 class Arguments(NamedTuple):
@@ -283,7 +283,8 @@ def _by_factors(
   distance, shift = x, args.bias
   if center:
     distance = _ops.sub(x, stats.pivot)
-    shift = _plus(_ops.mul(lax.neg(stats.offset), factor), args.bias)
+    shift = _ops.mul(stats.offset, factor)
+    shift = lax.neg(shift) if args.bias is None else _ops.sub(args.bias, shift)
   if args.where is None:
     return _plus(_ops.mul(distance, factor), shift).astype(args.dtype)
   stray = ~args.where & ~jnp.isfinite(x)

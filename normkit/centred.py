@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from normkit import _ops, _shards, _types, platforms, samples
 from normkit._primitives import Sizes
 from normkit._types import Array, DType
-from normkit.sets import Sets, kind_of, spread
+from normkit.sets import Sets, kind_of, of_groups, spread
 from normkit.sums import SMALL, end_of_lanes, means_by_platform
 
 
@@ -40,12 +40,12 @@ class Centred(NamedTuple):
   count: Array  # type: ignore[assignment]
 
 
-def of_channels(stats: Centred, channel: int, num_channels: int) -> Centred:
-  """The statistics of groups, for each of their channels."""
-  pivot, offset, var = (spread(s, channel, num_channels) for s in stats[:3])
+def of_channels(stats: Centred, channel: int, x: Array) -> Centred:
+  """The statistics of groups, for each of their channels in x."""
+  pivot, offset, var = (spread(s, channel, x) for s in stats[:3])
   count = stats.count
   if count.shape[channel] > 1:  # or it is one for all groups, and broadcasts
-    count = spread(count, channel, num_channels)
+    count = spread(count, channel, x)
   return Centred(pivot, offset, var, count)
 
 
@@ -87,7 +87,7 @@ def centred(
   found: Centred = _types.ruled(
     _centred,
     x,
-    Sets(axes, *groups) if groups else Sets(axes),
+    of_groups(x, axes, *groups) if groups else Sets(axes),
     where,
     center,
     _types.statistics_dtype(x.dtype if dtype is None else dtype),

@@ -16,7 +16,7 @@ from normkit.centred import (
   of_channels,
 )
 from normkit.kernels.rows import Spec, statistics
-from normkit.sets import Sets
+from normkit.sets import Sets, of_groups
 
 Arrays = dict[str, Array]
 SUMMANDS = 'x', 'residual'
@@ -27,7 +27,7 @@ def _sets(x: Array, spec: Spec) -> Sets:
   last = x.ndim - 1
   if spec.groups is None:
     return Sets((last,))
-  return Sets(tuple(range(1, last)), last, spec.groups)
+  return of_groups(x, tuple(range(1, last)), last, spec.groups)
 
 
 def statistics_of_rows(spec: Spec, given: Arrays) -> Arrays:
@@ -74,7 +74,7 @@ def _input(given: Arrays, spec: Spec) -> Array:
 def _affine(x: Array, stats: Centred, given: Arrays, spec: Spec) -> Array:
   wide = _types.statistics_dtype(x.dtype)
   if spec.groups is not None:
-    stats = of_channels(stats, x.ndim - 1, x.shape[-1])
+    stats = of_channels(stats, x.ndim - 1, x)
   scale, bias = (
     _types.widen(_of_rank(given.get(n), x.ndim), _types.real_dtype(wide))
     for n in ('scale', 'bias')

@@ -196,7 +196,7 @@ def ghost_norm(
   own = parts = centred(batches, axes, args.where, given=args.given)
   if pieces != ghosts:
     parts = merge_channels(parts, first, ghosts)
-    own = of_channels(parts, first, pieces)
+    own = of_channels(parts, first, batches)
   y = affine(batches, own, args).reshape(x.shape)
   return y, Centred(*(m.squeeze(first) for m in merge(parts, first)))
 

@@ -90,7 +90,7 @@ def evonorm_s0(
     groups, axes = (last, num_groups), tuple(range(1, last))
     stats = centred(wide, axes, args.where, given=args.given, groups=groups)
     stats = pool(stats, axis_name, axis_index_groups)
-    stats = of_channels(stats, last, wide.shape[last])
+    stats = of_channels(stats, last, wide)
     root = reciprocal_root(stats.var, args.epsilon)
     root = jnp.where(stats.count > 0, root, 0)
     return finish(_swish, wide, slope, (root,), args)

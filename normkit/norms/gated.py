@@ -166,7 +166,7 @@ def gated_rms_norm(
       stats = centred(x, (), args.where, center=False, groups=parted)
     stats = pool(stats, axis_name, axis_index_groups, center=False)
     if groups is not None:
-      stats = of_channels(stats, axes[0], x.shape[axes[0]])
+      stats = of_channels(stats, axes[0], x)
     last = None
     if factor is not None and gates_last:
       last = functools.partial(jnp.multiply, factor)

@@ -134,7 +134,7 @@ def group_norm_any(
     groups = channel, num_groups
     stats = centred(wide, spatial, args.where, given=args.given, groups=groups)
     stats = pool(stats, axis_name, axis_index_groups)
-    stats = of_channels(stats, channel, wide.shape[channel])
+    stats = of_channels(stats, channel, wide)
     return affine(wide, stats, args)
 
   normalized: Array = widened(run, x, args)
