@@ -9,7 +9,7 @@ import jax
 from benchmarks import gpu
 
 # Of the CPU, or compiled for chips that are not here.
-ON_CPU = 'bytes', 'cpu', 'family', 'kernels', 'registers'
+ON_CPU = 'bytes', 'cpu', 'family', 'kernels', 'parity', 'registers'
 
 
 def modules() -> list[ModuleType]:
@@ -30,13 +30,14 @@ def modules() -> list[ModuleType]:
     family,
     folding,
     kernels,
+    parity,
     pictures,
     registers,
     speed,
   )
 
   found = [accuracy, moved, compiling, conversions, dropin, family, folding]
-  return [*found, gpu, kernels, pictures, registers, speed]
+  return [*found, gpu, kernels, parity, pictures, registers, speed]
 
 
 def main() -> int:

@@ -16,12 +16,15 @@ from normkit.centred import Centred
 from normkit.closures import traced_once
 from normkit.kernels.rows import Rounding, reciprocal_root
 from normkit.lean import lean
+from normkit.sums import SHORT
 
 # Of the forms of derivatives for a CPU the late one is faster from LARGE on, of
 # elements. Above MODERATE, and of fewer than MANY_ROWS, the early one is, which
-# compiles longer and keeps a second core busy. Of fewer than FEW_ROWS, or of
-# FEW_COLUMNS or fewer, neither is.
-LARGE, MODERATE, MANY_ROWS, FEW_ROWS, FEW_COLUMNS = 2**12, 2**17, 8, 4, 12
+# compiles longer and keeps a second core busy. By pairs are faster layer norms
+# from MODERATE to HUGE, of rows that are not short, and all of FEW_COLUMNS or
+# fewer, or of fewer than FEW_ROWS.
+LARGE, MODERATE, HUGE = 2**12, 2**17, 2**19
+MANY_ROWS, FEW_ROWS, FEW_COLUMNS = 8, 4, 15
 
 
 class Arguments(NamedTuple):
@@ -178,9 +181,9 @@ def _of_rows(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:
   leaves, tree = jax.tree.flatten((x, stats, *parameters))
   held = len(leaves) - (args.bias is not None)  # no tangent needs a bias
   at = None if args.scale is None else held - 1  # it goes once into each row
-  few, others = _ranges_of_pairs(x, stats, args)
+  first, others = _ranges_of_pairs(x, stats, args, center)
   sizes = {
-    'cpu few alone': Sizes(few),
+    'cpu first alone': Sizes(first),
     'cpu late': Sizes(range(LARGE, MODERATE + 1), at, MANY_ROWS),
     'cpu': Sizes(range(LARGE, sys.maxsize), at, FEW_ROWS),
     'cpu pairs alone': Sizes(others),
@@ -221,7 +224,7 @@ def _of_rows(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:
     pairs = functools.partial(by_change, derivatives.by_pairs)
     runs = {
       'default': functools.partial(along, _by_roots),
-      'cpu few alone': pairs,
+      'cpu first alone': pairs,
       'cpu late': functools.partial(by_change, derivatives.late),
       'cpu': functools.partial(by_change, derivatives.early),
       'cpu pairs alone': pairs,
@@ -236,15 +239,19 @@ def _of_rows(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:
 
 
 def _ranges_of_pairs(
-  x: Array, stats: Centred, args: Arguments
+  x: Array, stats: Centred, args: Arguments, center: bool
 ) -> tuple[range, range]:
   """Of how many elements `derivatives.by_pairs` is first, and last."""
   is_row = stats.var.shape == (*x.shape[:-1], 1)
   is_single = args.statistics_dtype == (args.given or x.dtype) == jnp.float32
-  if not (is_row and is_single and _types.is_known(x.shape[-1])):
+  row = x.shape[-1]
+  if not (is_row and is_single and _types.is_known(row)):
     return range(0), range(0)
   any_size = range(sys.maxsize)
-  return any_size if x.shape[-1] <= FEW_COLUMNS else range(0), any_size
+  if row <= FEW_COLUMNS:
+    return any_size, any_size
+  has_two = center and row > SHORT  # a single sum is slower so
+  return range(MODERATE, HUGE + 1) if has_two else range(0), any_size
 
 
 def _by_steps(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:

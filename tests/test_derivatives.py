@@ -1,8 +1,8 @@
 """Derivatives of layer and RMS norm: the forms for CPUs.
 
 By products of matrices from `affine.LARGE` elements on, in another way above
-`affine.MODERATE`; by both sums of a row at once below, and of few rows or
-columns.
+`affine.MODERATE`; by both sums of a row at once below, of few rows or columns,
+and of layer norms up to `affine.HUGE`.
 """
 
 import functools
@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 import normkit as nk
-from normkit.affine import LARGE, MANY_ROWS, MODERATE
+from normkit.affine import HUGE, LARGE, MANY_ROWS, MODERATE
 
 ROWS = 64
 EPSILON = 1e-6
-PRODUCTS = [(ROWS, LARGE // ROWS), (ROWS, MODERATE // ROWS + 1)]
-PAIRS = [(48, 77), (700, 7), (3, 1540)]
+PRODUCTS = [(ROWS, LARGE // ROWS), (ROWS, HUGE // ROWS + 1)]
+PAIRS = [(48, 77), (700, 7), (3, 1540), (ROWS, MODERATE // ROWS + 10)]
 
 
 @pytest.fixture(scope='module', params=PRODUCTS + PAIRS, ids=str)
@@ -135,19 +135,29 @@ def test_only_from_this_size_on(data):
   assert 'dot_general' not in program(ROWS - 1)
 
 
+@pytest.mark.parametrize(('width', 'has_some'), [(63, True), (64, False)])
+def test_products_of_short_rows(width, has_some):
+  """Also where longer ones take both sums at once."""
+  x, scale = jnp.ones((MODERATE // 63 + 1, width)), jnp.ones(width)
+  run = jax.jit(functools.partial(gradients, True))
+  text = run.lower(x, x, scale, scale).as_text()
+  assert ('dot_general' in text) == has_some
+
+
 @pytest.mark.optimized
 def test_fewer_programs_up_to_a_size():
   """XLA compiles each; of more, or few rows, a second core does one earlier."""
 
-  def kernels(width, rows=ROWS):
-    x, scale = jnp.ones((rows, width)), jnp.ones(width)
-    run = jax.jit(functools.partial(gradients, True))
+  def kernels(center, elements, rows=ROWS):
+    x, scale = jnp.ones((rows, elements // rows)), jnp.ones(elements // rows)
+    run = jax.jit(functools.partial(gradients, center))
     text = run.lower(x, x, scale, scale).compile().as_text()
     return len(re.findall(r' fusion\(', text))
 
-  most = MODERATE // ROWS
-  assert kernels(most) < kernels(most + 1)
-  assert kernels(1024, MANY_ROWS) < kernels(1024, MANY_ROWS - 1)
+  for center, most in (True, HUGE), (False, MODERATE):
+    assert kernels(center, most) < kernels(center, most + ROWS)
+  many, few = (kernels(False, rows * 1024, rows) for rows in (MANY_ROWS, 7))
+  assert many < few
 
 
 @pytest.mark.parametrize('data', PRODUCTS, indirect=True, ids=str)
