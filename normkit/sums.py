@@ -19,10 +19,10 @@ from normkit.sets import Sets, kind_of
 
 Form = Callable[..., list[Array]]
 
-# On a CPU: up to so many elements rows are summed by halves, groups at once,
-# and rows by lanes, of which there are fewer than ROWS; above which length rows
-# are halved, and which are short; how many lanes there are, at most and least.
-SMALL, GROUPED, WIDE, ROWS = 2**12, 2**11, 2**20, 2**12
+# On a CPU: up to so many elements rows are summed by halves, and groups at
+# once; fewer than so many rows by lanes. Above which length rows are halved,
+# and which are short; how many lanes there are, at most and least.
+SMALL, GROUPED, ROWS = 2**12, 2**11, 2**12
 WINDOW, SHORT, LANES, FEW_LANES = 32, 63, 16, 4
 # What fits in a GPU's cache, of elements, XLA writes out there. A line of an
 # image has LEAST elements or more; an axis by itself has LINES of LINE or more.
@@ -83,7 +83,7 @@ def end_of_lanes(row: int) -> int:
   From ROWS rows on, unless they are short, XLA calls a library for all of a
   norm, which takes less than what is left to do around these forms.
   """
-  return sys.maxsize if row <= SHORT else min(WIDE + 1, ROWS * row)
+  return sys.maxsize if row <= SHORT else ROWS * row
 
 
 def sums_at_once(sets: Sets, *values: Array) -> list[Array]:

@@ -155,6 +155,17 @@ def test_constant_rows(form, value, count):
   chex.assert_tree_all_finite(dx)
 
 
+@pytest.mark.parametrize('place', [(0, 0, 0), (1, 7, 3)])
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite(place, value):
+  """It is the mean of its channel, be it of the pivot's sample or not."""
+  x = np.ones((2, 8, 8, 3), np.float32)
+  x[*place, 1] = value
+  mean, var, _ = jax.jit(nk.moments, static_argnums=1)(x, (0, 1, 2))
+  np.testing.assert_array_equal(mean, [1, value, 1])
+  np.testing.assert_array_equal(var, [0, np.nan, 0])
+
+
 @pytest.mark.parametrize('of', [float, jnp.asarray], ids=['number', 'array'])
 def test_nan_shows_without_epsilon(of):
   """In all of its row: zeros would hide it."""

@@ -138,7 +138,7 @@ def test_the_pivot_of_many_short_rows_is_no_sum(width):
     (4096, 128, 3, True),
     (4095, 128, 3, False),
     (1024, 1024, 4, False),
-    (1024, 1040, 3, True),
+    (1024, 1040, 4, False),
     (40_000, 32, 1, False),
   ],
 )
