@@ -21,8 +21,8 @@ from normkit.sums import SHORT
 # Of the forms of derivatives for a CPU the late one is faster from LARGE on, of
 # elements. Above MODERATE, and of fewer than MANY_ROWS, the early one is, which
 # compiles longer and keeps a second core busy. By pairs are faster layer norms
-# from MODERATE to HUGE, of rows that are not short, and all of FEW_COLUMNS or
-# fewer, or of fewer than FEW_ROWS.
+# above MODERATE, up to HUGE, of rows that are not short, and all norms of
+# FEW_COLUMNS or fewer, or of fewer than FEW_ROWS.
 LARGE, MODERATE, HUGE = 2**12, 2**17, 2**19
 MANY_ROWS, FEW_ROWS, FEW_COLUMNS = 8, 4, 15
 
@@ -251,7 +251,7 @@ def _ranges_of_pairs(
   if row <= FEW_COLUMNS:
     return any_size, any_size
   has_two = center and row > SHORT  # a single sum is slower so
-  return range(MODERATE, HUGE + 1) if has_two else range(0), any_size
+  return range(MODERATE + 1, HUGE + 1) if has_two else range(0), any_size
 
 
 def _by_steps(x: Array, stats: Centred, args: Arguments, center: bool) -> Array:

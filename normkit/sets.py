@@ -12,8 +12,9 @@ from normkit import _ops, _shards, _types, platforms
 from normkit._types import Array, DType
 
 # XLA's code for a CPU takes so many numbers at once where groups of channels
-# are multiples of that; in an array of up to SMALL elements it matters little.
-VECTOR, SMALL = 4, 2**12
+# are multiples of that; in groups of fewer than LEAST, or an array of up to
+# SMALL elements, it matters little.
+VECTOR, LEAST, SMALL = 4, 3, 2**12
 
 
 class Sets(NamedTuple):
@@ -90,7 +91,7 @@ def _is_uneven(x: Array, channel: int, groups: int) -> bool:
   if channel < x.ndim - 1 or not all(map(_types.is_known, x.shape)):
     return False
   width = x.shape[channel] // groups
-  return x.size > SMALL and width > 1 and width % VECTOR != 0
+  return x.size > SMALL and width >= LEAST and width % VECTOR != 0
 
 
 def _linear(

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from benchmarks import (
   family,
   gpu,
   kernels,
+  parity,
   shapes,
   speed,
 )
@@ -115,6 +117,26 @@ def test_timing_and_its_table(tmp_path):
   assert len(header) == len(lines[0]) == 3
   speed.plot(rows, tmp_path / 'plot.png', 'cpu')
   assert (tmp_path / 'plot.png').stat().st_size > 1000
+
+
+def test_parity_of_drawn_shapes(monkeypatch, capsys, tmp_path):
+  """Others with another seed, of every norm, and a line for each program."""
+  drawn = list(itertools.islice(parity.cases(0), 200))
+  assert drawn == list(itertools.islice(parity.cases(0), 200))
+  assert drawn[:9] != list(itertools.islice(parity.cases(1), 9))
+  assert {case.norm for case in drawn} == set(speed.CPU_SHAPES)
+  assert all(np.prod(case.shape) in parity.SIZES for case in drawn)
+  small = [case for case in drawn if np.prod(case.shape) < 5000][:2]
+  monkeypatch.setattr(parity, 'cases', lambda seed: iter(small))
+  monkeypatch.setattr(speed, 'settle_memory', lambda: None)
+  page = tmp_path / 'page.md'
+  page.write_text('<!-- parity -->\n<!-- /parity -->\n')
+  argv = 'benchmarks', 'parity', '--seconds=0', f'--update={page}'
+  monkeypatch.setattr(sys, 'argv', list(argv))
+  assert main() == 0
+  assert capsys.readouterr().out.count('Case(') == 4
+  lines = page.read_text().splitlines()[3:-1]
+  assert sum(int(line.split('|')[2]) for line in lines) == 4
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ SHAPE = 4, 8, 8, 3 * GROUPS
 OTHERS = {
   'multiples': (4, 8, 8, VECTOR * GROUPS),
   'of one channel': (16, 8, 8, GROUPS),
+  'of two channels': (8, 8, 8, 2 * GROUPS),
   'small': (2, 8, 8, 3 * GROUPS),
 }
 
