@@ -38,7 +38,7 @@ class Ratios(NamedTuple):
 
 
 def cases(seed: int) -> Iterator[Case]:
-  """Sizes are drawn by their logarithm; of group norm channels are whole."""
+  """Sizes are drawn by their logarithm; channels are a number of groups."""
   random = np.random.default_rng(seed)
 
   def size(low: int, high: int) -> int:

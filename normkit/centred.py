@@ -202,7 +202,7 @@ def _pivot(
     forms['tpu'] = functools.partial(_mean_of_sample, in_parts=False)
   if form.given == jnp.bfloat16:
     forms |= {'cuda': _zero, 'tpu': _zero}
-  is_row = sets == Sets((x.ndim - 1,))
+  is_row = sets.are_rows(x)
   is_output = is_row and form.output_alone and _is_short(x.shape[-1])
   end = end_of_lanes(x.shape[-1]) if is_output else sys.maxsize
   if is_row and form.given == dtype == jnp.float32 and samples.has_few(x):
@@ -269,8 +269,7 @@ def _mean_of_sample(
   sample = samples.sample(x, sets.axes, in_parts).astype(dtype)
   size = counts(sample, sets, None, _types.real_dtype(dtype))
   mean = sets.mean(sample, size)
-  is_row = sets == Sets((x.ndim - 1,))
-  return fixed(mean) if is_row or sets.groups else _finite(mean)
+  return fixed(mean) if sets.are_rows(x) or sets.groups else _finite(mean)
 
 
 def _mean_of_few(x: Array, count: Array, sets: Sets, dtype: DType) -> Array:

@@ -56,6 +56,10 @@ class Sets(NamedTuple):
     totals = sums(*values) if sums else map(self.sum, values)
     return [_ops.div(total, size) for total in totals]
 
+  def are_rows(self, x: Array) -> bool:
+    """Whether each is all of the last axis of x."""
+    return self == Sets((x.ndim - 1,))
+
   def spread(self, values: Array, x: Array) -> Array:
     """Gives what belongs to a set to each of its channels in x."""
     if self.groups is None:

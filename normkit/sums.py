@@ -61,7 +61,7 @@ def _on_a_cpu(x: Array, sets: Sets) -> dict[str, tuple[Form, range]]:
   """Forms for one CPU, of several sums, and for how many elements each is."""
   if not all(map(_types.is_known, x.shape)) or not sets.axes:
     return {}
-  if sets == Sets((x.ndim - 1,)):
+  if sets.are_rows(x):
     if x.shape[-1] <= SHORT:
       return {'cpu alone': (sums_at_once, range(sys.maxsize))}
     return {

@@ -156,7 +156,9 @@ def test_fewer_programs_up_to_a_size():
 
   for center, most in (True, HUGE), (False, MODERATE):
     assert kernels(center, most) < kernels(center, most + ROWS)
-  many, few = (kernels(False, rows * 1024, rows) for rows in (MANY_ROWS, 7))
+  many, few = (
+    kernels(False, rows * 1024, rows) for rows in (MANY_ROWS, MANY_ROWS - 1)
+  )
   assert many < few
 
 
@@ -182,6 +184,7 @@ def test_sums_at_once(data):
 
   def pairs(x):
     text = run.lower(x, dy, scale, bias).as_text()
+    assert 'dot_general' not in text or x.size >= LARGE
     return len(re.findall(r'reduce\([^)]*\), \([^)]*\)', text))
 
   assert pairs(x) == 2
