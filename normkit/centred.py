@@ -207,6 +207,8 @@ def _pivot(
   end = end_of_lanes(x.shape[-1]) if is_output else sys.maxsize
   if is_row and form.given == dtype == jnp.float32 and samples.has_few(x):
     forms['cpu few alone'] = _mean_of_few
+  if samples.is_of_small_images(x, sets.axes):
+    forms['cpu alone'] = functools.partial(_mean_of_sample, least=samples.FEW)
   if is_output:
     forms['cpu alone'] = _mean_of_sample
     forms |= dict.fromkeys(('cpu', 'cuda'), _own_mean)
@@ -262,11 +264,11 @@ def changes(
 
 
 def _mean_of_sample(
-  x: Array, count: Array, sets: Sets, dtype: DType, in_parts: bool = True
+  x: Array, count: Array, sets: Sets, dtype: DType, **options: Any
 ) -> Array:
-  """Both sums about it come from one read of x."""
+  """Both sums about it come from one read of x; options as in `sample`."""
   del count
-  sample = samples.sample(x, sets.axes, in_parts).astype(dtype)
+  sample = samples.sample(x, sets.axes, **options).astype(dtype)
   size = counts(sample, sets, None, _types.real_dtype(dtype))
   mean = sets.mean(sample, size)
   return fixed(mean) if sets.are_rows(x) or sets.groups else _finite(mean)

@@ -16,12 +16,17 @@ SAMPLE_STRIDE, SAMPLE_SIZE = 32, 16
 # least: what `jit` shards in as many stays where it is. Each is a part of a
 # memory transaction of its own, and so they are few.
 SAMPLE_PARTS, PART_SIZE = 16, 256
-# Of a short row a CPU takes fewer: the square root holds.
+# Of a short row or a small image a CPU takes fewer: the square root holds.
 FEW = 4
 
 
-def sample(x: Array, axes: tuple[int, ...], in_parts: bool = True) -> Array:
-  """Some elements of each set, evenly spaced.
+def sample(
+  x: Array,
+  axes: tuple[int, ...],
+  in_parts: bool = True,
+  least: int = SAMPLE_SIZE,
+) -> Array:
+  """Some elements of each set, evenly spaced: `least`, where it has as many.
 
   Small steps along several axes, rather than a large one, mostly divide the
   shards of a sharded axis, and then nothing moves between devices: along the
@@ -33,7 +38,7 @@ def sample(x: Array, axes: tuple[int, ...], in_parts: bool = True) -> Array:
   """
   last = x.ndim - 1
   size = math.prod(x.shape[a] for a in axes if _types.is_known(x.shape[a]))
-  steps = min(SAMPLE_STRIDE, size // SAMPLE_SIZE).bit_length() - 1
+  steps = min(SAMPLE_STRIDE, size // least).bit_length() - 1
   free = _free(x, axes)
   if free == [last]:
     parts = num_parts(x, axes) if in_parts else 1
@@ -63,6 +68,16 @@ def num_parts(x: Array, axes: tuple[int, ...]) -> int:
     return 1
   most = min(SAMPLE_PARTS, x.shape[-1] // PART_SIZE)
   return math.gcd(x.shape[-1], 1 << max(most, 1).bit_length() - 1)
+
+
+def is_of_small_images(x: Array, axes: tuple[int, ...]) -> bool:
+  """Whether a sample of FEW has fewer elements than one of SAMPLE_SIZE."""
+  if not axes or axes[0] == 0 or axes[-1] == x.ndim - 1:
+    return False
+  sizes = [x.shape[a] for a in axes]
+  if not all(map(_types.is_known, sizes)):
+    return False
+  return 2 * FEW <= math.prod(sizes) < SAMPLE_STRIDE * SAMPLE_SIZE
 
 
 def has_few(x: Array) -> bool:

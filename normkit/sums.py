@@ -19,10 +19,10 @@ from normkit.sets import Sets, kind_of
 
 Form = Callable[..., list[Array]]
 
-# On a CPU: up to so many elements rows are summed by halves, and groups at
+# On a CPU: up to so many elements rows are summed by halves, and images at
 # once; fewer than so many rows by lanes. Above which length rows are halved,
 # and which are short; how many lanes there are, at most and least.
-SMALL, GROUPED, ROWS = 2**12, 2**11, 2**12
+SMALL, ROWS = 2**12, 2**12
 WINDOW, SHORT, LANES, FEW_LANES = 32, 63, 16, 4
 # What fits in a GPU's cache, of elements, XLA writes out there. A line of an
 # image has LEAST elements or more; an axis by itself has LINES of LINE or more.
@@ -69,8 +69,8 @@ def _on_a_cpu(x: Array, sets: Sets) -> dict[str, tuple[Form, range]]:
       'cpu alone': (_sums_of_long_rows, range(end_of_lanes(x.shape[-1]))),
     }
   forms = {}
-  if sets.groups is not None:
-    forms['cpu small alone'] = sums_at_once, range(GROUPED + 1)
+  if sets.axes[0] > 0:  # of images
+    forms['cpu small alone'] = sums_at_once, range(SMALL + 1)
   start, stop = _last_axes(sets)
   if _lanes(math.prod(x.shape[start:stop])) >= FEW_LANES:
     forms['cpu alone'] = _sums_by_lanes, range(SMALL + 1, sys.maxsize)
@@ -90,17 +90,18 @@ def sums_at_once(sets: Sets, *values: Array) -> list[Array]:
   """The sums of each set, for one CPU, of several values by one loop.
 
   Each addition waits for the one before it, unless that belongs to another sum:
-  a step of layer norm of 50 x 48 takes .87 of Flax's time, and 1.07 without. Of
-  several devices each may hold but a part of a set.
+  a step of layer norm of 50 x 48 takes .87 of Flax's time, and 1.07 without;
+  forward instance norm of 2 x 12 x 12 x 8 .94, and 1.3. Of several devices each
+  may hold but a part of a set.
   """
-  axes = sets.axes
+  axes, parts = sets.axes, [*values]
   if sets.groups is not None:
     shape = [*values[0].shape]
     at = sets.channel
     shape[at : at + 1] = sets.groups, shape[at] // sets.groups
     parts = [lax.reshape(v, shape) for v in values]
     axes = *[a + (a > at) for a in axes], at + 1
-  else:
+  elif sets.are_rows(values[0]):
     parts = _halved(values)
   return [lax.expand_dims(t, sets.axes) for t in _totals(parts, axes)]
 

@@ -92,6 +92,26 @@ def test_a_sample_is_small(shape, axes, size):
   )
 
 
+@pytest.mark.parametrize(
+  ('shape', 'axes', 'is_small'),
+  [
+    ((2, 3, 3, 8), (1, 2), True),
+    ((2, 22, 22, 8), (1, 2), True),
+    ((2, 23, 23, 8), (1, 2), False),
+    ((2, 7, 1, 8), (1, 2), False),
+    ((2, 3, 3, 8), (0, 1, 2), False),
+    ((2, 100), (1,), False),
+    ((2, 3, 3, 8), (), False),
+  ],
+)
+def test_of_small_images_a_cpu_takes_fewer(shape, axes, is_small):
+  x = draw(shape)
+  assert samples.is_of_small_images(x, axes) == is_small
+  if len(axes) == 2:  # then the sample is another one
+    few, some = (samples.sample(x, axes, least=n).size for n in (4, 16))
+    assert (few < some) == is_small
+
+
 @pytest.mark.parametrize('width', [33, 34, 40, 65, 66, 256, 999, 1000])
 def test_small_rows_are_summed_by_halves(width):
   """On a CPU, where it has one device; all elements, about a large mean."""
@@ -126,6 +146,36 @@ def test_the_pivot_of_many_short_rows_is_no_sum(width):
   sums = [run.lower(a).as_text().count('.reduce(') for a in (x, placed, x[:9])]
   of_others = 1 if width <= 63 else 3 if width % 16 == 0 else 4
   assert sums == [(not 4 <= width <= 128) + of_others, 3, 2]
+
+
+@pytest.mark.parametrize(
+  ('side', 'channels', 'sums', 'sample'),
+  [
+    (4, 8, 2, '2x2'),
+    (4, 66, 2, '2x2'),
+    (8, 8, 2, '2x2'),
+    (8, 40, 4, '2x2'),
+    (16, 8, 2, '2x4'),
+    (23, 8, 3, '3x6'),
+  ],
+)
+def test_small_images_are_summed_at_once(side, channels, sums, sample):
+  """On a CPU, where it has one device, about a mean of few; all elements."""
+  x = 1000 + draw((2, side, side, channels))
+  x = x.at[:, 0, 0].add(300).at[:, -1, -2].add(-200)
+  run = jax.jit(lambda x: centred.centred(x, (1, 2)))
+  pivot, offset, var, _ = (np.asarray(a, np.float64) for a in run(x))
+  exact = np.asarray(x, np.float64)
+  mean = exact.mean((1, 2), keepdims=True)
+  np.testing.assert_allclose(pivot + offset, mean, rtol=1e-7)
+  np.testing.assert_allclose(var, exact.var((1, 2), keepdims=True), rtol=1e-5)
+  mesh = jax.make_mesh((2,), ('d',), (AxisType.Auto,))
+  placed = jax.device_put(x, NamedSharding(mesh, P(None, None, None, 'd')))
+  alone, apart = (run.lower(a).as_text() for a in (x, placed))
+  assert [text.count('.reduce(') for text in (alone, apart)] == [sums, 3]
+  sliced = re.compile(r'stablehlo.slice.*-> tensor<\d+x(\d+x\d+)x\d+x')
+  assert sliced.findall(alone) == [sample]
+  assert sliced.findall(apart) == ['3x6' if side == 23 else '4x4']
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ TEAMS = (4, 1), (2, 2), (1, 4), (1, 3), (1, 2)
 SUMS_OF_ONE = {2: 40, 4: 32}  # of rows that are longer, then
 SUMS_OF_SETS = {2: 40, 4: 24}  # the same with sets
 SUMS_OF_ACTIVATED = 32  # and for the smallest tiles; or with a gate
-SUMS_OF_ACTIVATED_SETS = 24  # of one sum, with sets
+SUMS_OF_ACTIVATED_ONE = 24  # of one sum
 # In a cluster: warpgroups, and numbers of each sum.
 OF_MEMBERS, OF_ACTIVATED_MEMBERS = (4, 16), (3, 16)
 
@@ -350,8 +350,8 @@ def _most_sums(case: Case, itemsize: int, members: int) -> tuple[int, int]:
   if members > 1:
     return OF_ACTIVATED_MEMBERS if case.is_activated else OF_MEMBERS
   if case.is_activated:
-    is_more = case.has_sets and case.sums == 1
-    most = SUMS_OF_ACTIVATED_SETS if is_more else SUMS_OF_ACTIVATED
+    is_one = case.sums == 1
+    most = SUMS_OF_ACTIVATED_ONE if is_one else SUMS_OF_ACTIVATED
     return 4, most // case.sums
   if case.sums > 1:
     return 4, SUMS[itemsize] // case.sums
