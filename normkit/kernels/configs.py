@@ -310,14 +310,12 @@ def _tiles(case: Case, members: int) -> list[Config]:
     return []  # members write a part of a row each
   # Each program writes out its sums over rows, so programs are few and large.
   high = 4 if case.is_activated else 16 // itemsize
-  groups, most = _most_sums(case, itemsize, members)
+  groups, most, masked = _most_sums(case, itemsize, members)
   choices = [
     _shared(case.size, number, rows, members)
     for number in range(groups, 0, -1)
     for rows in range(high, 3, -4)
   ]
-  # In the sums' place a mask needs some, which members of a cluster have left.
-  masked = most if members > 1 else most // 2
   choices = [
     c
     for c in choices
@@ -345,17 +343,18 @@ def _tiles_in_warp(case: Case, itemsize: int) -> list[Config]:
   ]
 
 
-def _most_sums(case: Case, itemsize: int, members: int) -> tuple[int, int]:
-  """Warpgroups, and numbers of each sum that a thread may keep."""
-  if members > 1:
-    return OF_ACTIVATED_MEMBERS if case.is_activated else OF_MEMBERS
-  if case.is_activated:
-    is_one = case.sums == 1
-    most = SUMS_OF_ACTIVATED_ONE if is_one else SUMS_OF_ACTIVATED
-    return 4, most // case.sums
-  if case.sums > 1:
-    return 4, SUMS[itemsize] // case.sums
-  return 4, (SUMS_OF_SETS if case.has_sets else SUMS_OF_ONE)[itemsize]
+def _most_sums(case: Case, itemsize: int, members: int) -> tuple[int, int, int]:
+  """Warpgroups, and numbers of each sum that a thread may keep; with a mask."""
+  if members > 1:  # which have registers left for it
+    found = OF_ACTIVATED_MEMBERS if case.is_activated else OF_MEMBERS
+    return *found, found[1]
+  if case.is_activated and case.sums == 1:
+    most = SUMS_OF_ACTIVATED_ONE
+    return 4, most, most // 2 if case.has_sets else SUMS_OF_ACTIVATED // 2
+  of_many = SUMS_OF_ACTIVATED if case.is_activated else SUMS[itemsize]
+  of_one = (SUMS_OF_SETS if case.has_sets else SUMS_OF_ONE)[itemsize]
+  most = of_many // case.sums if case.sums > 1 else of_one
+  return 4, most, most // 2
 
 
 def _shared(size: int, groups: int, rows: int, members: int) -> Config:
