@@ -69,7 +69,7 @@ def _on_a_cpu(x: Array, sets: Sets) -> dict[str, tuple[Form, range]]:
       'cpu alone': (_sums_of_long_rows, range(end_of_lanes(x.shape[-1]))),
     }
   forms = {}
-  if sets.axes[0] > 0:  # of images
+  if sets.groups is not None or sets.axes[0] > 0:  # of images
     forms['cpu small alone'] = sums_at_once, range(SMALL + 1)
   start, stop = _last_axes(sets)
   if _lanes(math.prod(x.shape[start:stop])) >= FEW_LANES:

@@ -178,6 +178,12 @@ def test_small_images_are_summed_at_once(side, channels, sums, sample):
   assert sliced.findall(apart) == ['3x6' if side == 23 else '4x4']
 
 
+def test_groups_of_a_single_image_are_summed_at_once():
+  x = jax.ShapeDtypeStruct((8, 8, 16), jnp.float32)
+  norm = functools.partial(nk.group_norm, num_groups=4, batch_axis=())
+  assert jax.jit(norm).lower(x).as_text().count('.reduce(') == 3
+
+
 @pytest.mark.parametrize(
   ('rows', 'width', 'sums', 'is_own'),
   [
