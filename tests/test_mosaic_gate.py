@@ -389,7 +389,7 @@ FIRST = [
   ('forward', 768, 'bfloat16', 'first', 'feature'),
   ('backward', 4096, 'bfloat16', 'last', 'feature'),
 ]
-# In CI one of five is compiled by the oldest JAX, the others by the newest.
+# In CI one of five is compiled by the oldest JAX; of H200 others by the newest.
 LATER = pytest.mark.second_tier, pytest.mark.table
 CHOSEN = [
   pytest.param(*row, marks=() if row in FIRST else LATER[: 1 + at % 5])
