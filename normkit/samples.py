@@ -26,7 +26,7 @@ def sample(
   in_parts: bool = True,
   least: int = SAMPLE_SIZE,
 ) -> Array:
-  """Some elements of each set, evenly spaced: `least`, where it has as many.
+  """Some elements of each set, evenly spaced: `least` or more, if it has them.
 
   Small steps along several axes, rather than a large one, mostly divide the
   shards of a sharded axis, and then nothing moves between devices: along the

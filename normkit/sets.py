@@ -60,6 +60,11 @@ class Sets(NamedTuple):
     """Whether each is all of the last axis of x."""
     return self == Sets((x.ndim - 1,))
 
+  @property
+  def hold_a_batch(self) -> bool:
+    """Whether each has the first axis, as a rule the batch's; groups do not."""
+    return self.groups is None and 0 in self.axes
+
   def spread(self, values: Array, x: Array) -> Array:
     """Gives what belongs to a set to each of its channels in x."""
     if self.groups is None:

@@ -69,7 +69,7 @@ def _on_a_cpu(x: Array, sets: Sets) -> dict[str, tuple[Form, range]]:
       'cpu alone': (_sums_of_long_rows, range(end_of_lanes(x.shape[-1]))),
     }
   forms = {}
-  if sets.groups is not None or sets.axes[0] > 0:  # of images
+  if not sets.hold_a_batch:
     forms['cpu small alone'] = sums_at_once, range(SMALL + 1)
   start, stop = _last_axes(sets)
   if _lanes(math.prod(x.shape[start:stop])) >= FEW_LANES:
@@ -206,8 +206,7 @@ def _has_lines(x: Array, sets: Sets) -> bool:
   if not _types.is_known(size):
     return False
   if others:
-    are_many = others[0] > 0 or sets.groups is not None
-    return are_many and size >= LEAST
+    return not sets.hold_a_batch and size >= LEAST
   return size % LINE == 0 and size >= LINES * LINE
 
 
